@@ -1,0 +1,244 @@
+"""What a checkpoint folder holds; atomic save, verified load. No pickle anywhere.
+
+    model.safetensors           the model, usable without the rest
+    step_decoder.safetensors    the auxiliary decoder (latent mode); the embedding it shares is the model's
+    config.json                 all that is needed to rebuild model, decoder and tokenizer
+    tokenizer/                  self-contained
+    trainer_state.safetensors   optimizer moments by parameter name, random generator states
+    trainer_state.json          how far training got
+
+Folders are written beside their place and renamed into it, so a folder that is there is complete; `latest` beside them
+is a link to the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
+from simcot_latent.model.gpt import GPT, GPTConfig
+from simcot_latent.model.step_decoder import StepDecoder
+from simcot_latent.model.thoughts import ThoughtFormat
+
+MODEL, DECODER, CONFIG, TOKENIZER = "model.safetensors", "step_decoder.safetensors", "config.json", "tokenizer"
+STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
+LATEST = "latest"
+
+
+@dataclass
+class Checkpoint:
+    """A trained model and all it takes to use it.
+
+    Attributes:
+        model: the GPT, in evaluation mode.
+        step_decoder: the auxiliary decoder; None for a model trained without.
+        tokenizer: its tokenizer.
+        thoughts: how the model answers.
+        config: the run's configuration, as plain values.
+        step: optimizer steps it was trained for.
+        path: its folder.
+    """
+
+    model: GPT
+    step_decoder: StepDecoder | None
+    tokenizer: Tokenizer
+    thoughts: ThoughtFormat
+    config: dict[str, Any]
+    step: int = 0
+    path: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+
+@dataclass
+class TrainerState:
+    """What it takes to go on training: named tensors, and plain values."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def require_decoder(checkpoint: Checkpoint) -> StepDecoder:
+    """The checkpoint's auxiliary decoder.
+
+    Raises:
+        UserError: it has none.
+    """
+    if checkpoint.step_decoder is None:
+        raise UserError(
+            f"{checkpoint.path}: holds no auxiliary decoder ({DECODER}), so its thoughts cannot be decoded; "
+            "probe a checkpoint of mode=latent"
+        )
+    return checkpoint.step_decoder
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the `latest` of a run's `out_dir`.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    for folder in (path, path / LATEST):
+        if (folder / CONFIG).is_file() and (folder / MODEL).is_file():
+            return folder.resolve()
+    what = "holds no checkpoint" if path.is_dir() else "is no folder"
+    raise UserError(f"ckpt={path}: {what}; give a folder that training wrote, such as runs/latent/latest")
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Rebuilds a checkpoint from its folder, or from a run's `out_dir`. Needs no network.
+
+    Raises:
+        UserError: there is no checkpoint, or one of its files is missing or broken; the message names it.
+    """
+    folder = find_checkpoint(path)
+    config = read_json(folder / CONFIG)
+    try:
+        model_config = GPTConfig(**config["model"])
+        decoder_config = None if config["step_decoder"] is None else GPTConfig(**config["step_decoder"])
+        thoughts = ThoughtFormat(**config["thoughts"])
+        run, step = config["run"], config["step"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG}: not the configuration of a checkpoint ({error})") from error
+    model = GPT(model_config)
+    load_weights(model, folder / MODEL)
+    decoder = None
+    if decoder_config is not None:
+        decoder = StepDecoder(decoder_config, model.embedding)
+        load_weights(decoder, folder / DECODER, shared="embedding.")
+        decoder.to(device).eval()
+    return Checkpoint(
+        model=model.to(device).eval(),
+        step_decoder=decoder,
+        tokenizer=Tokenizer.load(folder / TOKENIZER),
+        thoughts=thoughts,
+        config=run,
+        step=step,
+        path=folder,
+    )
+
+
+def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, keep: int) -> Path:
+    """Writes `out_dir/step_NNNNNNN`, points `out_dir/latest` at it and deletes all but the newest `keep` folders.
+
+    Killed at any moment, it leaves `latest` at a complete checkpoint.
+    """
+    name = f"step_{checkpoint.step:07d}"
+    folder, partial = out_dir / name, out_dir / f".{name}.partial"
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    save_weights(checkpoint.model, partial / MODEL)
+    decoder = checkpoint.step_decoder
+    if decoder is not None:
+        save_weights(decoder, partial / DECODER, shared="embedding.")
+    checkpoint.tokenizer.save(partial / TOKENIZER)
+    save_file(state.tensors, partial / STATE_TENSORS)
+    write_json(partial / STATE_JSON, state.values)
+    config = {
+        "model": asdict(checkpoint.model.config),
+        "step_decoder": None if decoder is None else asdict(decoder.config),
+        "thoughts": asdict(checkpoint.thoughts),
+        "step": checkpoint.step,
+        "run": checkpoint.config,
+    }
+    write_json(partial / CONFIG, config)
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    link = out_dir / f".{LATEST}.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    link.replace(out_dir / LATEST)
+    for old in sorted(out_dir.glob("step_*"))[:-keep]:
+        if old != folder:
+            shutil.rmtree(old)
+    return folder
+
+
+def load_trainer_state(folder: Path) -> TrainerState:
+    """What training needs to go on from a checkpoint.
+
+    Raises:
+        UserError: a file of it is missing or broken.
+    """
+    return TrainerState(read_tensors(folder / STATE_TENSORS), read_json(folder / STATE_JSON))
+
+
+def save_weights(module: nn.Module, file: Path, shared: str | None = None) -> None:
+    """A module's weights, but for those under the prefix `shared`, which another file holds."""
+    weights = {name: value.detach().contiguous() for name, value in module.state_dict().items()}
+    save_file({name: value for name, value in weights.items() if not (shared and name.startswith(shared))}, file)
+
+
+def load_weights(module: nn.Module, file: Path, shared: str | None = None) -> None:
+    """Fills a module with the weights of a file; `shared` is a prefix that the file leaves out.
+
+    Raises:
+        UserError: the file is missing or broken, or a weight is missing, left over or of another shape.
+    """
+    weights = read_tensors(file)
+    wanted = {n: v.shape for n, v in module.state_dict().items() if not (shared and n.startswith(shared))}
+    problems = [f"lacks {name}" for name in wanted if name not in weights]
+    problems += [f"has {name}, which the model has not" for name in weights if name not in wanted]
+    problems += [
+        f"has {name} of shape {tuple(weights[name].shape)}, not {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if problems:
+        raise UserError(f"{file}: does not fit the model: it {'; it '.join(problems)}")
+    module.load_state_dict(weights, strict=False)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file; the checkpoint is incomplete") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({' '.join(str(error).split())})") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: it is missing, not JSON, or no object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must hold a JSON object")
+    return value
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

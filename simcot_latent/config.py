@@ -1,0 +1,226 @@
+"""Typed run configuration behind `configs/*.yaml`. Every rule about a value is checked here, once.
+
+`parse` turns what hydra composed into a `RunConfig`; anything wrong ends in a `UserError` that names the key and says
+what would be right. A section that belongs to one objective (`latent`, `decoder`, `loss`) is declared by that
+objective's `Config`, so adding an objective edits nothing here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from simcot_latent.errors import UserError
+
+T = TypeVar("T")
+
+
+def config_dir() -> Path:
+    """The yaml files: inside an installed package, or beside it in a checkout."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def require(ok: bool, key: str, value: object, right: str) -> None:
+    """Raises a `UserError` that names the key, its value and what would be right, unless `ok`."""
+    if not ok:
+        raise UserError(f"{key}={value}: must be {right}")
+
+
+def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    """`require` for a value that is one of a few words."""
+    require(value in choices, key, value, f"one of {', '.join(choices)}")
+
+
+@dataclass
+class LatentConfig:
+    """How thoughts stand for steps.
+
+    Attributes:
+        n_latents: K, the thoughts of a question.
+        latents_per_step: c, the thoughts of one step group; K / c groups.
+        surplus: what becomes of steps beyond the last group, `merge` (into the last group) or `drop`.
+        missing: what a group without a step is taught, `mask` (nothing) or `answer` (the answer string).
+        warmup: share of training on written steps, before any thought.
+        stages: after the warm-up, stages of (`steps`: how many steps thoughts replace, `share`: of training); what is
+            left of training replaces all steps. As in Coconut, https://arxiv.org/abs/2412.06769, section 3.
+        reset_optimizer: forget the optimizer's moments when a stage begins (Coconut does).
+    """
+
+    n_latents: int = 6
+    latents_per_step: int = 1
+    surplus: str = "merge"
+    missing: str = "mask"
+    warmup: float = 0.0
+    stages: list[Any] = field(default_factory=list)
+    reset_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.n_latents >= 1, "latent.n_latents", self.n_latents, "at least 1")
+        require(self.latents_per_step >= 1, "latent.latents_per_step", self.latents_per_step, "at least 1")
+        require(
+            self.n_latents % self.latents_per_step == 0,
+            "latent.n_latents",
+            self.n_latents,
+            f"a multiple of latent.latents_per_step={self.latents_per_step}",
+        )
+        require_choice("latent.surplus", self.surplus, ("merge", "drop"))
+        require_choice("latent.missing", self.missing, ("mask", "answer"))
+        require(0 <= self.warmup < 1, "latent.warmup", self.warmup, "a share of training, from 0 to below 1")
+        total = self.warmup
+        for i, stage in enumerate(self.stages):
+            key = f"latent.stages[{i}]"
+            right = f"{{steps: 1 to {self.groups}, share: above 0, below 1}}"
+            ok = isinstance(stage, dict) and set(stage) == {"steps", "share"}
+            ok = ok and isinstance(stage["steps"], int) and 1 <= stage["steps"] <= self.groups
+            ok = ok and isinstance(stage["share"], int | float) and 0 < stage["share"] < 1
+            require(ok, key, stage, right)
+            total += stage["share"]
+        require(total < 1, "latent.stages", f"{total:g} of training with the warm-up", "below 1 in total")
+
+    @property
+    def groups(self) -> int:
+        """Step groups of a problem."""
+        return self.n_latents // self.latents_per_step
+
+
+@dataclass
+class DecoderConfig:
+    """The auxiliary decoder: how many blocks, and whether they start `random` or as the `base`'s first."""
+
+    n_layer: int = 1
+    init: str = "random"
+
+    def __post_init__(self) -> None:
+        require(self.n_layer >= 1, "decoder.n_layer", self.n_layer, "at least 1")
+        require_choice("decoder.init", self.init, ("random", "base"))
+
+
+@dataclass
+class LossConfig:
+    """loss = answer_weight * L_ans + step_weight * L_step.
+
+    Attributes:
+        step_reduction: how L_step averages: `token` (over all step tokens of the optimizer step), `coconut` (a sum over
+            a step's tokens, mean over problems, mean over groups) or `codi` (token mean in each group, mean over
+            groups), as in the two flavours of the published code.
+    """
+
+    answer_weight: float = 1.0
+    step_weight: float = 1.0
+    step_reduction: str = "token"
+
+    def __post_init__(self) -> None:
+        require(self.answer_weight >= 0, "loss.answer_weight", self.answer_weight, "at least 0")
+        require(self.step_weight >= 0, "loss.step_weight", self.step_weight, "at least 0")
+        require_choice("loss.step_reduction", self.step_reduction, ("token", "coconut", "codi"))
+
+
+@dataclass
+class RunConfig:
+    """Everything about a training run that all objectives share. The README's table says what each key does."""
+
+    objective: str
+    mode: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    tokenizer: dict[str, Any]
+    rationale: str = "natural"
+    on_too_long: str = "error"
+    step_weight_multiplier: float = 2.0
+    track_step_accuracy: bool = True
+    num_epochs: int = 1
+    num_iterations: int = -1
+    device_batch_size: int = 64
+    target_examples_per_step: int = 64
+    learning_rate: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.1
+    warmup_ratio: float = 0.05
+    lr_schedule: str = "linear"
+    final_lr_ratio: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: bool = False
+    out_dir: str | None = None
+    init_from: str | None = None
+    resume: bool = False
+    log_every: int = 10
+    eval_every: int = 250
+    eval_examples: int = 500
+    eval_batch_size: int = 128
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    max_new_tokens: int = 256
+    run: str = ""
+    wandb_project: str = "simcot_latent"
+
+    def __post_init__(self) -> None:
+        require_choice("rationale", self.rationale, ("natural", "equations"))
+        require_choice("on_too_long", self.on_too_long, ("error", "drop"))
+        require(self.step_weight_multiplier >= 0, "step_weight_multiplier", self.step_weight_multiplier, "at least 0")
+        require(self.num_iterations >= 1 or self.num_iterations == -1, "num_iterations", self.num_iterations,
+                "at least 1, or -1 to train for num_epochs")  # fmt: skip
+        for key in ("num_epochs", "device_batch_size", "target_examples_per_step", "log_every", "eval_examples",
+                    "eval_batch_size", "keep_checkpoints", "max_new_tokens"):  # fmt: skip
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        for key in ("eval_every", "checkpoint_every"):
+            require(getattr(self, key) >= 1 or getattr(self, key) == -1, key, getattr(self, key),
+                    "at least 1, or -1 for only at the end")  # fmt: skip
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share of training, from 0 to 1")
+        require_choice("lr_schedule", self.lr_schedule, ("linear", "cosine", "constant"))
+        require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", self.final_lr_ratio, "from 0 to 1")
+        require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0 (inf: no clipping)")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require(not (self.resume and self.out_dir is None), "resume", True, "given with out_dir=, the run to go on with")
+
+
+def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
+    """The run's configuration and its objective's own sections (an instance of the objective's `Config`).
+
+    Raises:
+        UserError: a key is unknown, or a value is of the wrong type or impossible.
+    """
+    sections = dict(raw)
+    objective = hydra.utils.get_class(raw.objective)
+    shared_keys = {f.name for f in dataclasses.fields(RunConfig)}
+    run = typed(RunConfig, {key: value for key, value in sections.items() if key in shared_keys})
+    config_class = objective.Config  # type: ignore[attr-defined]
+    own = {}
+    for f in dataclasses.fields(config_class):
+        own[f.name] = typed(hydra.utils.get_class(f"{config_class.__module__}.{f.type}"), sections.get(f.name, {}), f.name)
+    unknown = [key for key in sections if key not in shared_keys and key not in own]
+    if unknown:
+        raise UserError(f"{unknown[0]}: mode={run.mode} has no such key")
+    return run, config_class(**own)
+
+
+def typed(cls: type[T], values: Any, section: str = "") -> T:
+    """An instance of a config dataclass, its values converted to the declared types.
+
+    Raises:
+        UserError: a key is unknown, a value is of another type, or `cls` refuses it.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        prefix = f"{section}." if section else ""
+        reason = str(error.msg or error).split("\n")[0]
+        raise UserError(f"{prefix}{error.full_key or error.key}: {reason}") from error
+
+
+def as_plain(raw: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain values, for `config.json`."""
+    return OmegaConf.to_container(raw, resolve=True)  # type: ignore[return-value]

@@ -1,0 +1,95 @@
+"""From examples to batches: which examples make a step, and how they are padded.
+
+Shapes: B rows, T positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+# Length buckets are cut from this many batches' worth of shuffled examples: enough for little padding, few enough for
+# each stretch of training to see every length.
+POOL_BATCHES = 16
+
+DataclassT = TypeVar("DataclassT")
+
+
+class BatchOrder:
+    """Which examples every optimizer step trains on: shuffled by epochs, bucketed by length.
+
+    A pure function of (lengths, batch size, seed) that can be asked for any step: training resumes anywhere, and
+    any number of ranks sees the same global batches. Epochs follow each other without a gap, so every batch is full.
+
+    Args:
+        lengths: length of each example, in tokens.
+        batch_size: examples an optimizer step, over all ranks.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
+        self._pool = lru_cache(maxsize=2)(self._bucketed_pool)
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples of an optimizer step (0-based), shortest first."""
+        return self._pool(step // POOL_BATCHES)[step % POOL_BATCHES]
+
+    def _shuffled_epoch(self, epoch: int) -> list[int]:
+        return torch.randperm(len(self.lengths), generator=self._generator(2 * epoch)).tolist()
+
+    def _bucketed_pool(self, pool: int) -> list[list[int]]:
+        size = POOL_BATCHES * self.batch_size
+        indices: list[int] = []
+        for position in range(pool * size, (pool + 1) * size):
+            epoch, offset = divmod(position, len(self.lengths))
+            indices.append(self._epoch(epoch)[offset])
+        indices.sort(key=self.lengths.__getitem__)
+        batches = [indices[i : i + self.batch_size] for i in range(0, size, self.batch_size)]
+        order = torch.randperm(POOL_BATCHES, generator=self._generator(2 * pool + 1)).tolist()
+        return [batches[i] for i in order]
+
+    def _generator(self, stream: int) -> torch.Generator:
+        # Streams are far apart in seed space: run seeds 0, 1, 2 share no shuffle.
+        return torch.Generator().manual_seed((self.seed << 32) + stream)
+
+
+def micro_batches(indices: Sequence[int], device_batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """A rank's part of a global batch, cut into pieces that fit its device. Every index goes to exactly one piece."""
+    mine = list(indices[rank::world])
+    return [mine[i : i + device_batch_size] for i in range(0, len(mine), device_batch_size)]
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """All indices in batches of similar length, longest first: running out of memory shows at once, not at the end."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one tensor (B, T), and its mask (B, T), True where a token is real."""
+    length = max(map(len, rows), default=0)
+    ids_BT = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.long).view(len(rows), length)
+    lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    return ids_BT, torch.arange(length) < lengths_B.unsqueeze(1)
+
+
+def to_device(value: DataclassT, device: torch.device) -> DataclassT:
+    """A (nested) dataclass of tensors on another device; what is no tensor stays as it is."""
+    if not is_dataclass(value):
+        raise TypeError(f"{type(value).__name__} is no dataclass")
+    moved: dict[str, Any] = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            item = item.to(device, non_blocking=True)
+        elif is_dataclass(item) and not isinstance(item, type):
+            item = to_device(item, device)
+        moved[field.name] = item
+    return type(value)(**moved)  # type: ignore[return-value]

@@ -1,0 +1,332 @@
+"""What the sources of written solutions share: rows from local files or the hub, and a validation split cut from train.
+
+A source of this kind is a subclass of `WrittenSolutions` that says which files it reads and what one row holds.
+"""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+
+from simcot_latent.data.problem import Problem, parse_number, parse_steps, split_solution
+from simcot_latent.data.sources import SPLITS, LoadedSplit, Split
+from simcot_latent.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+# The names that people give the splits, in file names and on the hub.
+_SPLIT_OF_NAME: dict[str, Split] = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+# train.jsonl, or the hub's own layout: train-00000-of-00002.parquet
+_SPLIT_FILE = re.compile(rf"(?P<name>{'|'.join(_SPLIT_OF_NAME)})(?:-[0-9]+-of-(?P<count>[0-9]+))?(?P<suffix>\.[a-z]+)")
+
+
+class Row(NamedTuple):
+    """One row as it was read: an object (JSON, parquet, hub) or a line of text; and the place to name in a message."""
+
+    value: object
+    where: str
+
+
+class Solution(NamedTuple):
+    """A row taken apart, before its steps are looked for."""
+
+    question: str
+    rationale: str
+    answer: str
+
+
+@dataclass
+class WrittenSolutions(ABC):
+    """Problems with written solutions, from a local path or from the hub by `datasets`.
+
+    Attributes:
+        path: a folder with a file for each split (`train.jsonl`, `test.parquet`, ..., or the hub's own layout, such as
+            `main/train-00000-of-00001.parquet`), or a single file; None reads from the hub. A single file is train
+            (and the validation split cut from it) and also test, whichever is asked for: evaluate on the file that a
+            model was trained on and you measure memory.
+        hub_id: the data set's name on the hub.
+        hub_config: its configuration there, also looked for as a subfolder of `path`; None where it has only one.
+        validation_size: how many problems are held out of train for validation, where the data have no validation
+            split of their own; never more than a tenth of train. Which ones depends on the questions alone, not on
+            their order or on a run's seed.
+        train_limit: train on the first so many problems only, after validation is held out; None for all.
+
+    Raises:
+        UserError: a field has an impossible value.
+    """
+
+    path: str | None = None
+    hub_id: str = ""
+    hub_config: str | None = None
+    validation_size: int = 500
+    train_limit: int | None = None
+
+    suffixes: ClassVar[tuple[str, ...]]
+    """The kinds of file that are read."""
+    shape: ClassVar[str]
+    """What a row must be, for error messages."""
+
+    def __post_init__(self) -> None:
+        for key, optional in (("path", True), ("hub_id", False), ("hub_config", True)):
+            value = getattr(self, key)
+            if not (isinstance(value, str) and value) and not (optional and value is None):
+                raise UserError(f"data.{key}={value!r}: must be a text that is not empty{', or null' * optional}")
+        for key, optional in (("validation_size", False), ("train_limit", True)):
+            value = getattr(self, key)
+            if not (type(value) is int and value >= 1) and not (optional and value is None):
+                raise UserError(f"data.{key}={value!r}: must be a whole number of at least 1{', or null' * optional}")
+
+    @abstractmethod
+    def read(self, row: Row) -> tuple[str, str]:
+        """The question of a row, and its written solution down to the `#### answer`.
+
+        Raises:
+            UserError: the row is not of the form that `shape` tells.
+        """
+
+    def load(self, split: Split) -> LoadedSplit:
+        """The problems of one split, see `Source`; the notes count what is odd about them.
+
+        Raises:
+            UserError: there is no such split or file, a file is empty or has a broken row, or the hub is out of reach.
+        """
+        if split not in SPLITS:
+            raise UserError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+        tables = self._hub_tables() if self.path is None else self._local_tables(Path(self.path).expanduser())
+        cut = split != "test" and "validation" not in tables
+        table: Split = "train" if cut else split
+        if table not in tables:
+            raise UserError(f"{self.path or self.hub_id} has no {table} split; it has: {', '.join(tables)}")
+        solutions = [self._solution(row) for row in tables[table]()]
+        if cut:
+            held_out = _held_out([solution.question for solution in solutions], self.validation_size)
+            solutions = [s for s in solutions if (s.question in held_out) == (split == "validation")]
+            if not solutions:
+                raise UserError(
+                    f"{self.path or self.hub_id}: one question to train on, and validation takes it; give at least two"
+                )
+        return _with_steps(solutions[: self.train_limit] if split == "train" else solutions)
+
+    def broken(self, row: Row, what: str) -> UserError:
+        """The error for a row that is not of the right form."""
+        return UserError(f"{row.where}: {what}; every row must be {self.shape}")
+
+    def text(self, row: Row, key: str) -> str:
+        """The text under `key`.
+
+        Raises:
+            UserError: the row is not an object, the key is missing, or what it holds is not a text.
+        """
+        value = self.fields(row).get(key)
+        if value is None:
+            raise self.broken(row, f'no "{key}"')
+        if not isinstance(value, str):
+            raise self.broken(row, f'"{key}" is {_kind(value)}, not a text')
+        return value
+
+    def fields(self, row: Row) -> dict[str, Any]:
+        """The row as an object.
+
+        Raises:
+            UserError: it is something else.
+        """
+        if not isinstance(row.value, dict):
+            raise self.broken(row, f"{_kind(row.value)}, not an object")
+        return cast(dict[str, Any], row.value)
+
+    def _solution(self, row: Row) -> Solution:
+        question, written = self.read(row)
+        if not question.strip():
+            raise self.broken(row, "the question is empty")
+        try:
+            return Solution(question.strip(), *split_solution(written))
+        except ValueError as error:
+            raise self.broken(row, str(error)) from None
+
+    def _local_tables(self, path: Path) -> dict[Split, Callable[[], Iterator[Row]]]:
+        """For each split that is there, what reads its rows."""
+        kinds = ", ".join(self.suffixes)
+        if path.is_file():
+            if path.suffix not in self.suffixes:
+                raise UserError(f"{path}: cannot tell what kind of file this is; data.path must end in one of {kinds}")
+            files: dict[Split, list[Path]] = {"train": [path], "test": [path]}
+        elif path.is_dir():
+            folders = [path, *([path / self.hub_config] if self.hub_config else []), path / "data"]
+            found = (_split_files(folder, self.suffixes) for folder in folders if folder.is_dir())
+            files = next(filter(None, found), {})
+            if not files:
+                raise UserError(f"{path}: no data in this folder; looked for train, validation and test with {kinds}")
+        else:
+            raise UserError(
+                f"data.path={path} does not exist; looked for a folder with train and test as {kinds}, or one such file"
+            )
+        return {split: partial(self._file_rows, paths) for split, paths in files.items()}
+
+    def _file_rows(self, files: Sequence[Path]) -> Iterator[Row]:
+        for file in files:
+            rows = _READERS[file.suffix](file, self.shape)
+            if not rows:
+                raise UserError(f"{file}: the file is empty; every row must be {self.shape}")
+            yield from rows
+
+    def _hub_tables(self) -> dict[Split, Callable[[], Iterator[Row]]]:
+        """For each split on the hub, what reads its rows."""
+        try:
+            import datasets  # only here: it takes a second to import
+
+            tables = datasets.load_dataset(self.hub_id, self.hub_config)
+        except Exception as error:  # `datasets` raises its own errors, the hub client's, the network's and the disk's
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise UserError(
+                f"cannot read {self.hub_id} from the hub ({reason}); data.path= reads it from a local folder or file"
+            ) from error
+        names = {str(name): table for name, table in cast(datasets.DatasetDict, tables).items()}
+        return {
+            _SPLIT_OF_NAME[name]: partial(_hub_rows, table, f"{self.hub_id} {name}")
+            for name, table in names.items()
+            if name in _SPLIT_OF_NAME
+        }
+
+
+def _held_out(questions: Sequence[str], size: int) -> set[str]:
+    """The questions that validation takes: `size` of them, at most a tenth of the distinct ones, at least one.
+
+    They are the first by a hash of the question: the same ones whatever the order of the file or the seed of a run, and
+    a question that comes twice is never on both sides.
+    """
+
+    def fixed_order(question: str) -> bytes:
+        return hashlib.sha256(question.encode(errors="surrogatepass")).digest()
+
+    shuffled = sorted(set(questions), key=fixed_order)
+    return set(shuffled[: min(size, max(1, round(len(shuffled) / 10)))])
+
+
+def _with_steps(solutions: Sequence[Solution]) -> LoadedSplit:
+    problems: list[Problem] = []
+    notes: Counter[str] = Counter()
+    for question, rationale, answer in solutions:
+        steps, malformed = parse_steps(rationale)
+        problems.append(Problem(question, steps, rationale, answer))
+        notes["malformed step kept as text"] += len(malformed)
+        notes["step whose result is rounded or wrong"] += sum(not step.is_correct() for step in steps)
+        notes["problem without a step"] += not steps
+        notes["answer that is not a number"] += parse_number(answer) is None
+    return LoadedSplit(problems, +notes)  # the plus leaves out what was counted zero times
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path]]:
+    """The files of each split that lie in `folder` itself; shards in order."""
+    found: dict[Split, dict[tuple[str, str, str], list[Path]]] = {}  # the files of a split by (name, count, suffix)
+    for file in sorted(folder.iterdir()):
+        match = _SPLIT_FILE.fullmatch(file.name)
+        if match and match["suffix"] in suffixes and file.is_file():
+            series = (match["name"], match["count"] or "1", match["suffix"])
+            found.setdefault(_SPLIT_OF_NAME[match["name"]], {}).setdefault(series, []).append(file)
+    for split, all_series in found.items():
+        names = ", ".join(file.name for files in all_series.values() for file in files)
+        if len(all_series) > 1:
+            raise UserError(f"{folder}: {names} are all {split} data; keep one, or name a single file as data.path")
+        [((_, count, _), files)] = all_series.items()
+        if len(files) != int(count):
+            raise UserError(f"{folder}: {len(files)} of {int(count)} {split} files are there ({names}); all are needed")
+    return {split: files for split, all_series in found.items() for files in all_series.values()}
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text file; blank ones at its end are left out.
+
+    Lines end at "\\n" only. `str.splitlines` also splits at characters such as U+2028, which stands inside a question
+    of GSM8K.
+    """
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    try:
+        text = data.decode("utf-8-sig").rstrip()  # -sig: without the byte order mark that some editors put in front
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line}: not UTF-8 text (byte {data[error.start]:#04x}); save it as UTF-8") from None
+    return [line.rstrip("\r") for line in text.split("\n")] if text else []
+
+
+def _read_text(file: Path, shape: str) -> list[Row]:
+    return [Row(line, f"{file}:{number}") for number, line in enumerate(_lines(file), start=1)]
+
+
+def _read_jsonl(file: Path, shape: str) -> list[Row]:
+    lines = enumerate(_lines(file), start=1)
+    return [Row(_json(line, file, number, shape), f"{file}:{number}") for number, line in lines]
+
+
+def _read_json(file: Path, shape: str) -> list[Row]:
+    """One JSON list of rows; or a row a line, as some name their JSONL files `.json`."""
+    text = "\n".join(_lines(file))
+    if not text.lstrip().startswith("["):
+        return _read_jsonl(file, shape)
+    values = cast(list[object], _json(text, file, 1, shape))
+    return [Row(value, f"{file} row {number}") for number, value in enumerate(values, start=1)]
+
+
+def _json(text: str, file: Path, first_line: int, shape: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where, what = f"{file}:{first_line + error.lineno - 1}", f"{error.msg}, column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        where, what = f"{file}:{first_line}", str(error)
+    raise UserError(f"{where}: not valid JSON ({what}); every row must be {shape}")
+
+
+def _read_parquet(file: Path, shape: str) -> list[Row]:
+    import pyarrow  # comes with `datasets`; only here, as it takes a while to import
+    import pyarrow.parquet
+
+    try:
+        values = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: not a parquet file that can be read ({reason}); every row must be {shape}") from None
+    return [Row(value, f"{file} row {number}") for number, value in enumerate(values, start=1)]
+
+
+def _hub_rows(table: "datasets.Dataset", where: str) -> Iterator[Row]:
+    for number, value in enumerate(table.to_list(), start=1):
+        yield Row(value, f"{where} row {number}")
+
+
+_READERS: dict[str, Callable[[Path, str], list[Row]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a truth value"
+    if isinstance(value, int | float):
+        return "a number"
+    return {str: "a text", list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,286 @@
+"""Tokens: tiktoken encodings with the project's special tokens.
+
+Two are offered. `default_tokenizer` is a small byte-level BPE whose ranks file is shipped, so that nothing is
+downloaded; `gpt2_tokenizer` is tiktoken's GPT-2 encoding. Both end in the same four special tokens.
+
+The shipped ranks are regenerated, byte for byte, by this command (with GSM8K's files in the folder named last):
+
+    python -m simcot_latent.data.train_tokenizer --out simcot_latent/data/ranks/default.tiktoken \
+        --arithmetic 20000 --gsm8k ../shared/data/gsm8k
+"""
+
+import base64
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import tiktoken
+
+from simcot_latent.errors import UserError
+
+BOT = "<|bot|>"  # the thoughts begin
+EOT = "<|eot|>"  # the thoughts end, the answer begins
+END = "<|end|>"  # the text ends
+PAD = "<|pad|>"
+SPECIAL_TOKENS = (BOT, EOT, END, PAD)
+
+# Where the default tokenizer cuts text; BPE joins bytes inside a piece only. Every character is in exactly one piece.
+# Digits, operators and blanks stand alone, so a number or an operator is the same tokens wherever it stands. There is
+# no lookahead: over a very long run of blanks, GPT-2's `\s+(?!\S)` overflows the regular expression engine's stack.
+PATTERN = (
+    r"<<|>>|####"  # the marks of the data, one token each
+    r"| ?[\p{L}\p{M}]+"  # a word, with the space before it
+    r"|[\s\S]"  # any other character, alone
+)
+
+_RANKS_FILE = "ranks.tiktoken"
+_CONFIG_FILE = "tokenizer.json"
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Tokenizer:
+    """A tiktoken encoding together with what it takes to save it, and spans of text mapped to tokens.
+
+    Attributes:
+        name: what it is called in reports and in its folder.
+        encoding: the `tiktoken.Encoding` behind it.
+        bot_id, eot_id, end_id, pad_id: ids of the special tokens.
+        n_vocab: number of ids; every id from 0 to n_vocab - 1 is a token.
+    """
+
+    def __init__(self, name: str, pattern: str, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> None:
+        """
+        Args:
+            name: see the class.
+            pattern: regular expression (tiktoken's dialect) of the pieces that tokens never cross.
+            ranks: a token's bytes to its id; ids are merge priorities.
+            special_tokens: a special token's text to its id; `SPECIAL_TOKENS` are among them.
+
+        Raises:
+            UserError: the ranks lack a single byte, the ids are not 0, 1, 2, ..., a token of `SPECIAL_TOKENS` is
+                missing, or the pattern is no regular expression.
+        """
+        if missing := [token for token in SPECIAL_TOKENS if token not in special_tokens]:
+            raise UserError(f"special tokens lack {', '.join(missing)}")
+        if any(bytes([byte]) not in ranks for byte in range(256)):
+            raise UserError("ranks must hold each of the 256 single bytes")
+        # Specials decode to nothing, which is all that `decode` and the spans need to know of them.
+        token_bytes = {rank: token for token, rank in ranks.items()} | dict.fromkeys(special_tokens.values(), b"")
+        n_vocab = len(ranks) + len(special_tokens)
+        if sorted(token_bytes) != list(range(n_vocab)):
+            raise UserError(f"ids of the ranks and special tokens together must be 0 to {n_vocab - 1}, each once")
+        try:
+            self.encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=dict(special_tokens)
+            )
+        except ValueError as error:
+            raise UserError(f"pattern is not a regular expression: {' '.join(str(error).split())}") from error
+        self.name = name
+        self.n_vocab = n_vocab
+        self.bot_id, self.eot_id, self.end_id, self.pad_id = (special_tokens[token] for token in SPECIAL_TOKENS)
+        self._pattern = pattern
+        self._ranks = dict(ranks)
+        self._special_tokens = dict(special_tokens)
+        self._bytes = [token_bytes[i] for i in range(n_vocab)]
+        self._lengths = [len(token) for token in self._bytes]
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}, n_vocab={self.n_vocab})"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, never a special one: text that spells a special token is ordinary text.
+
+        A lone surrogate, which no UTF-8 text can hold, is read as U+FFFD.
+        """
+        return self.encoding.encode_ordinary(valid_text(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens left out; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            IndexError: an id is not in the vocabulary.
+        """
+        return b"".join(self._token_bytes(ids)).decode("utf-8", errors="replace")
+
+    def token_spans(self, ids: Iterable[int]) -> list[tuple[int, int]]:
+        """Where each token lies in `decode(ids)`, as character offsets (start, end).
+
+        A token that holds only part of a character spans the whole of it, so the spans of neighbours may overlap;
+        a special token's span is empty.
+
+        Raises:
+            IndexError: an id is not in the vocabulary.
+        """
+        tokens = self._token_bytes(ids)
+        starts = _character_starts(b"".join(tokens))
+        spans: list[tuple[int, int]] = []
+        begin = 0
+        for token in tokens:
+            end = begin + len(token)
+            last = bisect_left(starts, end)  # characters that start before the token's end
+            first = bisect_right(starts, begin) - 1 if token else last
+            spans.append((first, last))
+            begin = end
+        return spans
+
+    def encode_with_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Token ids of `text`, and for each whether any of its characters lies inside one of `spans`.
+
+        Args:
+            text: encoded as by `encode`.
+            spans: character offsets (start, end) in `text`, in any order; an empty span holds no token.
+
+        Raises:
+            ValueError: a span does not lie in the text.
+        """
+        text = valid_text(text)
+        ids = self.encoding.encode_ordinary(text)
+        # Tokens cut the text's bytes, so a running sum of their lengths says which bytes each one holds.
+        ends = list(accumulate(map(self._lengths.__getitem__, ids)))
+        in_span = [False] * len(ids)
+        for start, end in spans:
+            if not 0 <= start <= end <= len(text):
+                raise ValueError(f"span ({start}, {end}) does not lie in a text of {len(text)} characters")
+            if start == end:
+                continue
+            if not text.isascii():
+                start, end = len(text[:start].encode()), len(text[:end].encode())
+            first = bisect_right(ends, start)  # the first token that ends after the span's start
+            last = bisect_left(ends, end)  # the token that reaches the span's end
+            in_span[first : last + 1] = [True] * (last + 1 - first)
+        return ids, in_span
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `ranks.tiktoken` and `tokenizer.json` into `folder`, from which `load` reads them with no network."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_ranks(folder / _RANKS_FILE, self._ranks)
+        config = {"name": self.name, "pattern": self._pattern, "special_tokens": self._special_tokens}
+        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """The tokenizer that `save` wrote into `folder`.
+
+        Raises:
+            UserError: a file is missing or broken; the message names it.
+        """
+        config_file, ranks_file = Path(folder) / _CONFIG_FILE, Path(folder) / _RANKS_FILE
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{config_file}: cannot read the tokenizer: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{config_file}: not JSON: {error}") from error
+        match config:
+            case {"name": str(name), "pattern": str(pattern), "special_tokens": dict(special_tokens)} if all(
+                type(i) is int for i in special_tokens.values()
+            ):
+                pass
+            case _:
+                raise UserError(f"{config_file}: needs name and pattern (text) and special_tokens (text to id)")
+        ranks = read_ranks(ranks_file)
+        try:
+            return cls(name, pattern, ranks, special_tokens)
+        except UserError as error:
+            raise UserError(f"{config_file} with {ranks_file.name}: {error}") from error
+
+    def _token_bytes(self, ids: Iterable[int]) -> list[bytes]:
+        ids = list(ids)
+        for i in ids:
+            if not 0 <= i < self.n_vocab:  # a negative index would find a token, the wrong one
+                raise IndexError(f"token id {i} is not in 0 to {self.n_vocab - 1}")
+        return [self._bytes[i] for i in ids]
+
+
+def default_tokenizer(ranks: str | Path | None = None) -> Tokenizer:
+    """Our byte-level BPE: 4096 tokens, digits single, `<<`, `>>`, `####` and every operator a token of its own.
+
+    Args:
+        ranks: a ranks file that `simcot_latent.data.train_tokenizer` wrote, in place of the shipped one.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    file = Path(ranks) if ranks is not None else Path(__file__).parent / "ranks" / "default.tiktoken"
+    table = read_ranks(file)
+    try:
+        return Tokenizer(file.stem, PATTERN, table, _after(table.values()))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    """tiktoken's GPT-2 encoding (50,257 ids) with the special tokens after `<|endoftext|>`: 50257 to 50260.
+
+    Raises:
+        UserError: tiktoken neither has its files nor can download them.
+    """
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # no network; a download that is not the file
+        raise UserError(
+            "tokenizer=gpt2: tiktoken cannot get its gpt2 files; set TIKTOKEN_CACHE_DIR to a folder that holds them, "
+            "or use tokenizer=default, which downloads nothing"
+        ) from error
+    # These private fields are how tiktoken's own documentation extends an encoding.
+    special_tokens = gpt2._special_tokens | _after([gpt2.max_token_value])
+    return Tokenizer("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, special_tokens)
+
+
+def read_ranks(file: str | Path) -> dict[bytes, int]:
+    """Ranks in tiktoken's format: a line a token, its bytes in base64, a space, its rank.
+
+    Raises:
+        UserError: the file is missing, or a line of it is broken; the message names both.
+    """
+    ranks: dict[bytes, int] = {}
+    try:
+        lines = Path(file).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the ranks: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: not a token in base64, a space and its rank") from error
+        if len(ranks) < number:
+            raise UserError(f"{file}, line {number}: the token is there twice")
+    return ranks
+
+
+def write_ranks(file: str | Path, ranks: Mapping[bytes, int]) -> None:
+    """Writes what `read_ranks` reads, in the order of the ranks."""
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda r: r[1])]
+    Path(file).write_bytes(b"".join(lines))
+
+
+def valid_text(text: str) -> str:
+    """`text` with U+FFFD for each lone surrogate: one character for one, so that offsets hold."""
+    return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
+
+
+def _after(ids: Iterable[int]) -> dict[str, int]:
+    """The special tokens with the ids after the last of `ids`."""
+    return {token: i for i, token in enumerate(SPECIAL_TOKENS, start=max(ids, default=-1) + 1)}
+
+
+def _character_starts(data: bytes) -> list[int]:
+    """The byte at which each character of `data.decode("utf-8", errors="replace")` starts."""
+    starts: list[int] = []
+    begin = 0
+    while begin < len(data):
+        try:
+            data[begin:].decode()
+            valid_end = bad_end = len(data)
+        except UnicodeDecodeError as error:  # bytes start to end are the ones that become one U+FFFD
+            valid_end, bad_end = begin + error.start, begin + error.end
+        starts += [i for i in range(begin, valid_end) if data[i] & 0xC0 != 0x80]  # not a continuation byte
+        if valid_end < bad_end:
+            starts.append(valid_end)
+        begin = bad_end
+    return starts

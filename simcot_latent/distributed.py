@@ -1,0 +1,118 @@
+"""Where this process runs: rank and world under torchrun, device, number format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simcot_latent.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank 0 is the one that reports and writes."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums of float32 CPU or device tensors over all ranks, in one message; every rank has the same keys."""
+        if self.world == 1 or not values:
+            return values
+        flat = torch.cat([value.reshape(-1) for value in values.values()])
+        dist.all_reduce(flat)
+        parts = flat.split([value.numel() for value in values.values()])
+        return {key: part.view(value.shape) for (key, value), part in zip(values.items(), parts, strict=True)}
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def ranks_on(device: torch.device) -> Iterator[Ranks]:
+    """Joins the other ranks of a torchrun (gloo on CPUs, NCCL on GPUs); alone where there is none."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield Ranks(dist.get_rank(), world)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one; under torchrun every rank takes the GPU of its local rank.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name}: must be auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        if index >= count:
+            raise UserError(f"device={name}: this machine has {count} CUDA devices; use device=cpu or device=auto")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: this machine has none; use device=cpu or device=auto")
+    if device.type not in ("cpu", "mps"):
+        raise UserError(f"device={name}: must be auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Number format of matrix products: `auto` is bfloat16 where the hardware has it, else float32.
+
+    Weights, their updates, norms, softmax and losses stay in float32 either way (autocast).
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which a model of float32 weights computes in `dtype`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -1,0 +1,237 @@
+"""Thoughts into text: what each thought says, whether that is right, and how sure the decoder is.
+
+Command: python -m simcot_latent.probe ckpt=DIR question="..."     (or data=... limit=N)
+Python:  think, decode_steps, probe_problems
+
+Shapes: B questions, K thoughts, G step groups, C thoughts a group, N = B * G, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import hydra
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from omegaconf import DictConfig
+from rich.table import Table
+from torch import Tensor
+
+from simcot_latent import cli
+from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder
+from simcot_latent.data.batch import pad_right
+from simcot_latent.data.format import align_steps
+from simcot_latent.data.problem import Problem, same_number
+from simcot_latent.distributed import autocast, pick_device, pick_dtype
+from simcot_latent.errors import UserError
+from simcot_latent.generate import encode_prompts, generate_all, think_about
+from simcot_latent.logs import make_console, track
+from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
+from simcot_latent.model.thoughts import Thoughts
+
+MAX_STEP_TOKENS = 128
+"""Where free-running decoding of a group gives up; merged steps of GSM8K stay under it."""
+
+
+@dataclass(frozen=True)
+class GroupProbe:
+    """One step group of one question.
+
+    Attributes:
+        decoded: what its thoughts decode to, free-running.
+        right: whether that is arithmetically right; None where it holds no step.
+        probability: what the decoder gives to the whole of it.
+        gold: what it was to say; None where nothing was taught or there is no gold solution.
+        exact, operators, operands, result: `decoded` against `gold`, see `StepScore`.
+        forced_token_accuracy: share of gold tokens that are most likely after the gold tokens before them.
+        gold_probability: what the decoder gives to the whole of `gold`.
+    """
+
+    decoded: str
+    right: bool | None
+    probability: float
+    gold: str | None = None
+    exact: bool | None = None
+    operators: bool | None = None
+    operands: bool | None = None
+    result: bool | None = None
+    forced_token_accuracy: float | None = None
+    gold_probability: float | None = None
+
+
+@dataclass(frozen=True)
+class QuestionProbe:
+    """A question, its groups, the model's answer and the gold one."""
+
+    question: str
+    groups: list[GroupProbe]
+    answer: str
+    gold_answer: str | None = None
+
+
+@torch.no_grad()
+def think(checkpoint: Checkpoint, questions: Sequence[str]) -> Thoughts:
+    """The thoughts about some questions, as one batch: `.latents` is (B, K, D).
+
+    Raises:
+        UserError: the model does not think, or a question is empty or does not fit the context.
+    """
+    model, thoughts = checkpoint.model, checkpoint.thoughts
+    if thoughts.n_latents == 0:
+        raise UserError(f"{checkpoint.path}: this model writes its steps and has no thoughts; use one of mode=latent")
+    prompts = encode_prompts(model, checkpoint.tokenizer, thoughts, questions)
+    return think_about(model, checkpoint.tokenizer, thoughts, prompts)
+
+
+def decode_steps(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[list[str]]:
+    """What thoughts say: for each question one string a step group, free-running.
+
+    Args:
+        thoughts: from `think`, or latents (B, K, D) of your own.
+
+    Raises:
+        UserError: the checkpoint has no decoder.
+    """
+    return [[text for text, _ in groups] for groups in decode_groups(checkpoint, thoughts)]
+
+
+def decode_groups(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[list[tuple[str, float]]]:
+    """As `decode_steps`, each text with its probability."""
+    decoder, tokenizer = require_decoder(checkpoint), checkpoint.tokenizer
+    latents_BKD = thoughts if isinstance(thoughts, Tensor) else thoughts.latents
+    prefix_NCD = group_prefix(checkpoint, latents_BKD)
+    ids, probabilities = decoder.decode(prefix_NCD, tokenizer.end_id, MAX_STEP_TOKENS)
+    decoded = list(zip(map(tokenizer.decode, ids), probabilities, strict=True))
+    G = checkpoint.thoughts.groups
+    return [decoded[i : i + G] for i in range(0, len(decoded), G)]
+
+
+def group_prefix(checkpoint: Checkpoint, latents_BKD: Tensor) -> Tensor:
+    """Thoughts cut into the step groups that the decoder reads, (N, C, D)."""
+    return rearrange(latents_BKD, "b (g c) d -> (b g) c d", c=checkpoint.thoughts.latents_per_step)
+
+
+def probe_questions(checkpoint: Checkpoint, questions: Sequence[str]) -> list[QuestionProbe]:
+    """Questions without gold solutions: what their thoughts say, and the answers."""
+    decoded = decode_groups(checkpoint, think(checkpoint, questions))
+    answers = generate_all(checkpoint, questions, batch_size=len(questions))
+    return [
+        QuestionProbe(question, [GroupProbe(text, steps_are_right(text), p) for text, p in groups], generation.answer)
+        for question, groups, generation in zip(questions, decoded, answers, strict=True)
+    ]
+
+
+def probe_problems(checkpoint: Checkpoint, problems: Sequence[Problem]) -> list[QuestionProbe]:
+    """Problems with gold solutions, as one batch: as `probe_questions`, and each group against its gold steps."""
+    latents_BKD = think(checkpoint, [problem.question for problem in problems]).latents
+    decoded = decode_groups(checkpoint, latents_BKD)
+    answers = generate_all(checkpoint, [problem.question for problem in problems], batch_size=len(problems))
+    gold = [gold_groups(checkpoint, problem) for problem in problems]
+    forced = teacher_forced(checkpoint, latents_BKD, [text for groups in gold for text in groups])
+    G = checkpoint.thoughts.groups
+    return [
+        QuestionProbe(
+            problem.question,
+            [
+                score_group(text, p, gold[row][g], forced[row * G + g])
+                for g, (text, p) in enumerate(decoded[row])
+            ],
+            answers[row].answer,
+            problem.answer,
+        )
+        for row, problem in enumerate(problems)
+    ]
+
+
+def score_group(text: str, probability: float, gold: str | None, forced: tuple[float, float] | None) -> GroupProbe:
+    if gold is None or forced is None:
+        return GroupProbe(text, steps_are_right(text), probability)
+    score = score_steps(text, gold)
+    return GroupProbe(text, steps_are_right(text), probability, gold, **asdict(score),
+                      forced_token_accuracy=forced[0], gold_probability=forced[1])  # fmt: skip
+
+
+def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
+    """What each group of a problem was taught to say, as text."""
+    latent = checkpoint.config["latent"]
+    aligned = align_steps(
+        [step.text for step in problem.steps],
+        f"#### {problem.answer}",
+        checkpoint.thoughts.groups,
+        surplus=latent["surplus"],
+        missing=latent["missing"],
+    )
+    return [None if group is None else "\n".join(group) for group in aligned]
+
+
+@torch.no_grad()
+def teacher_forced(
+    checkpoint: Checkpoint, latents_BKD: Tensor, gold: Sequence[str | None]
+) -> list[tuple[float, float] | None]:
+    """Token accuracy and probability of gold texts, one a group (None: no gold), end token included."""
+    decoder, tokenizer = require_decoder(checkpoint), checkpoint.tokenizer
+    taught = [i for i, text in enumerate(gold) if text is not None]
+    results: list[tuple[float, float] | None] = [None] * len(gold)
+    if not taught:
+        return results
+    ids_NL, mask_NL = pad_right([[*tokenizer.encode(gold[i] or ""), tokenizer.end_id] for i in taught], tokenizer.pad_id)
+    ids_NL, mask_NL = ids_NL.to(latents_BKD.device), mask_NL.to(latents_BKD.device)
+    logits_NLV = decoder.logits(decoder(group_prefix(checkpoint, latents_BKD)[taught], ids_NL))
+    loss_NL = F.cross_entropy(logits_NLV.transpose(1, 2), ids_NL, reduction="none")
+    correct_N = ((logits_NLV.argmax(-1) == ids_NL) & mask_NL).sum(1) / mask_NL.sum(1)
+    probability_N = (-(loss_NL * mask_NL).sum(1)).exp()
+    for i, accuracy, probability in zip(taught, correct_N.tolist(), probability_N.tolist(), strict=True):
+        results[i] = (accuracy, probability)
+    return results
+
+
+def summarise(probes: Sequence[QuestionProbe]) -> dict[str, Any]:
+    """Step scores over all taught groups, and by step index (the first step is 1); answers alongside."""
+    scored = [(i, g) for probe in probes for i, g in enumerate(probe.groups, start=1) if g.gold is not None]
+    indices = sorted({i for i, _ in scored})
+    summary: dict[str, Any] = {"n": len(probes), "all": summarise_groups([g for _, g in scored])}
+    summary["by_step"] = {str(i): summarise_groups([g for j, g in scored if i == j]) for i in indices}
+    correct = sum(same_number(probe.answer, probe.gold_answer) for probe in probes)
+    summary["accuracy"] = correct / len(probes)
+    summary["ci95"] = list(wilson_interval(correct, len(probes)))
+    return summary
+
+
+def summarise_groups(groups: Sequence[GroupProbe]) -> dict[str, Any]:
+    """Means over groups that have gold steps."""
+    n = len(groups)
+    if n == 0:
+        return {"n": 0}
+    exact = sum(bool(g.exact) for g in groups)
+    return {
+        "n": n,
+        "exact": exact / n,
+        "exact_ci95": list(wilson_interval(exact, n)),
+        "operators": sum(bool(g.operators) for g in groups) / n,
+        "operands": sum(bool(g.operands) for g in groups) / n,
+        "result": sum(bool(g.result) for g in groups) / n,
+        "right": sum(g.right is True for g in groups) / n,
+        "probability": sum(g.probability for g in groups) / n,
+        "forced_token_accuracy": sum(g.forced_token_accuracy or 0.0 for g in groups) / n,
+        "gold_probability": sum(g.gold_probability or 0.0 for g in groups) / n,
+    }
+
+
+def probe_table(probes: Sequence[QuestionProbe]) -> Table:
+    """A row a step group, a block a question."""
+    with_gold = any(probe.gold_answer is not None for probe in probes)
+    table = Table("question", "thought", "decoded step", "right", "probability", *(["gold"] if with_gold else []))
+    table.columns[0].max_width = 60
+    for probe in probes:
+        for i, group in enumerate(probe.groups, start=1):
+            right = {True: "yes", False: "no", None: "-"}[group.right]
+            cells = [probe.question if i == 1 else "", str(i), group.decoded, right, f"{group.probability:.3f}"]
+            table.add_row(*cells, *([group.gold or "-"] if with_gold else []))
+        right = "yes" if same_number(probe.answer, probe.gold_answer) else "no"
+        gold = [f"#### {probe.gold_answer}"] if with_gold else []
+        table.add_row("", "answer", probe.answer or "(none)", right if with_gold else "", "", *gold, end_section=True)
+    return table

@@ -1,0 +1,516 @@
+"""python -m simcot_latent.train: the training loop and its command line."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from simcot_latent import cli
+from simcot_latent.checkpoint import (
+    LATEST,
+    Checkpoint,
+    TrainerState,
+    find_checkpoint,
+    load_checkpoint,
+    load_trainer_state,
+    save_checkpoint,
+)
+from simcot_latent.config import RunConfig, as_plain, parse
+from simcot_latent.data.batch import BatchOrder, by_length, micro_batches, to_device
+from simcot_latent.data.format import Example
+from simcot_latent.data.problem import Problem, same_number
+from simcot_latent.data.sources import LoadedSplit, Source, Split
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
+from simcot_latent.errors import UserError
+from simcot_latent.generate import encode_prompts, generate, think_about
+from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
+from simcot_latent.metrics import wilson_interval
+from simcot_latent.model.gpt import GPT, GPTConfig
+from simcot_latent.model.thoughts import geometry
+from simcot_latent.objectives.base import Objective
+from simcot_latent.probe import probe_problems, probe_table
+
+# Thoughts have collapsed into one another when they lie this much closer together than they are long. Published: a
+# healthy model has 28.3 against a norm of its own scale, a collapsed one 4.2 (https://arxiv.org/abs/2509.20317).
+COLLAPSE_RATIO = 0.1
+
+
+@dataclass
+class Job:
+    """All that stays the same during a run."""
+
+    run: RunConfig
+    raw: dict[str, Any]
+    out_dir: Path
+    device: torch.device
+    dtype: torch.dtype
+    ranks: Ranks
+    console: Console
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM, kept until the step is done; a second one kills at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def main(raw: DictConfig) -> None:
+    """Trains as the composed configuration says."""
+    run, sections = parse(raw)
+    device = pick_device(run.device)
+    with ranks_on(device) as ranks:
+        console = make_console(ranks.is_main)
+        out_dir = Path(ranks.from_main(str(choose_out_dir(run))))
+        job = Job(run, as_plain(raw), out_dir, device, pick_dtype(run.dtype, device), ranks, console)
+        torch.manual_seed(run.seed)
+
+        tokenizer: Tokenizer = hydra.utils.instantiate(raw.tokenizer)
+        source: Source = hydra.utils.instantiate(raw.data)
+        train_split = load_split(source, "train", console)
+        validation_split = load_split(source, "validation", console)
+        model = make_model(run, tokenizer)
+        objective: Objective = hydra.utils.get_class(run.objective)(model, tokenizer, run, sections)
+        objective.to(device)
+        examples = encode_all(objective, train_split.problems, "train", job)
+        validation = encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job)
+        Trainer(job, objective, examples, validation, validation_split.problems[: run.eval_examples]).train()
+
+
+class Trainer:
+    """One run: steps, evaluations, checkpoints.
+
+    Args:
+        job: what stays the same.
+        objective: what is trained, on its device.
+        examples: training examples.
+        validation: held-out examples, and `problems` they were made from.
+    """
+
+    def __init__(
+        self, job: Job, objective: Objective, examples: list[Example], validation: list[Example], problems: list[Problem]
+    ) -> None:
+        run = self.run = job.run
+        self.job, self.ranks, self.console = job, job.ranks, job.console
+        self.objective, self.examples, self.validation, self.problems = objective, examples, validation, problems
+        if run.target_examples_per_step < job.ranks.world:
+            raise UserError(
+                f"target_examples_per_step={run.target_examples_per_step}: must be at least the {job.ranks.world} ranks"
+            )
+        self.order = BatchOrder([e.length for e in examples], run.target_examples_per_step, run.seed)
+        steps_of_epochs = math.ceil(run.num_epochs * len(examples) / run.target_examples_per_step)
+        self.num_steps = steps_of_epochs if run.num_iterations == -1 else run.num_iterations
+        self.optimizer = make_optimizer(objective, run)
+        self.step = 0
+        if run.resume:
+            self.restore()
+        self.module: nn.Module = objective
+        if job.ranks.world > 1:
+            # A decoder takes no part in the stages that have no thoughts yet.
+            self.module = DistributedDataParallel(
+                objective, find_unused_parameters=objective.step_decoder is not None
+            )
+        self.warned_weights = False
+        self.last_evaluation: dict[str, float] = {}
+
+    def train(self) -> None:
+        """Trains to the end, or to a signal; either way the last thing is a checkpoint."""
+        run, job = self.run, self.job
+        if self.ranks.is_main:
+            job.out_dir.mkdir(parents=True, exist_ok=True)
+        log = RunLog(job.out_dir, self.ranks.is_main, self.step, run.run, run.wandb_project, job.raw)
+        stop = StopSignal()
+        self.announce()
+        began, began_step = time.perf_counter(), self.step
+        interval = Interval()
+        with make_progress(self.console) as progress:
+            bar = progress.add_task(run.mode, total=self.num_steps, completed=self.step)
+            while self.step < self.num_steps:
+                shares, totals, grad_norm, stopping = self.train_step(stop)
+                self.step += 1
+                interval.add(totals)
+                progress.update(bar, completed=self.step)
+                last = self.step == self.num_steps
+                if self.step % run.log_every == 0 or last or self.step == 1:
+                    self.log_step(log, shares, totals, grad_norm, interval)
+                    interval = Interval()
+                if stopping:
+                    break
+                if last or (run.eval_every != -1 and self.step % run.eval_every == 0):
+                    self.last_evaluation = self.evaluate(show=not last)
+                    log.write(self.step, self.last_evaluation)
+                    interval = Interval()
+                if not last and run.checkpoint_every != -1 and self.step % run.checkpoint_every == 0:
+                    self.save()
+                    interval = Interval()
+        seconds = time.perf_counter() - began
+        folder = self.save()
+        log.close()
+        if self.step < self.num_steps:
+            self.console.print(
+                f"stopped by a signal at step {self.step}; go on with resume=true out_dir={job.out_dir}", markup=False
+            )
+            raise SystemExit(128 + (stop.received or signal.SIGTERM))
+        if self.ranks.is_main:
+            self.console.print(f"{self.step - began_step} steps in {seconds:.0f} s; checkpoint {folder}", markup=False)
+            self.report()
+        self.ranks.barrier()
+
+    def train_step(self, stop: StopSignal) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, bool]:
+        """One optimizer step: shares and totals of the whole step, gradient norm, and whether any rank was told to stop."""
+        run, job, ranks = self.run, self.job, self.ranks
+        progress = self.step / self.num_steps
+        thoughts = self.objective.thoughts_at(progress)
+        if self.step and thoughts != self.objective.thoughts_at((self.step - 1) / self.num_steps):
+            self.begin_stage()
+        indices = micro_batches(self.order.batch(self.step), run.device_batch_size, ranks.rank, ranks.world)
+        batches = [self.objective.collate([self.examples[i] for i in piece], thoughts) for piece in indices]
+        totals = add_up([batch.totals for batch in batches]) | {"stop": torch.tensor(float(stop.received is not None))}
+        totals = ranks.sum({key: value.to(job.device) for key, value in totals.items()})
+        stopping = bool(totals.pop("stop") > 0)
+        learning_rate = run.learning_rate * lr_multiplier(run, self.step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        pieces: list[dict[str, Tensor]] = []
+        for i, batch in enumerate(batches):
+            synchronise = i == len(batches) - 1 or not isinstance(self.module, DistributedDataParallel)
+            with nullcontext() if synchronise else self.module.no_sync():  # type: ignore[union-attr, operator]
+                with autocast(job.device, job.dtype):
+                    shares = self.module(to_device(batch, job.device), totals)
+                # DDP averages gradients over ranks; shares add up.
+                (shares["loss"] * ranks.world).backward()
+            pieces.append({key: value.detach() for key, value in shares.items()})
+        grad_norm = nn.utils.clip_grad_norm_(self.objective.parameters(), run.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return add_up(pieces), totals, grad_norm, stopping
+
+    def begin_stage(self) -> None:
+        thoughts = self.objective.thoughts_at(self.step / self.num_steps)
+        self.console.print(f"step {self.step:05d} | stage: {thoughts.n_latents} thoughts", markup=False)
+        latent = getattr(self.objective.config, "latent", None)
+        if latent is not None and latent.reset_optimizer:
+            self.optimizer = make_optimizer(self.objective, self.run)
+
+    def log_step(
+        self, log: RunLog, shares: dict[str, Tensor], totals: dict[str, Tensor], grad_norm: Tensor, interval: Interval
+    ) -> None:
+        """Writes a step's metrics, over all ranks, and its line on the console."""
+        run = self.run
+        values = {key: value.item() for key, value in self.ranks.sum(shares).items()}
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"loss is {values['loss']} at step {self.step}: training is unstable; lower learning_rate "
+                f"(now {run.learning_rate:g}) or max_grad_norm, or raise warmup_ratio"
+            )
+        lrm = lr_multiplier(run, self.step - 1, self.num_steps)
+        metrics = values | {
+            "num_tokens": totals["tokens"].item(),
+            "weighted_tokens": totals["weights"].item(),
+            "lrm": lrm,
+            "lr": run.learning_rate * lrm,
+            "grad_norm": grad_norm.item(),
+            "tokens_per_s": interval.tokens_per_s(),
+            "padding": 1 - (totals["real_positions"] / totals["positions"]).item(),
+            "n_latents": self.objective.thoughts_at((self.step - 1) / self.num_steps).n_latents,
+        }
+        log.write(self.step, metrics)
+        parts = [f"step {self.step:05d}/{self.num_steps:05d}", f"loss {values['loss']:.3f}"]
+        parts += [f"{name.removesuffix('_loss')} {values[name]:.3f}" for name in sorted(values) if name.endswith("_loss")]
+        parts += [f"lrm {lrm:.2f}", f"tokens {metrics['num_tokens']:.0f}", f"weighted {metrics['weighted_tokens']:.1f}"]
+        if "step_accuracy" in values:
+            parts.append(f"step_acc {values['step_accuracy']:.2f}")
+        parts += [f"grad {metrics['grad_norm']:.2f}", f"tok/s {metrics['tokens_per_s']:.0f}"]
+        self.console.print(" | ".join(parts), markup=False)
+        same = metrics["num_tokens"] == metrics["weighted_tokens"]
+        written = self.objective.thoughts_at((self.step - 1) / self.num_steps).n_latents == 0
+        if written and same and run.step_weight_multiplier != 1.0 and not self.warned_weights:
+            self.warned_weights = True
+            warn(self.console, f"step_weight_multiplier={run.step_weight_multiplier} but no token of this step was "
+                 "weighed: the solutions hold no <<..>> steps, so this is plain fine-tuning")  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate(self, show: bool) -> dict[str, float]:
+        """Held-out losses, answers and thought geometry, of the stage that training is in; all ranks take part."""
+        run, job, ranks, objective = self.run, self.job, self.ranks, self.objective
+        objective.eval()
+        thoughts = objective.thoughts_at((self.step - 1) / self.num_steps)
+        mine = list(range(ranks.rank, len(self.validation), ranks.world))
+        plan = by_length([self.validation[i].length for i in mine], run.eval_batch_size)
+        plan = [[mine[i] for i in batch] for batch in plan]
+        batches = [objective.collate([self.validation[i] for i in batch], thoughts) for batch in plan]
+        totals = {k: v.to(job.device) for k, v in add_up([batch.totals for batch in batches]).items()}
+        totals = ranks.sum(totals)
+        with autocast(job.device, job.dtype):
+            shares = ranks.sum(add_up([objective(to_device(batch, job.device), totals) for batch in batches]))
+            counts = Counter[str]()
+            thoughts_seen: list[Tensor] = []
+            for batch in plan:
+                problems = [self.problems[i] for i in batch]
+                generations = generate(objective.model, objective.tokenizer, thoughts, [p.question for p in problems], run.max_new_tokens)
+                counts["correct"] += sum(same_number(g.answer, p.answer) for g, p in zip(generations, problems, strict=True))
+                if thoughts.n_latents and not thoughts_seen:
+                    prompts = encode_prompts(objective.model, objective.tokenizer, thoughts, [p.question for p in problems])
+                    thoughts_seen.append(think_about(objective.model, objective.tokenizer, thoughts, prompts).latents)
+        objective.train()
+        correct = ranks.sum({"correct": torch.tensor(float(counts["correct"]), device=job.device)})["correct"].item()
+        metrics = {f"val_{key}": value.item() for key, value in shares.items()}
+        metrics["val_accuracy"] = correct / len(self.validation)
+        if thoughts_seen:
+            metrics |= geometry(thoughts_seen[0], objective.model.embedding.weight)
+            if metrics["thought_distance"] < COLLAPSE_RATIO * metrics["thought_norm"]:
+                warn(self.console, f"thoughts have collapsed: their mean distance {metrics['thought_distance']:.2f} is "
+                     f"under {COLLAPSE_RATIO} of their norm {metrics['thought_norm']:.2f}")  # fmt: skip
+        if show:
+            text = " | ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+            self.console.print(f"step {self.step:05d}/{self.num_steps:05d} | {text}", markup=False)
+        return metrics
+
+    def announce(self) -> None:
+        """What is about to be trained, on what."""
+        run, job = self.run, self.job
+        model, decoder = self.objective.model, self.objective.step_decoder
+        size = f"{count_parameters(model):,} parameters"
+        if decoder is not None:
+            size += f" + decoder {count_parameters(decoder) - model.embedding.weight.numel():,}"
+        self.console.print(
+            f"mode={run.mode} | {size} | {len(self.examples)} problems, {len(self.validation)} held out | "
+            f"{self.num_steps} steps of {run.target_examples_per_step} | {job.device}, {job.dtype}, "
+            f"{job.ranks.world} rank(s), {torch.get_num_threads()} threads | {job.out_dir}".replace("torch.", ""),
+            markup=False,
+        )
+        if not any(example.steps for example in self.examples):
+            warn(self.console, "no <<expression=result>> step in the training data: step losses, weights and "
+                 "accuracies will be empty")  # fmt: skip
+
+    def as_checkpoint(self) -> Checkpoint:
+        """The run as it stands."""
+        objective = self.objective
+        return Checkpoint(
+            model=objective.model,
+            step_decoder=objective.step_decoder,
+            tokenizer=objective.tokenizer,
+            thoughts=objective.thoughts_at((self.step - 1) / self.num_steps),
+            config=self.job.raw,
+            step=self.step,
+        )
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint; rank 0's moments and weights are everybody's."""
+        folder = None
+        if self.ranks.is_main:
+            names = {parameter: name for name, parameter in self.objective.named_parameters()}
+            tensors = {
+                f"optimizer/{names[parameter]}/{key}": value
+                for parameter, moments in self.optimizer.state.items()
+                for key, value in moments.items()
+            }
+            tensors["random/cpu"] = torch.get_rng_state()
+            values = {"step": self.step, "num_steps": self.num_steps}
+            folder = save_checkpoint(
+                self.as_checkpoint(), self.job.out_dir, TrainerState(tensors, values), self.run.keep_checkpoints
+            )
+        self.ranks.barrier()
+        return folder
+
+    def restore(self) -> None:
+        """Goes on from the newest checkpoint of `out_dir`.
+
+        Raises:
+            UserError: there is none, it is of another shape, or it was to train for another number of steps.
+        """
+        folder = find_checkpoint(self.job.out_dir)
+        saved = load_checkpoint(folder, self.job.device)
+        state = load_trainer_state(folder)
+        if state.values["num_steps"] != self.num_steps:
+            raise UserError(
+                f"resume: {folder} was training for {state.values['num_steps']} steps, this run is for {self.num_steps}; "
+                "give the same num_iterations, num_epochs, data and target_examples_per_step"
+            )
+        copy_weights(saved, self.objective)
+        for name, parameter in self.objective.named_parameters():
+            prefix = f"optimizer/{name}/"
+            moments = {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
+            if moments:
+                # Step counts stay on the CPU where the optimizer put them there.
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" and self.job.device.type == "cpu" else value.to(parameter.device)
+                    for key, value in moments.items()
+                }
+        torch.set_rng_state(state.tensors["random/cpu"])
+        self.step = state.values["step"]
+        self.console.print(f"going on from {folder}", markup=False)
+
+    def report(self) -> None:
+        """Held-out accuracy of the finished run, and what its thoughts say about five problems."""
+        checkpoint = self.as_checkpoint()
+        with torch.no_grad(), autocast(self.job.device, self.job.dtype):
+            self.objective.eval()
+            self.console.print(report_table(self.last_evaluation, len(self.validation)))
+            if checkpoint.step_decoder is not None:
+                self.console.print(probe_table(probe_problems(checkpoint, self.problems[:5])))
+
+
+class Interval:
+    """Real tokens (padding left out) a second, since it was made."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.positions: list[Tensor] = []
+
+    def add(self, totals: dict[str, Tensor]) -> None:
+        self.positions.append(totals["real_positions"])
+
+    def tokens_per_s(self) -> float:
+        return float(sum(p.item() for p in self.positions)) / (time.perf_counter() - self.began)
+
+
+def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Key-wise sum."""
+    return {key: torch.stack([part[key] for part in parts]).sum(0) for key in parts[0]}
+
+
+def lr_multiplier(run: RunConfig, step: int, num_steps: int) -> float:
+    """What the learning rate is multiplied by at a step (0-based): linear warm-up, then decay to `final_lr_ratio`."""
+    warmup = round(run.warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (num_steps - step) / max(1, num_steps - warmup)
+    if run.lr_schedule == "constant":
+        left = 1.0
+    elif run.lr_schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    return run.final_lr_ratio + (1 - run.final_lr_ratio) * left
+
+
+def make_optimizer(objective: Objective, run: RunConfig) -> torch.optim.AdamW:
+    """AdamW; norms' scales and biases do not decay."""
+    parameters = list(objective.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": run.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    beta1, beta2 = run.betas
+    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(beta1, beta2), fused=True)
+
+
+def make_model(run: RunConfig, tokenizer: Tokenizer) -> GPT:
+    """The GPT that is to be trained: new, or `init_from` a checkpoint's.
+
+    Raises:
+        UserError: the shape is impossible, or the checkpoint's is another.
+    """
+    try:
+        config = GPTConfig(vocab_size=tokenizer.n_vocab, **run.model)
+    except TypeError as error:
+        raise UserError(f"model: {error}") from error
+    model = GPT(config)
+    if run.init_from is not None:
+        saved = load_checkpoint(run.init_from)
+        if saved.model.config != config:
+            raise UserError(f"init_from={run.init_from}: its model is another than model= and tokenizer= say: {saved.model.config}")
+        model.load_state_dict(saved.model.state_dict())
+    return model
+
+
+def copy_weights(saved: Checkpoint, objective: Objective) -> None:
+    """A checkpoint's weights into the model, and the decoder, that are to be trained."""
+    for ours, theirs in ((objective.model, saved.model), (objective.step_decoder, saved.step_decoder)):
+        if (ours is None) != (theirs is None) or (ours is not None and ours.config != theirs.config):
+            raise UserError(f"{saved.path}: its model or decoder is not the one that this run is configured for")
+        if ours is not None and theirs is not None:
+            ours.load_state_dict(theirs.state_dict())
+
+
+def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:
+    """A split of the data, and what was noticed while reading it."""
+    loaded = source.load(split)
+    for note, count in sorted(loaded.notes.items()):
+        console.print(f"{split}: {count} x {note}", markup=False)
+    return loaded
+
+
+def encode_all(objective: Objective, problems: Sequence[Problem], split: str, job: Job) -> list[Example]:
+    """Problems in token ids; those beyond the model's context end the run, or are dropped, counted and reported.
+
+    Raises:
+        UserError: a problem is too long (on_too_long=error), or none is left.
+    """
+    limit = objective.model.config.context_length - objective.extra_length
+    examples: list[Example] = []
+    for number, problem in enumerate(track(problems, f"encoding {split}", job.console), start=1):
+        example = objective.encode(problem)
+        if example.length <= limit:
+            examples.append(example)
+        elif job.run.on_too_long == "error":
+            raise UserError(
+                f"{split} problem {number} ({problem.question[:40]!r}...) has {example.length} tokens: at most {limit} fit; "
+                "raise model.context_length, or set on_too_long=drop"
+            )
+    if dropped := len(problems) - len(examples):
+        warn(job.console, f"{split}: dropped {dropped} of {len(problems)} problems of more than {limit} tokens")
+    if not examples:
+        raise UserError(f"{split}: no problem of at most {limit} tokens; raise model.context_length")
+    return examples
+
+
+def report_table(metrics: dict[str, float], n: int) -> Table:
+    """The last evaluation, with the interval of its accuracy."""
+    table = Table("held-out (validation)", "value")
+    accuracy = metrics["val_accuracy"]
+    low, high = wilson_interval(round(accuracy * n), n)
+    table.add_row("strict accuracy", f"{accuracy:.1%} (n={n}, 95% interval {low:.1%} to {high:.1%})")
+    for key, value in metrics.items():
+        if key != "val_accuracy":
+            table.add_row(key.removeprefix("val_").replace("_", " "), f"{value:.3f}")
+    return table
+
+
+def choose_out_dir(run: RunConfig) -> Path:
+    """The run's folder: `out_dir`, or the first of runs/<mode>, runs/<mode>-2, ... that does not exist.
+
+    Raises:
+        UserError: `out_dir` already holds a run that is not to be resumed.
+    """
+    if run.out_dir is None:
+        number = 1
+        while (folder := Path("runs") / (run.mode if number == 1 else f"{run.mode}-{number}")).exists():
+            number += 1
+        return folder
+    folder = Path(run.out_dir)
+    if not run.resume and (folder / LATEST).exists():
+        raise UserError(f"out_dir={folder}: holds a run already; give another folder, or resume=true to go on with it")
+    return folder
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+if __name__ == "__main__":
+    cli.run(main, "train")

@@ -1,0 +1,479 @@
+"""GSM8K and GSM8K-Aug, from small files written here and, where they lie beside the repository, from the real ones."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from omegaconf import OmegaConf
+
+from simcot_latent.data.problem import Problem, same_number
+from simcot_latent.data.sources import LoadedSplit, Split
+from simcot_latent.data.sources.files import WrittenSolutions
+from simcot_latent.data.sources.gsm8k import GSM8K
+from simcot_latent.data.sources.gsm8k_aug import GSM8KAug
+from simcot_latent.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+REAL_DATA = REPOSITORY.parent / "shared" / "data"
+ALL_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def row(number: int, name: str = "train") -> dict[str, str]:
+    """A row of GSM8K."""
+    return {
+        "question": f"{name} question {number}: how much is {number} and 1?",
+        "answer": f"It is {number} + 1 = <<{number}+1={number + 1}>>{number + 1}.\n#### {number + 1:,}",
+    }
+
+
+def rows(count: int, name: str = "train") -> list[dict[str, str]]:
+    return [row(number, name) for number in range(count)]
+
+
+def write_jsonl(file: Path, values: list[dict[str, Any]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+    return file
+
+
+def write_parquet(file: Path, values: list[dict[str, Any]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), file)
+    return file
+
+
+def questions(source: WrittenSolutions, split: Split) -> list[str]:
+    return [problem.question for problem in source.load(split).problems]
+
+
+def message(source: WrittenSolutions, split: Split = "train") -> str:
+    """The error of a load, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        source.load(split)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """50 problems to train on and 5 to test on, as JSONL."""
+    write_jsonl(tmp_path / "train.jsonl", rows(50))
+    write_jsonl(tmp_path / "test.jsonl", rows(5, "test"))
+    return tmp_path
+
+
+# --- GSM8K: what is read ---------------------------------------------------------------------------------------------
+
+
+def test_a_row_becomes_a_problem(folder: Path) -> None:
+    write_jsonl(folder / "test.jsonl", [row(1233)])
+    [problem] = GSM8K(path=str(folder)).load("test").problems
+    assert problem.question == "train question 1233: how much is 1233 and 1?"
+    assert problem.rationale == "It is 1233 + 1 = <<1233+1=1234>>1234."
+    assert problem.answer == "1234"
+    [step] = problem.steps
+    assert (step.expression, step.result, step.start, step.end) == ("1233+1", "1234", 17, 32)
+
+
+def test_splits_of_a_folder(folder: Path) -> None:
+    source = GSM8K(path=str(folder))
+    train, validation, test = questions(source, "train"), questions(source, "validation"), questions(source, "test")
+    assert test == [value["question"] for value in rows(5, "test")]
+    assert len(validation) == 5  # a tenth of train, as 500 would be more than that
+    assert not set(train) & set(validation)
+    everything = [value["question"] for value in rows(50)]
+    assert sorted(train + validation) == sorted(everything)
+    assert [q for q in everything if q in train] == train  # in the order of the file
+    assert [q for q in everything if q in validation] == validation
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (4, 1), (9, 1), (26, 3), (50, 5), (100, 10), (200, 10)])
+def test_size_of_validation(tmp_path: Path, count: int, held_out: int) -> None:
+    source = GSM8K(path=str(write_jsonl(tmp_path / "train.jsonl", rows(count))), validation_size=10)
+    assert len(questions(source, "validation")) == held_out
+    assert len(questions(source, "train")) == count - held_out
+
+
+def test_validation_does_not_depend_on_the_order(folder: Path) -> None:
+    before = set(questions(GSM8K(path=str(folder)), "validation"))
+    write_jsonl(folder / "train.jsonl", rows(50)[::-1])
+    assert set(questions(GSM8K(path=str(folder)), "validation")) == before
+
+
+def test_a_repeated_question_is_on_one_side(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "train.jsonl", [*rows(40), *rows(40)])
+    source = GSM8K(path=str(file))
+    train, validation = questions(source, "train"), questions(source, "validation")
+    assert (len(train), len(validation)) == (72, 8)
+    assert not set(train) & set(validation)
+
+
+def test_train_limit(folder: Path) -> None:
+    everything, limited = GSM8K(path=str(folder)), GSM8K(path=str(folder), train_limit=7)
+    assert questions(limited, "train") == questions(everything, "train")[:7]
+    assert questions(limited, "validation") == questions(everything, "validation")
+    assert questions(limited, "test") == questions(everything, "test")
+
+
+def test_a_validation_file_is_used(folder: Path) -> None:
+    write_jsonl(folder / "valid.jsonl", rows(3, "valid"))
+    source = GSM8K(path=str(folder))
+    assert questions(source, "validation") == [value["question"] for value in rows(3, "valid")]
+    assert len(questions(source, "train")) == 50
+
+
+def test_a_single_file(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "mine.jsonl", rows(20))
+    source = GSM8K(path=str(file))
+    assert len(questions(source, "train")) == 18
+    assert len(questions(source, "validation")) == 2
+    assert len(questions(source, "test")) == 20
+
+
+def test_every_kind_of_file_gives_the_same(folder: Path, tmp_path: Path) -> None:
+    expected: dict[Split, list[Problem]] = {split: GSM8K(path=str(folder)).load(split).problems for split in ALL_SPLITS}
+    parquet, hub, as_json = tmp_path / "parquet", tmp_path / "hub", tmp_path / "json"
+    for name, values in (("train", rows(50)), ("test", rows(5, "test"))):
+        write_parquet(parquet / f"{name}.parquet", values)
+        # the hub's own layout, with another configuration beside, in two shards
+        half = len(values) // 2
+        write_parquet(hub / "main" / f"{name}-00000-of-00002.parquet", values[:half])
+        write_parquet(hub / "main" / f"{name}-00001-of-00002.parquet", values[half:])
+        write_parquet(hub / "socratic" / f"{name}-00000-of-00001.parquet", rows(1, "socratic"))
+        as_json.mkdir(exist_ok=True)
+        (as_json / f"{name}.json").write_text(json.dumps(values, indent=1))
+    for path in (parquet, hub, hub / "main", as_json):
+        for split, problems in expected.items():
+            assert GSM8K(path=str(path)).load(split).problems == problems, path
+
+
+def test_line_ends(tmp_path: Path) -> None:
+    values = rows(3)
+    values[1]["question"] = "What do \u2028 and \x85 and \x0b stand for?"  # `str.splitlines` would split at each
+    lines = [json.dumps(value, ensure_ascii=False) for value in values]
+    expected = [value["question"] for value in values]
+    file = tmp_path / "test.jsonl"
+    for text in [
+        "\n".join(lines),
+        "\n".join(lines) + "\n\n \n",
+        "\r\n".join(lines) + "\r\n",
+        "\ufeff" + "\n".join(lines),
+    ]:
+        file.write_bytes(text.encode())
+        assert questions(GSM8K(path=str(file)), "test") == expected
+
+
+def test_notes_count_what_is_odd(tmp_path: Path) -> None:
+    values = [
+        {"question": "q1", "answer": "<<X/2=0.5X>> and <<1+1=2>>2 and <<oh\n#### 2"},
+        {"question": "q2", "answer": "<<10/3=3.33>>3.33\n#### 3.33"},
+        {"question": "q3", "answer": "no step\n#### five"},
+    ]
+    loaded = GSM8K(path=str(write_jsonl(tmp_path / "test.jsonl", values))).load("test")
+    assert len(loaded.problems) == 3
+    assert loaded.problems[0].rationale == "<<X/2=0.5X>> and <<1+1=2>>2 and <<oh"
+    assert loaded.notes == {
+        "malformed step kept as text": 2,
+        "step whose result is rounded or wrong": 1,
+        "problem without a step": 1,
+        "answer that is not a number": 1,
+    }
+
+
+# --- GSM8K: what is refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "q", "answer": "#### 1"', "not valid JSON (Expecting ',' delimiter, column 37)"),
+        ("", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("1" * 5000, "not valid JSON"),
+        ("[1]", "a list, not an object"),
+        ("null", "null, not an object"),
+        ('{"question": "q"}', 'no "answer"'),
+        ('{"answer": "#### 1"}', 'no "question"'),
+        ('{"question": "q", "answer": null}', 'no "answer"'),
+        ('{"question": "q", "answer": 5}', '"answer" is a number, not a text'),
+        ('{"question": ["q"], "answer": "#### 1"}', '"question" is a list, not a text'),
+        ('{"question": " ", "answer": "#### 1"}', "the question is empty"),
+        ('{"question": "q", "answer": "it is 1"}', 'no "####" before the final answer'),
+        ('{"question": "q", "answer": "it is 1\\n#### "}', 'no answer behind "####"'),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str, says: str) -> None:
+    good = json.dumps(row(1))
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join([good] * 11 + [line, good]))
+    error = message(GSM8K(path=str(file)))
+    assert error.startswith(f"{file}:12: {says}"), error
+    assert error.endswith('every row must be an object with "question" and "answer"')
+
+
+def test_a_broken_line_that_is_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(json.dumps(row(1)).encode() + b'\n{"question": "caf\xe9"}\n')
+    assert message(GSM8K(path=str(file))) == f"{file}:2: not UTF-8 text (byte 0xe9); save it as UTF-8"
+
+
+def test_a_broken_json_list(tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    file.write_text('[\n{"question": "q", "answer": "#### 1"},\n{"question" "q"}\n]')
+    assert message(GSM8K(path=str(file))).startswith(f"{file}:3: not valid JSON (Expecting ':' delimiter")
+    file.write_text('[{"question": "q", "answer": "#### 1"}, {"question": "q"}]')
+    assert message(GSM8K(path=str(file))).startswith(f'{file} row 2: no "answer"')
+
+
+@pytest.mark.parametrize(("name", "text"), [("train.jsonl", ""), ("train.jsonl", "\n \n"), ("train.json", "[]")])
+def test_an_empty_file(tmp_path: Path, name: str, text: str) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    assert message(GSM8K(path=str(file))).startswith(f"{file}: the file is empty")
+    assert message(GSM8K(path=str(tmp_path))).startswith(f"{file}: the file is empty")
+
+
+def test_broken_parquet(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    file.write_bytes(b"PAR1 and then nothing")
+    assert message(GSM8K(path=str(file))).startswith(f"{file}: not a parquet file that can be read")
+    write_parquet(file, [{"question": "q", "solution": "#### 1"}])
+    assert message(GSM8K(path=str(file))).startswith(f'{file} row 1: no "answer"')
+
+
+def test_paths_that_hold_nothing(tmp_path: Path, folder: Path) -> None:
+    missing = tmp_path / "missing"
+    assert message(GSM8K(path=str(missing))).startswith(f"data.path={missing} does not exist; looked for")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert message(GSM8K(path=str(empty))).startswith(f"{empty}: no data in this folder; looked for")
+    csv = tmp_path / "train.csv"
+    csv.write_text("question,answer\n")
+    assert message(GSM8K(path=str(csv))).endswith("must end in one of .jsonl, .json, .parquet")
+    (folder / "train.jsonl").unlink()
+    assert message(GSM8K(path=str(folder))) == f"{folder} has no train split; it has: test"
+    assert message(GSM8K(path=str(folder)), "validation") == f"{folder} has no train split; it has: test"
+    assert message(GSM8K(path=str(folder)), "tset") == "split='tset': choose one of train, validation, test"  # pyright: ignore[reportArgumentType]
+
+
+def test_folders_that_are_ambiguous_or_incomplete(folder: Path, tmp_path: Path) -> None:
+    write_parquet(folder / "train.parquet", rows(2))
+    assert "train.jsonl, train.parquet are all train data; keep one" in message(GSM8K(path=str(folder)))
+    shards = tmp_path / "shards"
+    write_parquet(shards / "train-00000-of-00002.parquet", rows(2))
+    assert "1 of 2 train files are there" in message(GSM8K(path=str(shards)))
+
+
+def test_one_problem_cannot_be_split(tmp_path: Path) -> None:
+    source = GSM8K(path=str(write_jsonl(tmp_path / "one.jsonl", rows(1))))
+    assert "give at least two" in message(source)
+    assert len(questions(source, "test")) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("path", ""), ("path", 5), ("hub_id", ""), ("hub_id", None), ("hub_config", 3), ("validation_size", 0)]
+    + [("validation_size", 2.5), ("validation_size", None), ("validation_size", True), ("train_limit", 0)]
+    + [("train_limit", "10")],
+)
+def test_impossible_fields(key: str, value: object) -> None:
+    for source in (GSM8K, GSM8KAug):
+        with pytest.raises(UserError, match=rf"^data\.{key}={re.escape(repr(value))}: must be "):
+            source(**{key: value})  # pyright: ignore[reportArgumentType]
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load_dataset(hub_id: str, hub_config: str | None) -> datasets.DatasetDict:
+        asked.append((hub_id, hub_config))
+        names = {"train": rows(50), "test": rows(5, "test")}
+        return datasets.DatasetDict({name: datasets.Dataset.from_list(values) for name, values in names.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for split in ALL_SPLITS:
+        assert GSM8K().load(split).problems == GSM8K(path=str(folder)).load(split).problems
+    assert set(asked) == {("openai/gsm8k", "main")}
+    assert message(GSM8KAug()) == 'zen-E/GSM8k-Aug train row 1: no "steps"; every row must be ' + GSM8KAug.shape
+
+
+def test_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(hub_id: str, hub_config: str | None) -> None:
+        raise ConnectionError(f"Couldn't reach {hub_id}\nRetrying")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    error = message(GSM8K())
+    assert "openai/gsm8k" in error
+    assert "ConnectionError" in error
+    assert "data.path=" in error
+
+
+# --- GSM8K-Aug -------------------------------------------------------------------------------------------------------
+
+AUG_LINE = "How many?||<<600*30/100=180>> <<180+60=1,240>> #### 1,240"
+AUG_PROBLEM = ("How many?", "<<600*30/100=180>> <<180+60=1,240>>", "1240")
+
+
+def parts(problem: Problem) -> tuple[str, str, str]:
+    return problem.question, problem.rationale, problem.answer
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("test.txt", AUG_LINE),
+        ("test.txt", AUG_LINE + "\r\n\n"),
+        *(
+            (name, text)
+            for value in [
+                {"question": "How many?", "steps": AUG_PROBLEM[1].split(), "answer": "1,240"},
+                {"question": "How many?", "steps": AUG_PROBLEM[1].split(), "answer": 1240},
+                {"question": "How many?", "cot": AUG_PROBLEM[1], "answer": "#### 1,240"},
+            ]
+            for name, text in [("test.jsonl", json.dumps(value)), ("test.json", json.dumps([value], indent=2))]
+        ),
+    ],
+)
+def test_every_form_of_gsm8k_aug(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    for path in (tmp_path, tmp_path / name):
+        loaded = GSM8KAug(path=str(path)).load("test")
+        assert [parts(problem) for problem in loaded.problems] == [AUG_PROBLEM]
+        assert [step.text for step in loaded.problems[0].steps] == AUG_PROBLEM[1].split()
+        assert loaded.notes == {"step whose result is rounded or wrong": 1}
+
+
+def test_gsm8k_aug_as_parquet(tmp_path: Path) -> None:
+    values = [{"question": "How many?", "steps": AUG_PROBLEM[1].split(), "answer": "1,240"}]
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", values)
+    assert [parts(problem) for problem in GSM8KAug(path=str(tmp_path)).load("test").problems] == [AUG_PROBLEM]
+
+
+def test_gsm8k_aug_without_steps(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("How many?|| #### 5")
+    loaded = GSM8KAug(path=str(tmp_path)).load("test")
+    assert [parts(problem) for problem in loaded.problems] == [("How many?", "", "5")]
+    assert loaded.notes == {"problem without a step": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "says"),
+    [
+        ("train.txt", "How many? <<1+1=2>> #### 2", 'no "||" after the question'),
+        ("train.txt", "", 'no "||" after the question'),
+        ("train.txt", "||<<1+1=2>> #### 2", "the question is empty"),
+        ("train.txt", "How many?||<<1+1=2>> 2", 'no "####" before the final answer'),
+        ("train.txt", "How many?||<<1+1=2>> ####", 'no answer behind "####"'),
+        ("train.jsonl", '{"question": "q", "answer": "2"}', 'no "steps"'),
+        ("train.jsonl", '{"question": "q", "steps": "<<1+1=2>>", "answer": "2"}', '"steps" is not a list of texts'),
+        ("train.jsonl", '{"question": "q", "steps": [2], "answer": "2"}', '"steps" is not a list of texts'),
+        ("train.jsonl", '{"question": "q", "steps": []}', 'no "answer"'),
+        ("train.jsonl", '{"question": "q", "steps": [], "answer": ""}', 'no answer behind "####"'),
+        ("train.jsonl", '{"question": "q", "steps": [], "answer": true}', '"answer" is a truth value, not a text'),
+        ("train.jsonl", '{"steps": [], "answer": "2"}', 'no "question"'),
+        ("train.jsonl", "{", "not valid JSON"),
+    ],
+)
+def test_a_broken_line_of_gsm8k_aug_is_named(tmp_path: Path, name: str, line: str, says: str) -> None:
+    good = AUG_LINE if name.endswith("txt") else json.dumps({"question": "q", "steps": ["<<1+1=2>>"], "answer": "2"})
+    file = tmp_path / name
+    file.write_text(f"{good}\n{line}\n{good}")
+    assert message(GSM8KAug(path=str(tmp_path))).startswith(f"{file}:2: {says}")
+
+
+# --- the yaml files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "source"), [("gsm8k", GSM8K), ("gsm8k_aug", GSM8KAug)])
+def test_the_yaml_holds_every_field_with_its_default(name: str, source: type[WrittenSolutions]) -> None:
+    values = OmegaConf.to_container(OmegaConf.load(REPOSITORY / "configs" / "data" / f"{name}.yaml"))
+    target = f"{source.__module__}.{source.__qualname__}"
+    assert values == {"_target_": target, **vars(source())}
+
+
+# --- the real data ---------------------------------------------------------------------------------------------------
+
+real = pytest.mark.skipif(
+    not REAL_DATA.is_dir(), reason="the real data are not in ../shared/data beside the repository"
+)
+
+
+def everything(source: WrittenSolutions) -> tuple[dict[Split, list[Problem]], Counter[str]]:
+    loaded: dict[Split, LoadedSplit] = {split: source.load(split) for split in ALL_SPLITS}
+    notes = sum((part.notes for part in loaded.values()), Counter[str]())
+    return {split: part.problems for split, part in loaded.items()}, notes
+
+
+@real
+def test_the_whole_of_gsm8k() -> None:
+    splits, notes = everything(GSM8K(path=str(REAL_DATA / "gsm8k")))
+    assert {split: len(problems) for split, problems in splits.items()} == {
+        "train": 7473 - 500,
+        "validation": 500,
+        "test": 1319,
+    }
+    problems = [problem for part in splits.values() for problem in part]
+    assert len({problem.question for problem in problems}) == 7473 + 1319  # so the splits are disjoint too
+    steps = [step for problem in problems for step in problem.steps]
+    assert len(steps) == 27_998
+    assert all(step.is_correct() for step in steps)
+    assert notes == {"problem without a step": 113}  # no malformed step, and every answer is a number
+    assert {len(problem.steps) for problem in problems} == set(range(10))
+    differs = sum(not same_number(p.steps[-1].result, p.answer) for p in problems if p.steps)
+    assert differs == 470
+    assert sum(problem.answer.startswith("-") for problem in problems) == 5
+
+
+@real
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_gsm8k_can_be_written_back(name: str) -> None:
+    """Nothing of a row is lost: question, solution and answer can be put together again, but for commas and blanks."""
+    file = REAL_DATA / "gsm8k" / f"{name}.jsonl"
+    values = [json.loads(line) for line in file.read_bytes().decode().split("\n") if line]
+    by_question = {problem.question: problem for problem in GSM8K(path=str(file)).load("test").problems}
+    commas = 0
+    for value in values:
+        problem = by_question[value["question"]]
+        head, mark, gold = value["answer"].rpartition("#### ")
+        commas += "," in gold
+        assert f"{problem.rationale}\n{mark}{problem.answer}" == head.rstrip() + "\n" + mark + gold.replace(",", "")
+    assert commas == {"train": 79, "test": 14}[name]
+
+
+@real
+def test_quirks_of_gsm8k_by_place() -> None:
+    train = GSM8K(path=str(REAL_DATA / "gsm8k" / "train.jsonl")).load("test").problems
+    test = GSM8K(path=str(REAL_DATA / "gsm8k")).load("test").problems
+    assert "\u2028" in train[2381].question
+    assert [step.text for step in test[319].steps if step.expression == "3/4"] == ["<<3/4=3/4>>"]
+    everything = [step for problem in [*train, *test] for step in problem.steps]
+    assert sum(step.expression.startswith("+") for step in everything) == 16
+    assert sum("//" in step.expression for step in everything) == 2
+    assert any(step.text == "<<12=12>>" for step in everything)
+    assert {".5", "7.00"} <= {step.result for step in everything}
+
+
+@real
+def test_the_whole_of_gsm8k_aug() -> None:
+    splits, notes = everything(GSM8KAug(path=str(REAL_DATA / "gsm8k_aug")))
+    assert {split: len(problems) for split, problems in splits.items()} == {
+        "train": 3000,
+        "validation": 500,
+        "test": 1319,
+    }
+    found = sum(len(problem.steps) for part in splits.values() for problem in part)
+    text = "".join(file.read_text(encoding="utf-8") for file in (REAL_DATA / "gsm8k_aug").glob("*.txt"))
+    assert found + notes["malformed step kept as text"] == text.count("<<") == text.count(">>")
+    assert notes["malformed step kept as text"] == 11
+    assert notes["step whose result is rounded or wrong"] == 165
+    assert notes["answer that is not a number"] == 0
+    assert splits["train"][2488].answer == "2/5"
