@@ -142,7 +142,8 @@ def test_spelled_special_tokens_are_plain_text(spelled: str, gpt2: Tokenizer) ->
     for tokenizer in DEFAULT, gpt2:
         ids = tokenizer.encode(f"a{spelled}b")
         special_ids = set(tokenizer.encoding._special_tokens.values())
-        assert special_ids and not special_ids & set(ids)
+        assert special_ids
+        assert not special_ids & set(ids)
         assert tokenizer.decode(ids) == f"a{spelled}b"
 
 
@@ -226,7 +227,8 @@ def test_empty_spans_hold_nothing_and_spans_outside_are_refused() -> None:
 def test_token_spans_of_special_tokens_are_empty() -> None:
     ids = [DEFAULT.bot_id, *DEFAULT.encode("1é"), DEFAULT.eot_id, ord("2"), DEFAULT.pad_id]
     spans = DEFAULT.token_spans(ids)
-    assert spans[0] == (0, 0) and spans[-3:] == [(2, 2), (2, 3), (3, 3)]
+    assert spans[0] == (0, 0)
+    assert spans[-3:] == [(2, 2), (2, 3), (3, 3)]
 
 
 @no_deadline
@@ -235,7 +237,8 @@ def test_token_spans_start_where_tiktoken_says(text: str) -> None:
     ids = DEFAULT.encode(text)
     decoded, starts = DEFAULT.encoding.decode_with_offsets(ids)
     spans = DEFAULT.token_spans(ids)
-    assert decoded == text and [start for start, _ in spans] == starts
+    assert decoded == text
+    assert [start for start, _ in spans] == starts
     for (_, end), (start, _) in pairwise(spans):
         assert start in (end, end - 1)  # neighbours touch, or share a character
     assert not spans or spans[-1][1] == len(text)
@@ -311,7 +314,9 @@ def test_broken_folders_are_named(
         (tmp_path / file).write_text(content)
     with pytest.raises(UserError) as error:
         Tokenizer.load(tmp_path)
-    assert says in str(error.value) and file in str(error.value) and "\n" not in str(error.value)
+    assert says in str(error.value)
+    assert file in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_truncated_ranks_file_is_noticed(tmp_path: Path) -> None:
@@ -421,5 +426,7 @@ def test_command_ends_in_one_line_on_bad_input(
     Path("train.jsonl").write_text('{"question": "a", "answer": "b\\n#### 1"}\n{"question": "a"}\n')
     assert main([*arguments, "--out", "out.tiktoken"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and says in error and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert says in error
+    assert error.count("\n") == 1
     assert not Path("out.tiktoken").exists()

@@ -68,8 +68,8 @@ class Arithmetic:
         max_factor: largest number to multiply or divide by, and largest number and size of groups; at most
             `max_number`.
         max_result: largest result of any step. Divisions are exact, and no result is below 1.
-        branching: share of problems in which a second quantity is worked out and then added or taken away, as in
-            "She buys 3 bags of 4 shells." These are two of the problem's steps.
+        branching: share of the problems of two steps or more in which a second quantity is worked out and then added
+            or taken away, as in "She buys 3 bags of 4 shells.": two of the problem's steps.
         distractors: share of problems with a sentence whose number is not used.
 
     Raises:
@@ -111,8 +111,6 @@ class Arithmetic:
         self._joining = tuple(op for op in self.operations if op in "+-") if "*" in self.operations else ()
         if self.branching > 0 and not self._joining:
             raise UserError("data.branching must be 0 where data.operations does not have * and one of + and -")
-        if self.branching > 0 and self.max_steps < 2:
-            raise UserError("data.branching must be 0 where data.max_steps is 1: a branch takes two steps")
 
     def load(self, split: Split) -> LoadedSplit:
         """All problems of `split`, in the order of their index.
@@ -135,7 +133,10 @@ class Arithmetic:
         n_steps = _between(draw, self.min_steps, self.max_steps)
         branching = n_steps > 1 and draw() < self.branching
         chain = self._draw_chain(split, draw, n_steps, branching)
-        return _tell(draw, chain, distractor=_between(draw, 6, 16) if draw() < self.distractors else None)
+        distractor = None
+        if draw() < self.distractors:  # numbers that also do for a child's age
+            distractor = _between(draw, min(6, self.max_number), min(16, self.max_number))
+        return _tell(draw, chain, distractor)
 
     def _draw_chain(self, split: Split, draw: Draw, n_steps: int, branching: bool) -> "Chain":
         """The first drawn chain of `n_steps` steps that fits the settings and belongs to `split`."""

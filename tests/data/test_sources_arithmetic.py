@@ -1,0 +1,352 @@
+"""The generated word problems: what they promise, checked from their text, without the generator's own bookkeeping."""
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from simcot_latent.data.problem import Problem, operands_and_operator, parse_steps
+from simcot_latent.data.sources import Split
+from simcot_latent.data.sources.arithmetic import Arithmetic
+from simcot_latent.data.sources.situations import SITUATIONS
+from simcot_latent.errors import UserError
+
+pytestmark = pytest.mark.xdist_group("arithmetic")  # one worker, so that the default data are made once
+
+CONFIG = Path(__file__).parents[2] / "configs" / "data" / "arithmetic.yaml"
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+# The data are part of every published figure: a change of this digest is a change of the benchmark.
+DIGEST_OF_FIRST_100 = "126df3a5586f09fc"
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, list[Problem]]:
+    """The default data, in full."""
+    source = Arithmetic()
+    return {split: source.load(split).problems for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def sample(splits: dict[str, list[Problem]]) -> list[Problem]:
+    return splits["train"][:4000]
+
+
+def question_numbers(problem: Problem) -> list[int]:
+    """The numbers of the question; of `1/3`, only the 3."""
+    return [int(number) for number in re.findall(r"(?:\b1/)?(\d+)", problem.question)]
+
+
+def calculations(problem: Problem) -> tuple[tuple[str, int, int], ...]:
+    """Operation and operands of each step, the larger operand first."""
+    found: list[tuple[str, int, int]] = []
+    for step in problem.steps:
+        a, operator, b = re.split(r"([-+*/])", step.expression)
+        found.append((operator, max(int(a), int(b)), min(int(a), int(b))))
+    return tuple(found)
+
+
+def operators(problems: list[Problem]) -> Counter[str]:
+    return Counter(operator for problem in problems for operator, _, _ in calculations(problem))
+
+
+# --- the same everywhere ---------------------------------------------------------------------------------------------
+
+
+def digest_of_first_100() -> str:
+    source = Arithmetic()
+    problems = [source.problem(split, index) for split in SPLITS for index in range(100)]
+    text = "\n".join(f"{p.question}\n{p.rationale}\n{p.answer}" for p in problems)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_problems_are_the_same_everywhere() -> None:
+    """In every process too: Python salts `hash` anew in each."""
+    assert digest_of_first_100() == DIGEST_OF_FIRST_100
+
+
+def test_a_problem_depends_on_seed_split_and_index_only() -> None:
+    source = Arithmetic(train_size=20)
+    assert [source.problem("train", index) for index in range(20)] == source.load("train").problems
+    assert source.problem("train", 19) == Arithmetic(train_size=30).load("train").problems[19]
+    assert source.problem("train", 0) != Arithmetic(seed=1).problem("train", 0)
+    assert source.problem("train", 0) != source.problem("test", 0)
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_sizes(splits: dict[str, list[Problem]]) -> None:
+    assert {split: len(problems) for split, problems in splits.items()} == {
+        "train": 50_000,
+        "validation": 500,
+        "test": 500,
+    }
+    assert len({problem.question for problem in splits["test"]}) == 500
+
+
+def test_no_calculations_are_in_two_splits(splits: dict[str, list[Problem]]) -> None:
+    train, validation, test = ({calculations(problem) for problem in splits[split]} for split in SPLITS)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def test_splits_are_disjoint_across_seeds_and_settings(splits: dict[str, list[Problem]]) -> None:
+    train = {calculations(problem) for problem in splits["train"]}
+    for other in (Arithmetic(seed=5, max_steps=2), Arithmetic(min_steps=1, max_factor=9, distractors=1.0)):
+        assert not train & {calculations(problem) for problem in other.load("test").problems}
+
+
+def test_unknown_split() -> None:
+    with pytest.raises(UserError, match="train, validation, test"):
+        Arithmetic().load("dev")  # pyright: ignore[reportArgumentType]
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_true_whole_and_within_limits(sample: list[Problem]) -> None:
+    for problem in sample:
+        assert all(step.is_correct() for step in problem.steps)
+        assert all(1 <= int(step.result) <= 100 for step in problem.steps)
+        assert problem.answer == problem.steps[-1].result
+
+
+def test_steps_are_found_in_the_rationale(sample: list[Problem]) -> None:
+    for problem in sample:
+        assert parse_steps(problem.rationale) == (problem.steps, ())
+        assert [problem.rationale[step.start : step.end] for step in problem.steps] == [
+            step.text for step in problem.steps
+        ]
+        assert len(problem.rationale.split("\n")) == len(problem.steps)
+
+
+def test_operands_are_in_the_question_or_earlier_results(sample: list[Problem]) -> None:
+    for problem in sample:
+        known = set(question_numbers(problem))
+        for step in problem.steps:
+            assert known.issuperset(operands_and_operator(step.expression)[1])
+            known.add(int(step.result))
+
+
+def test_every_result_is_used(sample: list[Problem]) -> None:
+    """No step can be skipped: the result of each is an operand further on."""
+    for problem in sample:
+        for position, step in enumerate(problem.steps[:-1]):
+            later = [operands_and_operator(other.expression)[1] for other in problem.steps[position + 1 :]]
+            assert any(int(step.result) in operands for operands in later)
+
+
+def test_the_order_of_operands_follows_the_words() -> None:
+    """ "3 times as many" is 3*14, and 14 boxes of 3 are 14*3: a reader of the question can tell which."""
+    source = Arithmetic(operations=["*"], min_steps=1, max_steps=1, branching=0.0, distractors=0.0, train_size=500)
+    orders: Counter[bool] = Counter()
+    for problem in source.load("train").problems:
+        start, factor = question_numbers(problem)
+        factor_first = " times " in problem.question
+        assert problem.steps[0].expression == (f"{factor}*{start}" if factor_first else f"{start}*{factor}")
+        orders[factor_first] += 1
+    assert min(orders.values()) > 50
+
+
+# --- language --------------------------------------------------------------------------------------------------------
+
+
+def test_situations_are_several_dozen_and_all_told(sample: list[Problem]) -> None:
+    assert len({situation.name for situation in SITUATIONS}) == len(SITUATIONS) >= 36
+    for situation in SITUATIONS:
+        marks = [situation.words[slot] for slot in ("place", "things") if slot in situation.words]
+        told = [problem for problem in sample if all(mark in problem.question for mark in marks)]
+        assert len({problem.question.split(".")[0] for problem in told}) >= 10, situation.name
+
+
+def test_every_sentence_is_told() -> None:
+    """Each phrasing of each family turns up: none is out of reach."""
+    problems = Arithmetic(train_size=6000, branching=0.3).load("train").problems
+    text = "\n".join(problem.question for problem in problems)
+    for family in {id(situation.family): situation.family for situation in SITUATIONS}.values():
+        phrasings = [*family.openings, *family.questions, *family.questions_left]
+        phrasings += [move.text for moves in family.moves.values() for move in moves]
+        phrasings += [
+            phrasing for group in (family.opening_moves, family.groups) for t in group.values() for phrasing in t
+        ]
+        for phrasing in phrasings:
+            words = [re.escape(part) for part in re.split(r"\{\w+\}", phrasing)]
+            assert re.search("[\\w ]+?".join(words), text), phrasing
+
+
+def test_every_operation_has_a_sentence_that_is_always_possible() -> None:
+    for situation in SITUATIONS:
+        family = situation.family
+        assert set(family.moves) == set(family.workings) == set("+-*/")
+        for moves in family.moves.values():
+            assert {move.then for move in moves} == {"next"} if family.hands_over else "same" in {m.then for m in moves}
+
+
+def test_text_is_well_formed(sample: list[Problem]) -> None:
+    for problem in sample:
+        for text in (problem.question, problem.rationale):
+            assert not re.search(r"[{}]|  |\bNone\b|\.\.", text)
+            sentences = re.split(r"(?<=[.?]) |\n", text)
+            assert all(re.match(r"[A-Z0-9]", sentence) and sentence[-1] in ".?" for sentence in sentences)
+        assert problem.question.find("?") == len(problem.question) - 1
+
+
+def test_nouns_agree_with_their_numbers(sample: list[Problem]) -> None:
+    nouns = {s.words["thing"]: s.words["things"] for s in SITUATIONS}
+    nouns |= {s.words["box"]: s.words["boxes"] for s in SITUATIONS if "box" in s.words}
+    ones = 0
+    for problem in sample:
+        assert not re.search(r"(?<![/\d])1 (?!\w+ly)\w", problem.question)  # a lone 1 is never counted
+        for result, noun in re.findall(r">>(\d+) ([a-z ]+?)(?: left| on \w+)?\.", problem.rationale):
+            assert noun in (nouns if result == "1" else nouns.values())
+            ones += result == "1"
+    assert ones > 20
+
+
+def test_questions_are_short(splits: dict[str, list[Problem]]) -> None:
+    lengths = [len(problem.question.split()) for problem in splits["train"]]
+    assert sum(lengths) / len(lengths) < 40
+    assert max(lengths) < 80
+
+
+# --- balance ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_answer_is_a_good_guess(splits: dict[str, list[Problem]]) -> None:
+    for problems in splits.values():
+        _, count = Counter(problem.answer for problem in problems).most_common(1)[0]
+        assert count / len(problems) < 0.06
+    answers = Counter(problem.answer for problem in splits["train"])
+    assert len(answers) == 100
+
+
+def test_operations_and_lengths_are_balanced(splits: dict[str, list[Problem]]) -> None:
+    counts = operators(splits["train"][:10_000])
+    assert all(count / counts.total() > 0.17 for count in counts.values())
+    lengths = Counter(len(problem.steps) for problem in splits["train"])
+    assert set(lengths) == {2, 3, 4}
+    assert all(abs(count / 50_000 - 1 / 3) < 0.01 for count in lengths.values())
+
+
+# --- difficulty ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 5, 8])
+def test_number_of_steps(steps: int) -> None:
+    problems = Arithmetic(min_steps=steps, max_steps=steps, train_size=200).load("train").problems
+    assert {len(problem.steps) for problem in problems} == {steps}
+
+
+@pytest.mark.parametrize("operations", [["+"], ["-"], ["*"], ["/"], ["+", "-"], ["*", "/"], ["/", "+"]])
+def test_operations(operations: list[str]) -> None:
+    source = Arithmetic(operations=operations, min_steps=1, max_steps=2, branching=0.0, max_number=50, train_size=200)
+    assert set(operators(source.load("train").problems)) == set(operations)
+
+
+def test_limits_on_numbers() -> None:
+    source = Arithmetic(max_number=9, max_factor=3, max_result=30, train_size=500)
+    for problem in source.load("train").problems:
+        assert max(question_numbers(problem)) <= 9
+        assert max(int(step.result) for step in problem.steps) <= 30
+        assert all(smaller <= 3 for operator, _, smaller in calculations(problem)[1:] if operator == "/")
+    large = Arithmetic(max_number=99, max_factor=12, max_result=5000, train_size=500).load("train").problems
+    assert max(max(question_numbers(problem)) for problem in large) > 90
+    assert max(int(problem.answer) for problem in large) > 1000
+
+
+def spare_numbers(problem: Problem) -> int:
+    """How many numbers of the question no step uses."""
+    used = Counter(int(n) for step in problem.steps for n in operands_and_operator(step.expression)[1])
+    used.subtract(int(step.result) for step in problem.steps[:-1])
+    return len(question_numbers(problem)) - used.total()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_distractors(share: float) -> None:
+    problems = Arithmetic(distractors=share, train_size=1000).load("train").problems
+    spare = Counter(map(spare_numbers, problems))
+    assert set(spare) <= {0, 1}
+    assert abs(spare[1] / 1000 - share) < (0.05 if 0 < share < 1 else 1e-9)
+
+
+def is_chain(problem: Problem) -> bool:
+    """Whether each step works on the result of the step before, and on a number of the question."""
+    return len(problem.steps) + 1 == len(question_numbers(problem)) and all(
+        int(before.result) in operands_and_operator(step.expression)[1]
+        for before, step in zip(problem.steps, problem.steps[1:], strict=False)
+    )
+
+
+def test_branching() -> None:
+    chains = Arithmetic(branching=0.0, distractors=0.0, train_size=500).load("train").problems
+    assert all(map(is_chain, chains))
+    branched = Arithmetic(branching=1.0, distractors=0.0, train_size=500, min_steps=2).load("train").problems
+    for problem in branched:
+        assert len(question_numbers(problem)) == len(problem.steps) + 1
+        products = [step for step in problem.steps if "*" in step.expression]
+        assert any(
+            set(map(int, product.expression.split("*"))) <= set(question_numbers(problem)) for product in products
+        )
+    assert any(not is_chain(problem) for problem in branched)
+
+
+# --- bad settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", -1),
+        ("seed", 1.5),
+        ("train_size", 0),
+        ("validation_size", -3),
+        ("test_size", "many"),
+        ("min_steps", 0),
+        ("min_steps", True),
+        ("max_steps", 1),
+        ("max_steps", 9),
+        ("max_number", 1),
+        ("max_factor", 1),
+        ("max_factor", 21),
+        ("max_result", 1),
+        ("branching", 1.5),
+        ("branching", "often"),
+        ("branching", float("nan")),
+        ("distractors", -0.1),
+        ("operations", []),
+        ("operations", "+"),
+        ("operations", 3),
+        ("operations", ["+", "^"]),
+        ("operations", ["+", "+"]),
+    ],
+)
+def test_impossible_values_are_refused(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"data\.{key}") as error:
+        Arithmetic(**{key: value})  # pyright: ignore[reportArgumentType]
+    assert "\n" not in str(error.value)
+
+
+def test_branching_needs_its_operations() -> None:
+    with pytest.raises(UserError, match=r"data\.branching must be 0"):
+        Arithmetic(operations=["+", "-"])
+    assert Arithmetic(operations=["+", "-"], branching=0.0).operations == ("+", "-")
+
+
+def test_settings_without_a_problem_are_refused() -> None:
+    source = Arithmetic(operations=["/"], branching=0.0, min_steps=8, max_steps=8)
+    with pytest.raises(UserError, match="no chain of 8 steps"):
+        source.load("train")
+
+
+def test_the_config_names_every_field_with_its_default() -> None:
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    assert config.pop("_target_") == f"{Arithmetic.__module__}.{Arithmetic.__qualname__}"
+    assert set(config) == {field.name for field in fields(Arithmetic)}
+    assert Arithmetic(**config) == Arithmetic()
