@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import hydra
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -176,7 +177,9 @@ class RunConfig:
             require(getattr(self, key) >= 1 or getattr(self, key) == -1, key, getattr(self, key),
                     "at least 1, or -1 for only at the end")  # fmt: skip
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)"
+        )
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share of training, from 0 to 1")
         require_choice("lr_schedule", self.lr_schedule, ("linear", "cosine", "constant"))
@@ -184,7 +187,9 @@ class RunConfig:
         require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0 (inf: no clipping)")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        require(not (self.resume and self.out_dir is None), "resume", True, "given with out_dir=, the run to go on with")
+        require(
+            not (self.resume and self.out_dir is None), "resume", True, "given with out_dir=, the run to go on with"
+        )
 
 
 def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
@@ -198,9 +203,10 @@ def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
     shared_keys = {f.name for f in dataclasses.fields(RunConfig)}
     run = typed(RunConfig, {key: value for key, value in sections.items() if key in shared_keys})
     config_class = objective.Config  # type: ignore[attr-defined]
-    own = {}
+    own: dict[str, Any] = {}
+    section_types = get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
-        own[f.name] = typed(hydra.utils.get_class(f"{config_class.__module__}.{f.type}"), sections.get(f.name, {}), f.name)
+        own[f.name] = typed(section_types[f.name], sections.get(f.name, {}), f.name)
     unknown = [key for key in sections if key not in shared_keys and key not in own]
     if unknown:
         raise UserError(f"{unknown[0]}: mode={run.mode} has no such key")
@@ -221,6 +227,20 @@ def typed(cls: type[T], values: Any, section: str = "") -> T:
         raise UserError(f"{prefix}{error.full_key or error.key}: {reason}") from error
 
 
-def as_plain(raw: DictConfig) -> dict[str, Any]:
+def as_plain(raw: Any) -> dict[str, Any]:
     """A composed configuration as plain values, for `config.json`."""
     return OmegaConf.to_container(raw, resolve=True)  # type: ignore[return-value]
+
+
+def instantiate(section: Any, key: str) -> Any:
+    """What a config section with a `_target_` stands for.
+
+    Raises:
+        UserError: the target refuses a value, or does not know a key.
+    """
+    try:
+        return hydra.utils.instantiate(section)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise UserError(f"{key}: {error.__cause__ or error}") from error

@@ -104,7 +104,11 @@ def encode_prompts(
 
 
 def think_about(
-    model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, prompts: Sequence[list[int]], cache: KVCache | None = None
+    model: GPT,
+    tokenizer: Tokenizer,
+    thoughts: ThoughtFormat,
+    prompts: Sequence[list[int]],
+    cache: KVCache | None = None,
 ) -> Thoughts:
     """Thoughts about encoded prompts, one batch; as `think`, from lists of ids."""
     ids_BT, mask_BT = pad_right(prompts, tokenizer.pad_id)

@@ -39,7 +39,9 @@ def make_console(is_main: bool = True) -> Console:
     return console
 
 
-def track(items: Sequence[T], description: str, console: Console, unit_sizes: Sequence[int] | None = None) -> Iterator[T]:
+def track(
+    items: Sequence[T], description: str, console: Console, unit_sizes: Sequence[int] | None = None
+) -> Iterator[T]:
     """Goes through `items` under a progress bar; without a terminal, a plain line at every tenth of the way.
 
     Args:

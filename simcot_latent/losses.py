@@ -56,9 +56,7 @@ class Targets:
         )
 
 
-def cross_entropy(
-    hidden: Tensor, targets: Targets, logits_of: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def cross_entropy(hidden: Tensor, targets: Targets, logits_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Per-label cross-entropy and correctness.
 
     Args:

@@ -47,7 +47,7 @@ def score_steps(decoded: str, gold: str) -> StepScore:
 
 
 def steps_are_right(text: str) -> bool | None:
-    """Whether every step in the text is arithmetically right; None where there is no step, False where one is broken."""
+    """Whether every step in the text is arithmetically right; None without any, False with a broken one."""
     steps, malformed = parse_steps(text)
     if malformed:
         return False

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import hydra
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -23,15 +22,44 @@ from torch import Tensor
 
 from simcot_latent import cli
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder
+from simcot_latent.config import instantiate, require, require_choice, typed
 from simcot_latent.data.batch import pad_right
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
+from simcot_latent.data.sources import SPLITS, Source
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError
 from simcot_latent.generate import encode_prompts, generate_all, think_about
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
 from simcot_latent.model.thoughts import Thoughts
+
+
+@dataclass
+class ProbeConfig:
+    """Keys of `configs/probe.yaml`."""
+
+    data: dict[str, Any] | None = None
+    ckpt: str | None = None
+    question: str | None = None
+    split: str = "test"
+    limit: int = 20
+    batch_size: int = 32
+    format: str = "table"
+    device: str = "auto"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.ckpt is None:
+            raise UserError("ckpt is missing; give ckpt=DIR, a folder that training wrote, such as runs/latent/latest")
+        if (self.question is None) == (self.data is None):
+            raise UserError('give either question="..." or data=NAME (with data.path=, limit=)')
+        require_choice("split", self.split, SPLITS)
+        require(self.limit >= 1, "limit", self.limit, "at least 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require_choice("format", self.format, ("table", "json"))
+        require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+
 
 MAX_STEP_TOKENS = 128
 """Where free-running decoding of a group gives up; merged steps of GSM8K stay under it."""
@@ -136,10 +164,7 @@ def probe_problems(checkpoint: Checkpoint, problems: Sequence[Problem]) -> list[
     return [
         QuestionProbe(
             problem.question,
-            [
-                score_group(text, p, gold[row][g], forced[row * G + g])
-                for g, (text, p) in enumerate(decoded[row])
-            ],
+            [score_group(text, p, gold[row][g], forced[row * G + g]) for g, (text, p) in enumerate(decoded[row])],
             answers[row].answer,
             problem.answer,
         )
@@ -178,7 +203,9 @@ def teacher_forced(
     results: list[tuple[float, float] | None] = [None] * len(gold)
     if not taught:
         return results
-    ids_NL, mask_NL = pad_right([[*tokenizer.encode(gold[i] or ""), tokenizer.end_id] for i in taught], tokenizer.pad_id)
+    ids_NL, mask_NL = pad_right(
+        [[*tokenizer.encode(gold[i] or ""), tokenizer.end_id] for i in taught], tokenizer.pad_id
+    )
     ids_NL, mask_NL = ids_NL.to(latents_BKD.device), mask_NL.to(latents_BKD.device)
     logits_NLV = decoder.logits(decoder(group_prefix(checkpoint, latents_BKD)[taught], ids_NL))
     loss_NL = F.cross_entropy(logits_NLV.transpose(1, 2), ids_NL, reduction="none")
@@ -235,3 +262,53 @@ def probe_table(probes: Sequence[QuestionProbe]) -> Table:
         gold = [f"#### {probe.gold_answer}"] if with_gold else []
         table.add_row("", "answer", probe.answer or "(none)", right if with_gold else "", "", *gold, end_section=True)
     return table
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Scores over all step groups with gold steps, and by step index."""
+    keys = [
+        ("exact", "exact match"),
+        ("operators", "operators"),
+        ("operands", "operands"),
+        ("result", "result"),
+        ("right", "arithmetically right"),
+        ("probability", "probability"),
+        ("forced_token_accuracy", "tokens, teacher-forced"),
+        ("gold_probability", "probability of gold"),
+    ]
+    table = Table("step", "n", *[title for _, title in keys])
+    for name, scores in [*summary["by_step"].items(), ("all", summary["all"])]:
+        table.add_row(name, str(scores["n"]), *[f"{scores[key]:.3f}" if scores["n"] else "-" for key, _ in keys])
+    return table
+
+
+def main(raw: DictConfig) -> None:
+    """Probes one question, or problems of a data source."""
+    config = typed(ProbeConfig, raw)
+    console = make_console()
+    device = pick_device(config.device)
+    checkpoint = load_checkpoint(config.ckpt or "", device)
+    require_decoder(checkpoint)
+    with torch.no_grad(), autocast(device, pick_dtype(config.dtype, device)):
+        if config.question is not None:
+            probes, summary = probe_questions(checkpoint, [config.question]), None
+        else:
+            source: Source = instantiate(raw.data, "data")
+            problems = source.load(config.split).problems[: config.limit]  # type: ignore[arg-type]
+            batches = [problems[i : i + config.batch_size] for i in range(0, len(problems), config.batch_size)]
+            quiet = make_console(is_main=config.format == "table")
+            probes = [p for batch in track(batches, "probing", quiet, list(map(len, batches)))
+                      for p in probe_problems(checkpoint, batch)]  # fmt: skip
+            summary = summarise(probes)
+    if config.format == "json":
+        print(json.dumps({"probes": [asdict(probe) for probe in probes], "summary": summary}, indent=2))
+        return
+    console.print(probe_table(probes))
+    if summary is not None:
+        console.print(summary_table(summary))
+        low, high = summary["ci95"]
+        console.print(f"answers: {summary['accuracy']:.1%} of {summary['n']} (95% interval {low:.1%} to {high:.1%})")
+
+
+if __name__ == "__main__":
+    cli.run(main, "probe")

@@ -17,7 +17,6 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +31,7 @@ from simcot_latent.checkpoint import (
     load_trainer_state,
     save_checkpoint,
 )
-from simcot_latent.config import RunConfig, as_plain, parse
+from simcot_latent.config import RunConfig, as_plain, instantiate, parse
 from simcot_latent.data.batch import BatchOrder, by_length, micro_batches, to_device
 from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem, same_number
@@ -44,6 +43,7 @@ from simcot_latent.generate import encode_prompts, generate, think_about
 from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.gpt import GPT, GPTConfig
+from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import geometry
 from simcot_latent.objectives.base import Objective
 from simcot_latent.probe import probe_problems, probe_table
@@ -89,8 +89,8 @@ def main(raw: DictConfig) -> None:
         job = Job(run, as_plain(raw), out_dir, device, pick_dtype(run.dtype, device), ranks, console)
         torch.manual_seed(run.seed)
 
-        tokenizer: Tokenizer = hydra.utils.instantiate(raw.tokenizer)
-        source: Source = hydra.utils.instantiate(raw.data)
+        tokenizer: Tokenizer = instantiate(raw.tokenizer, "tokenizer")
+        source: Source = instantiate(raw.data, "data")
         train_split = load_split(source, "train", console)
         validation_split = load_split(source, "validation", console)
         model = make_model(run, tokenizer)
@@ -112,7 +112,12 @@ class Trainer:
     """
 
     def __init__(
-        self, job: Job, objective: Objective, examples: list[Example], validation: list[Example], problems: list[Problem]
+        self,
+        job: Job,
+        objective: Objective,
+        examples: list[Example],
+        validation: list[Example],
+        problems: list[Problem],
     ) -> None:
         run = self.run = job.run
         self.job, self.ranks, self.console = job, job.ranks, job.console
@@ -131,9 +136,7 @@ class Trainer:
         self.module: nn.Module = objective
         if job.ranks.world > 1:
             # A decoder takes no part in the stages that have no thoughts yet.
-            self.module = DistributedDataParallel(
-                objective, find_unused_parameters=objective.step_decoder is not None
-            )
+            self.module = DistributedDataParallel(objective, find_unused_parameters=objective.step_decoder is not None)
         self.warned_weights = False
         self.last_evaluation: dict[str, float] = {}
 
@@ -181,7 +184,7 @@ class Trainer:
         self.ranks.barrier()
 
     def train_step(self, stop: StopSignal) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, bool]:
-        """One optimizer step: shares and totals of the whole step, gradient norm, and whether any rank was told to stop."""
+        """One optimizer step: its shares and totals, the gradient norm, and whether any rank was told to stop."""
         run, job, ranks = self.run, self.job, self.ranks
         progress = self.step / self.num_steps
         thoughts = self.objective.thoughts_at(progress)
@@ -241,7 +244,9 @@ class Trainer:
         }
         log.write(self.step, metrics)
         parts = [f"step {self.step:05d}/{self.num_steps:05d}", f"loss {values['loss']:.3f}"]
-        parts += [f"{name.removesuffix('_loss')} {values[name]:.3f}" for name in sorted(values) if name.endswith("_loss")]
+        parts += [
+            f"{name.removesuffix('_loss')} {values[name]:.3f}" for name in sorted(values) if name.endswith("_loss")
+        ]
         parts += [f"lrm {lrm:.2f}", f"tokens {metrics['num_tokens']:.0f}", f"weighted {metrics['weighted_tokens']:.1f}"]
         if "step_accuracy" in values:
             parts.append(f"step_acc {values['step_accuracy']:.2f}")
@@ -272,10 +277,16 @@ class Trainer:
             thoughts_seen: list[Tensor] = []
             for batch in plan:
                 problems = [self.problems[i] for i in batch]
-                generations = generate(objective.model, objective.tokenizer, thoughts, [p.question for p in problems], run.max_new_tokens)
-                counts["correct"] += sum(same_number(g.answer, p.answer) for g, p in zip(generations, problems, strict=True))
+                generations = generate(
+                    objective.model, objective.tokenizer, thoughts, [p.question for p in problems], run.max_new_tokens
+                )
+                counts["correct"] += sum(
+                    same_number(g.answer, p.answer) for g, p in zip(generations, problems, strict=True)
+                )
                 if thoughts.n_latents and not thoughts_seen:
-                    prompts = encode_prompts(objective.model, objective.tokenizer, thoughts, [p.question for p in problems])
+                    prompts = encode_prompts(
+                        objective.model, objective.tokenizer, thoughts, [p.question for p in problems]
+                    )
                     thoughts_seen.append(think_about(objective.model, objective.tokenizer, thoughts, prompts).latents)
         objective.train()
         correct = ranks.sum({"correct": torch.tensor(float(counts["correct"]), device=job.device)})["correct"].item()
@@ -324,7 +335,7 @@ class Trainer:
         """Writes a checkpoint; rank 0's moments and weights are everybody's."""
         folder = None
         if self.ranks.is_main:
-            names = {parameter: name for name, parameter in self.objective.named_parameters()}
+            names: dict[Tensor, str] = {p: name for name, p in self.objective.named_parameters()}
             tensors = {
                 f"optimizer/{names[parameter]}/{key}": value
                 for parameter, moments in self.optimizer.state.items()
@@ -349,7 +360,8 @@ class Trainer:
         state = load_trainer_state(folder)
         if state.values["num_steps"] != self.num_steps:
             raise UserError(
-                f"resume: {folder} was training for {state.values['num_steps']} steps, this run is for {self.num_steps}; "
+                f"resume: {folder} was training for {state.values['num_steps']} steps, this run is for "
+                f"{self.num_steps}; "
                 "give the same num_iterations, num_epochs, data and target_examples_per_step"
             )
         copy_weights(saved, self.objective)
@@ -433,15 +445,21 @@ def make_model(run: RunConfig, tokenizer: Tokenizer) -> GPT:
     if run.init_from is not None:
         saved = load_checkpoint(run.init_from)
         if saved.model.config != config:
-            raise UserError(f"init_from={run.init_from}: its model is another than model= and tokenizer= say: {saved.model.config}")
+            raise UserError(
+                f"init_from={run.init_from}: its model is another than model= and tokenizer= say: {saved.model.config}"
+            )
         model.load_state_dict(saved.model.state_dict())
     return model
 
 
 def copy_weights(saved: Checkpoint, objective: Objective) -> None:
     """A checkpoint's weights into the model, and the decoder, that are to be trained."""
-    for ours, theirs in ((objective.model, saved.model), (objective.step_decoder, saved.step_decoder)):
-        if (ours is None) != (theirs is None) or (ours is not None and ours.config != theirs.config):
+    pairs: tuple[tuple[GPT | StepDecoder | None, GPT | StepDecoder | None], ...] = (
+        (objective.model, saved.model),
+        (objective.step_decoder, saved.step_decoder),
+    )
+    for ours, theirs in pairs:
+        if (ours and ours.config) != (theirs and theirs.config):
             raise UserError(f"{saved.path}: its model or decoder is not the one that this run is configured for")
         if ours is not None and theirs is not None:
             ours.load_state_dict(theirs.state_dict())
@@ -469,7 +487,8 @@ def encode_all(objective: Objective, problems: Sequence[Problem], split: str, jo
             examples.append(example)
         elif job.run.on_too_long == "error":
             raise UserError(
-                f"{split} problem {number} ({problem.question[:40]!r}...) has {example.length} tokens: at most {limit} fit; "
+                f"{split} problem {number} ({problem.question[:40]!r}...) has {example.length} tokens: "
+                f"at most {limit} fit; "
                 "raise model.context_length, or set on_too_long=drop"
             )
     if dropped := len(problems) - len(examples):

@@ -75,7 +75,9 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Rows of token ids as one tensor (B, T), and its mask (B, T), True where a token is real."""
     length = max(map(len, rows), default=0)
-    ids_BT = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.long).view(len(rows), length)
+    ids_BT = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.long).view(
+        len(rows), length
+    )
     lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.long)
     return ids_BT, torch.arange(length) < lengths_B.unsqueeze(1)
 

@@ -102,9 +102,7 @@ def lines(parts: Iterable[TaggedIds], newline: TaggedIds) -> TaggedIds:
     return concatenate(chain.from_iterable((part, newline) for part in parts))
 
 
-def align_steps(
-    steps: Sequence[T], answer: T, groups: int, *, surplus: str, missing: str
-) -> list[list[T] | None]:
+def align_steps(steps: Sequence[T], answer: T, groups: int, *, surplus: str, missing: str) -> list[list[T] | None]:
     """Which steps each of `groups` thought groups is to be decoded into; None: it is taught nothing.
 
     Args:

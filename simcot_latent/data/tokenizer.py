@@ -197,7 +197,7 @@ class Tokenizer:
 
 
 def default_tokenizer(ranks: str | Path | None = None) -> Tokenizer:
-    """Our byte-level BPE: 4096 tokens, digits single, `<<`, `>>`, `####` and every operator a token of its own.
+    """Our byte-level BPE: 2048 tokens, digits single, `<<`, `>>`, `####` and every operator a token of its own.
 
     Args:
         ranks: a ranks file that `simcot_latent.data.train_tokenizer` wrote, in place of the shipped one.

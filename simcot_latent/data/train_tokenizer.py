@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gsm8k", metavar="FOLDER", help="GSM8K's train split in this folder")
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text; each is a corpus")
     parser.add_argument(
-        "--vocab-size", type=int, default=4096, metavar="N", help="tokens, special ones counted (default: 4096)"
+        "--vocab-size", type=int, default=2048, metavar="N", help="tokens, special ones counted (default: 2048)"
     )
     options = parser.parse_args(arguments)
     try:

@@ -211,13 +211,12 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.positions = (
-            nn.Embedding(config.context_length, config.n_embd) if config.positions == "learned" else None
-        )
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.positions = nn.Embedding(config.context_length, config.n_embd) if config.positions == "learned" else None
+        blocks = [Block(config, layer) for layer in range(config.n_layer)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = make_norm(config)
         self.apply(_init)
-        for block in self.blocks:
+        for block in blocks:
             # GPT-2's scaling: the residual stream's variance stays the same at any depth.
             for residual in (block.attention.out, block.mlp.down):
                 residual.weight.data.div_(math.sqrt(2 * config.n_layer))

@@ -84,7 +84,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], thoughts: ThoughtFormat) -> Any:
-        """A batch to train answering like `thoughts` on: a dataclass of CPU tensors, `totals` (see `losses`) among them."""
+        """A batch to train answering like `thoughts` on: a dataclass of CPU tensors and `totals` (see `losses`)."""
 
     @abstractmethod
     def forward(self, batch: Any, totals: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,7 +96,11 @@ class Objective(nn.Module, ABC):
         ids_BT, mask_BT = pad_right(rows, self.tokenizer.pad_id)
         # The hidden state *before* a token predicts it.
         targets = Targets.from_rows(
-            [(len(prompt) - 1, text.ids, self.weigh(text), text.in_step) for prompt, text in zip(prompts, texts)], ids_BT
+            [
+                (len(prompt) - 1, text.ids, self.weigh(text), text.in_step)
+                for prompt, text in zip(prompts, texts, strict=True)
+            ],
+            ids_BT,
         )
         return WrittenBatch(ids_BT, targets, target_totals(targets) | position_totals(mask_BT))
 

@@ -1,6 +1,7 @@
 """mode=weighted: fine-tuning on written solutions in which calculator steps weigh more. The baseline.
 
-loss = sum(w * ce) / sum(w), w = `step_weight_multiplier` on tokens inside `<<..>>`, 1 elsewhere, no loss on the question.
+loss = sum(w * ce) / sum(w): w = `step_weight_multiplier` on tokens inside `<<..>>`, 1 elsewhere, and no
+loss on the question.
 There are no thoughts and no decoder here: it is *not* SIM-CoT.
 """
 

@@ -57,8 +57,8 @@ def marked(tokenizer: Tokenizer, text: str, *steps: str) -> list[str]:
 
 
 def test_default_vocabulary() -> None:
-    assert DEFAULT.n_vocab == 4096
-    assert [DEFAULT.bot_id, DEFAULT.eot_id, DEFAULT.end_id, DEFAULT.pad_id] == [4092, 4093, 4094, 4095]
+    assert DEFAULT.n_vocab == 2048
+    assert [DEFAULT.bot_id, DEFAULT.eot_id, DEFAULT.end_id, DEFAULT.pad_id] == [2044, 2045, 2046, 2047]
     assert DEFAULT.encoding.n_vocab == DEFAULT.n_vocab
     for i in range(DEFAULT.n_vocab):
         assert isinstance(DEFAULT.decode([i]), str)
@@ -156,8 +156,8 @@ def test_decode_drops_special_tokens(gpt2: Tokenizer) -> None:
 
 def test_decode_replaces_what_is_not_utf8_and_refuses_what_is_no_id() -> None:
     assert DEFAULT.decode([0xFF, ord("a"), 0xF0, 0x9F]) == "\ufffda\ufffd"
-    for wrong in (-100, -1, 4096):
-        with pytest.raises(IndexError, match=f"{wrong} is not in 0 to 4095"):
+    for wrong in (-100, -1, 2048):
+        with pytest.raises(IndexError, match=f"{wrong} is not in 0 to 2047"):
             DEFAULT.decode([5, wrong])
 
 
@@ -245,7 +245,7 @@ def test_token_spans_start_where_tiktoken_says(text: str) -> None:
 
 
 @no_deadline
-@given(st.lists(st.integers(0, 4095)))
+@given(st.lists(st.integers(0, 2047)))
 def test_token_spans_cover_the_decoded_text_of_any_ids(ids: list[int]) -> None:
     text, spans = DEFAULT.decode(ids), DEFAULT.token_spans(ids)
     assert {i for start, end in spans for i in range(start, end)} == set(range(len(text)))
@@ -293,8 +293,8 @@ def test_saved_tokenizers_load_to_the_same_ids(tmp_path: Path, gpt2: Tokenizer) 
         ("tokenizer.json", None, "tokenizer.json: cannot read"),
         ("tokenizer.json", "{", "tokenizer.json: not JSON"),
         ("tokenizer.json", "[]", "tokenizer.json: needs name and pattern"),
-        ("tokenizer.json", {"special_tokens": {"<|bot|>": "4092"}}, "tokenizer.json: needs name and pattern"),
-        ("tokenizer.json", {"special_tokens": {"<|bot|>": 4092}}, "special tokens lack <|eot|>, <|end|>, <|pad|>"),
+        ("tokenizer.json", {"special_tokens": {"<|bot|>": "2044"}}, "tokenizer.json: needs name and pattern"),
+        ("tokenizer.json", {"special_tokens": {"<|bot|>": 2044}}, "special tokens lack <|eot|>, <|end|>, <|pad|>"),
         ("tokenizer.json", {"pattern": "("}, "pattern is not a regular expression"),
         ("ranks.tiktoken", None, "ranks.tiktoken: cannot read"),
         ("ranks.tiktoken", "", "ranks must hold each of the 256 single bytes"),
@@ -323,7 +323,7 @@ def test_a_truncated_ranks_file_is_noticed(tmp_path: Path) -> None:
     DEFAULT.save(tmp_path)
     lines = (tmp_path / "ranks.tiktoken").read_bytes().splitlines(keepends=True)
     (tmp_path / "ranks.tiktoken").write_bytes(b"".join(lines[:-10]))
-    with pytest.raises(UserError, match=r"ranks.tiktoken: ids .* must be 0 to 4085"):
+    with pytest.raises(UserError, match=r"ranks.tiktoken: ids .* must be 0 to 2037"):
         Tokenizer.load(tmp_path)
 
 
