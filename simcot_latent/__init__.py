@@ -1,12 +1,39 @@
-"""simcot_latent: latent reasoning with step supervision (SIM-CoT, https://arxiv.org/abs/2509.20317)."""
+"""simcot_latent: latent reasoning with step supervision (SIM-CoT, https://arxiv.org/abs/2509.20317).
 
-from simcot_latent.checkpoint import Checkpoint, load_checkpoint
-from simcot_latent.errors import UserError
-from simcot_latent.generate import Generation, Sampling, answer, generate_all
-from simcot_latent.model.gpt import GPT, GPTConfig
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat, Thoughts
-from simcot_latent.probe import decode_steps, probe_problems, probe_questions, think
+The public names are imported when they are first used, so that `import simcot_latent` and `python -m simcot_latent.<x>`
+load no more than they need.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simcot_latent.checkpoint import Checkpoint, load_checkpoint
+    from simcot_latent.errors import UserError
+    from simcot_latent.generate import Generation, Sampling, answer, generate_all
+    from simcot_latent.model.gpt import GPT, GPTConfig
+    from simcot_latent.model.step_decoder import StepDecoder
+    from simcot_latent.model.thoughts import ThoughtFormat, Thoughts
+    from simcot_latent.probe import decode_steps, probe_problems, probe_questions, think
+
+_MODULE_OF = {
+    "Checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "UserError": "errors",
+    "Generation": "generate",
+    "Sampling": "generate",
+    "answer": "generate",
+    "generate_all": "generate",
+    "GPT": "model.gpt",
+    "GPTConfig": "model.gpt",
+    "StepDecoder": "model.step_decoder",
+    "ThoughtFormat": "model.thoughts",
+    "Thoughts": "model.thoughts",
+    "decode_steps": "probe",
+    "probe_problems": "probe",
+    "probe_questions": "probe",
+    "think": "probe",
+}
 
 __all__ = [
     "GPT",
@@ -26,3 +53,9 @@ __all__ = [
     "probe_questions",
     "think",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
