@@ -165,7 +165,7 @@ class RunConfig:
     wandb_project: str = "simcot_latent"
 
     def __post_init__(self) -> None:
-        require_choice("rationale", self.rationale, ("natural", "equations"))
+        require_choice("rationale", self.rationale, ("natural", "equations", "none"))
         require_choice("on_too_long", self.on_too_long, ("error", "drop"))
         require(self.step_weight_multiplier >= 0, "step_weight_multiplier", self.step_weight_multiplier, "at least 0")
         require(self.num_iterations >= 1 or self.num_iterations == -1, "num_iterations", self.num_iterations,

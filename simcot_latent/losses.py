@@ -75,3 +75,8 @@ def cross_entropy(hidden: Tensor, targets: Targets, logits_of: Callable[[Tensor]
 def share(values_M: Tensor, total: Tensor) -> Tensor:
     """sum(values) / total; a total of zero (nothing of that kind in the whole step) gives zero."""
     return values_M.sum() / total.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Key-wise sum of shares, or of totals."""
+    return {key: torch.stack([part[key] for part in parts]).sum(0) for key in parts[0]}

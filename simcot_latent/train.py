@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,25 +30,21 @@ from simcot_latent.checkpoint import (
     save_checkpoint,
 )
 from simcot_latent.config import RunConfig, as_plain, instantiate, parse
-from simcot_latent.data.batch import BatchOrder, by_length, micro_batches, to_device
+from simcot_latent.data.batch import BatchOrder, micro_batches, to_device
 from simcot_latent.data.format import Example
-from simcot_latent.data.problem import Problem, same_number
+from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources import LoadedSplit, Source, Split
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
 from simcot_latent.errors import UserError
-from simcot_latent.generate import encode_prompts, generate, think_about
 from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
-from simcot_latent.metrics import wilson_interval
+from simcot_latent.losses import add_up
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import geometry
+from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.base import Objective
 from simcot_latent.probe import probe_problems, probe_table
-
-# Thoughts have collapsed into one another when they lie this much closer together than they are long. Published: a
-# healthy model has 28.3 against a norm of its own scale, a collapsed one 4.2 (https://arxiv.org/abs/2509.20317).
-COLLAPSE_RATIO = 0.1
+from simcot_latent.validation import COLLAPSE_RATIO, HeldOut, have_collapsed, validate, validation_table
 
 
 @dataclass
@@ -96,9 +90,9 @@ def main(raw: DictConfig) -> None:
         model = make_model(run, tokenizer)
         objective: Objective = hydra.utils.get_class(run.objective)(model, tokenizer, run, sections)
         objective.to(device)
-        examples = encode_all(objective, train_split.problems, "train", job)
-        validation = encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job)
-        Trainer(job, objective, examples, validation, validation_split.problems[: run.eval_examples]).train()
+        _, examples = encode_all(objective, train_split.problems, "train", job)
+        held_out = HeldOut(*encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job))
+        Trainer(job, objective, examples, held_out).train()
 
 
 class Trainer:
@@ -108,20 +102,13 @@ class Trainer:
         job: what stays the same.
         objective: what is trained, on its device.
         examples: training examples.
-        validation: held-out examples, and `problems` they were made from.
+        held_out: what it is validated on.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        objective: Objective,
-        examples: list[Example],
-        validation: list[Example],
-        problems: list[Problem],
-    ) -> None:
+    def __init__(self, job: Job, objective: Objective, examples: list[Example], held_out: HeldOut) -> None:
         run = self.run = job.run
         self.job, self.ranks, self.console = job, job.ranks, job.console
-        self.objective, self.examples, self.validation, self.problems = objective, examples, validation, problems
+        self.objective, self.examples, self.held_out = objective, examples, held_out
         if run.target_examples_per_step < job.ranks.world:
             raise UserError(
                 f"target_examples_per_step={run.target_examples_per_step}: must be at least the {job.ranks.world} ranks"
@@ -138,11 +125,17 @@ class Trainer:
             # A decoder takes no part in the stages that have no thoughts yet.
             self.module = DistributedDataParallel(objective, find_unused_parameters=objective.step_decoder is not None)
         self.warned_weights = False
-        self.last_evaluation: dict[str, float] = {}
+
+    def thoughts_now(self) -> ThoughtFormat:
+        """How the model was trained to answer in the last step (before the first: in the first)."""
+        return self.objective.thoughts_at(max(0, self.step - 1) / self.num_steps)
 
     def train(self) -> None:
         """Trains to the end, or to a signal; either way the last thing is a checkpoint."""
         run, job = self.run, self.job
+        if self.step == self.num_steps:
+            self.console.print(f"{job.out_dir} is trained to its end, {self.num_steps} steps", markup=False)
+            return
         if self.ranks.is_main:
             job.out_dir.mkdir(parents=True, exist_ok=True)
         log = RunLog(job.out_dir, self.ranks.is_main, self.step, run.run, run.wandb_project, job.raw)
@@ -150,6 +143,7 @@ class Trainer:
         self.announce()
         began, began_step = time.perf_counter(), self.step
         interval = Interval()
+        metrics: dict[str, float] = {}
         with make_progress(self.console) as progress:
             bar = progress.add_task(run.mode, total=self.num_steps, completed=self.step)
             while self.step < self.num_steps:
@@ -164,8 +158,7 @@ class Trainer:
                 if stopping:
                     break
                 if last or (run.eval_every != -1 and self.step % run.eval_every == 0):
-                    self.last_evaluation = self.evaluate(show=not last)
-                    log.write(self.step, self.last_evaluation)
+                    metrics = self.validate(log, show=not last)
                     interval = Interval()
                 if not last and run.checkpoint_every != -1 and self.step % run.checkpoint_every == 0:
                     self.save()
@@ -180,16 +173,15 @@ class Trainer:
             raise SystemExit(128 + (stop.received or signal.SIGTERM))
         if self.ranks.is_main:
             self.console.print(f"{self.step - began_step} steps in {seconds:.0f} s; checkpoint {folder}", markup=False)
-            self.report()
+            self.report(metrics)
         self.ranks.barrier()
 
     def train_step(self, stop: StopSignal) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, bool]:
         """One optimizer step: its shares and totals, the gradient norm, and whether any rank was told to stop."""
         run, job, ranks = self.run, self.job, self.ranks
-        progress = self.step / self.num_steps
-        thoughts = self.objective.thoughts_at(progress)
-        if self.step and thoughts != self.objective.thoughts_at((self.step - 1) / self.num_steps):
-            self.begin_stage()
+        thoughts = self.objective.thoughts_at(self.step / self.num_steps)
+        if thoughts != self.thoughts_now():
+            self.begin_stage(thoughts)
         indices = micro_batches(self.order.batch(self.step), run.device_batch_size, ranks.rank, ranks.world)
         batches = [self.objective.collate([self.examples[i] for i in piece], thoughts) for piece in indices]
         totals = add_up([batch.totals for batch in batches]) | {"stop": torch.tensor(float(stop.received is not None))}
@@ -213,11 +205,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return add_up(pieces), totals, grad_norm, stopping
 
-    def begin_stage(self) -> None:
-        thoughts = self.objective.thoughts_at(self.step / self.num_steps)
+    def begin_stage(self, thoughts: ThoughtFormat) -> None:
+        """A step before the first of a stage."""
         self.console.print(f"step {self.step:05d} | stage: {thoughts.n_latents} thoughts", markup=False)
-        latent = getattr(self.objective.config, "latent", None)
-        if latent is not None and latent.reset_optimizer:
+        self.objective.begin_stage(thoughts)
+        if self.objective.resets_optimizer:
             self.optimizer = make_optimizer(self.objective, self.run)
 
     def log_step(
@@ -240,7 +232,7 @@ class Trainer:
             "grad_norm": grad_norm.item(),
             "tokens_per_s": interval.tokens_per_s(),
             "padding": 1 - (totals["real_positions"] / totals["positions"]).item(),
-            "n_latents": self.objective.thoughts_at((self.step - 1) / self.num_steps).n_latents,
+            "n_latents": self.thoughts_now().n_latents,
         }
         log.write(self.step, metrics)
         parts = [f"step {self.step:05d}/{self.num_steps:05d}", f"loss {values['loss']:.3f}"]
@@ -253,50 +245,24 @@ class Trainer:
         parts += [f"grad {metrics['grad_norm']:.2f}", f"tok/s {metrics['tokens_per_s']:.0f}"]
         self.console.print(" | ".join(parts), markup=False)
         same = metrics["num_tokens"] == metrics["weighted_tokens"]
-        written = self.objective.thoughts_at((self.step - 1) / self.num_steps).n_latents == 0
+        written = self.thoughts_now().n_latents == 0
         if written and same and run.step_weight_multiplier != 1.0 and not self.warned_weights:
             self.warned_weights = True
             warn(self.console, f"step_weight_multiplier={run.step_weight_multiplier} but no token of this step was "
                  "weighed: the solutions hold no <<..>> steps, so this is plain fine-tuning")  # fmt: skip
 
-    @torch.no_grad()
-    def evaluate(self, show: bool) -> dict[str, float]:
-        """Held-out losses, answers and thought geometry, of the stage that training is in; all ranks take part."""
-        run, job, ranks, objective = self.run, self.job, self.ranks, self.objective
-        objective.eval()
-        thoughts = objective.thoughts_at((self.step - 1) / self.num_steps)
-        mine = list(range(ranks.rank, len(self.validation), ranks.world))
-        plan = by_length([self.validation[i].length for i in mine], run.eval_batch_size)
-        plan = [[mine[i] for i in batch] for batch in plan]
-        batches = [objective.collate([self.validation[i] for i in batch], thoughts) for batch in plan]
-        totals = {k: v.to(job.device) for k, v in add_up([batch.totals for batch in batches]).items()}
-        totals = ranks.sum(totals)
-        with autocast(job.device, job.dtype):
-            shares = ranks.sum(add_up([objective(to_device(batch, job.device), totals) for batch in batches]))
-            counts = Counter[str]()
-            thoughts_seen: list[Tensor] = []
-            for batch in plan:
-                problems = [self.problems[i] for i in batch]
-                generations = generate(
-                    objective.model, objective.tokenizer, thoughts, [p.question for p in problems], run.max_new_tokens
-                )
-                counts["correct"] += sum(
-                    same_number(g.answer, p.answer) for g, p in zip(generations, problems, strict=True)
-                )
-                if thoughts.n_latents and not thoughts_seen:
-                    prompts = encode_prompts(
-                        objective.model, objective.tokenizer, thoughts, [p.question for p in problems]
-                    )
-                    thoughts_seen.append(think_about(objective.model, objective.tokenizer, thoughts, prompts).latents)
-        objective.train()
-        correct = ranks.sum({"correct": torch.tensor(float(counts["correct"]), device=job.device)})["correct"].item()
-        metrics = {f"val_{key}": value.item() for key, value in shares.items()}
-        metrics["val_accuracy"] = correct / len(self.validation)
-        if thoughts_seen:
-            metrics |= geometry(thoughts_seen[0], objective.model.embedding.weight)
-            if metrics["thought_distance"] < COLLAPSE_RATIO * metrics["thought_norm"]:
-                warn(self.console, f"thoughts have collapsed: their mean distance {metrics['thought_distance']:.2f} is "
-                     f"under {COLLAPSE_RATIO} of their norm {metrics['thought_norm']:.2f}")  # fmt: skip
+    def validate(self, log: RunLog, show: bool) -> dict[str, float]:
+        """Evaluates the stage that training is in; `show` prints it."""
+        with autocast(self.job.device, self.job.dtype):
+            metrics = validate(self.objective, self.held_out, self.thoughts_now(), self.run, self.ranks)
+        log.write(self.step, metrics)
+        if have_collapsed(metrics):
+            warn(
+                self.console,
+                f"thoughts have collapsed: their mean distance {metrics['thought_distance']:.2f} is under "
+                f"{COLLAPSE_RATIO} of their norm {metrics['thought_norm']:.2f}; raise loss.step_weight or lower "
+                "latent.n_latents",
+            )
         if show:
             text = " | ".join(f"{key} {value:.3f}" for key, value in metrics.items())
             self.console.print(f"step {self.step:05d}/{self.num_steps:05d} | {text}", markup=False)
@@ -310,7 +276,7 @@ class Trainer:
         if decoder is not None:
             size += f" + decoder {count_parameters(decoder) - model.embedding.weight.numel():,}"
         self.console.print(
-            f"mode={run.mode} | {size} | {len(self.examples)} problems, {len(self.validation)} held out | "
+            f"mode={run.mode} | {size} | {len(self.examples)} problems, {len(self.held_out.examples)} held out | "
             f"{self.num_steps} steps of {run.target_examples_per_step} | {job.device}, {job.dtype}, "
             f"{job.ranks.world} rank(s), {torch.get_num_threads()} threads | {job.out_dir}".replace("torch.", ""),
             markup=False,
@@ -326,7 +292,7 @@ class Trainer:
             model=objective.model,
             step_decoder=objective.step_decoder,
             tokenizer=objective.tokenizer,
-            thoughts=objective.thoughts_at((self.step - 1) / self.num_steps),
+            thoughts=self.thoughts_now(),
             config=self.job.raw,
             step=self.step,
         )
@@ -378,14 +344,18 @@ class Trainer:
         self.step = state.values["step"]
         self.console.print(f"going on from {folder}", markup=False)
 
-    def report(self) -> None:
-        """Held-out accuracy of the finished run, and what its thoughts say about five problems."""
+    def report(self, metrics: dict[str, float]) -> None:
+        """The last validation, and what the thoughts say about five of its problems."""
         checkpoint = self.as_checkpoint()
-        with torch.no_grad(), autocast(self.job.device, self.job.dtype):
+        self.console.print(validation_table(metrics, len(self.held_out.problems)))
+        if checkpoint.step_decoder is not None:
             self.objective.eval()
-            self.console.print(report_table(self.last_evaluation, len(self.validation)))
-            if checkpoint.step_decoder is not None:
-                self.console.print(probe_table(probe_problems(checkpoint, self.problems[:5])))
+            with torch.no_grad(), autocast(self.job.device, self.job.dtype):
+                self.console.print(probe_table(probe_problems(checkpoint, self.held_out.problems[:5])))
+        next_steps = [f"python -m evals.{evals_name(self.job.raw)} ckpt={self.job.out_dir}"]
+        if checkpoint.step_decoder is not None:
+            next_steps.append(f'python -m simcot_latent.probe ckpt={self.job.out_dir} question="..."')
+        self.console.print("what next:\n  " + "\n  ".join(next_steps), markup=False)
 
 
 class Interval:
@@ -400,11 +370,6 @@ class Interval:
 
     def tokens_per_s(self) -> float:
         return float(sum(p.item() for p in self.positions)) / (time.perf_counter() - self.began)
-
-
-def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Key-wise sum."""
-    return {key: torch.stack([part[key] for part in parts]).sum(0) for key in parts[0]}
 
 
 def lr_multiplier(run: RunConfig, step: int, num_steps: int) -> float:
@@ -473,17 +438,21 @@ def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:
     return loaded
 
 
-def encode_all(objective: Objective, problems: Sequence[Problem], split: str, job: Job) -> list[Example]:
+def encode_all(
+    objective: Objective, problems: Sequence[Problem], split: str, job: Job
+) -> tuple[list[Problem], list[Example]]:
     """Problems in token ids; those beyond the model's context end the run, or are dropped, counted and reported.
 
     Raises:
         UserError: a problem is too long (on_too_long=error), or none is left.
     """
     limit = objective.model.config.context_length - objective.extra_length
+    kept: list[Problem] = []
     examples: list[Example] = []
     for number, problem in enumerate(track(problems, f"encoding {split}", job.console), start=1):
         example = objective.encode(problem)
         if example.length <= limit:
+            kept.append(problem)
             examples.append(example)
         elif job.run.on_too_long == "error":
             raise UserError(
@@ -495,19 +464,12 @@ def encode_all(objective: Objective, problems: Sequence[Problem], split: str, jo
         warn(job.console, f"{split}: dropped {dropped} of {len(problems)} problems of more than {limit} tokens")
     if not examples:
         raise UserError(f"{split}: no problem of at most {limit} tokens; raise model.context_length")
-    return examples
+    return kept, examples
 
 
-def report_table(metrics: dict[str, float], n: int) -> Table:
-    """The last evaluation, with the interval of its accuracy."""
-    table = Table("held-out (validation)", "value")
-    accuracy = metrics["val_accuracy"]
-    low, high = wilson_interval(round(accuracy * n), n)
-    table.add_row("strict accuracy", f"{accuracy:.1%} (n={n}, 95% interval {low:.1%} to {high:.1%})")
-    for key, value in metrics.items():
-        if key != "val_accuracy":
-            table.add_row(key.removeprefix("val_").replace("_", " "), f"{value:.3f}")
-    return table
+def evals_name(raw: dict[str, Any]) -> str:
+    """The eval of the data source that the run was trained on: both are named after the source's module."""
+    return raw["data"]["_target_"].split(".")[-2]
 
 
 def choose_out_dir(run: RunConfig) -> Path:

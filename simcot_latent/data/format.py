@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 
-Rationale = Literal["natural", "equations"]
+Rationale = Literal["natural", "equations", "none"]
 
 T = TypeVar("T")
 
@@ -56,10 +56,14 @@ def encode_question(tokenizer: Tokenizer, question: str, *, thinks: bool) -> lis
 
 
 def encode_problem(tokenizer: Tokenizer, problem: Problem, *, thinks: bool, rationale: Rationale) -> Example:
-    """A problem in token ids; `rationale` says what a written solution is: natural text, or its steps only."""
+    """A problem in token ids; `rationale` says what a written solution is: natural text, its steps only, or
+    nothing but the answer.
+    """
     newline = untagged(tokenizer.encode("\n"))
     steps = [encode_step(tokenizer, step.text) for step in problem.steps]
-    if rationale == "equations":
+    if rationale == "none":
+        written = untagged([])
+    elif rationale == "equations":
         written = lines(steps, newline)
     else:
         spans = [(step.start, step.end) for step in problem.steps]

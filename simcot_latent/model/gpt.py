@@ -131,18 +131,16 @@ def rotate(x_BHTE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor) -> Tensor:
 
 def attend(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
     """Scaled dot-product attention; `mask_B1TS` is True where a query may look, None: plain causal (T equals S)."""
-    if q_BHTE.dtype == torch.bfloat16 and q_BHTE.device.type == "cpu":
-        # The CPU's fused kernel has a bfloat16 backward that is 4x slower than its float32 one.
-        with torch.autocast("cpu", enabled=False):
-            return attend(q_BHTE.float(), k_BGSE.float(), v_BGSE.float(), mask_B1TS).bfloat16()
-    return F.scaled_dot_product_attention(
-        q_BHTE,
-        k_BGSE,
-        v_BGSE,
-        attn_mask=mask_B1TS,
-        is_causal=mask_B1TS is None,
-        enable_gqa=q_BHTE.shape[1] != k_BGSE.shape[1],
-    )
+    # Attention on a CPU stays in float32: its fused kernel's bfloat16 backward is 4x slower.
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BGSE,
+            v_BGSE,
+            attn_mask=mask_B1TS,
+            is_causal=mask_B1TS is None,
+            enable_gqa=q_BHTE.shape[1] != k_BGSE.shape[1],
+        )
 
 
 class Attention(nn.Module):
@@ -162,7 +160,10 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask_B1TS: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         H, G = self.n_head, self.kv_heads
-        qkv = rearrange(self.qkv(x_BTD), "b t (h e) -> b h t e", h=H + 2 * G)
+        qkv = self.qkv(x_BTD)
+        if qkv.device.type == "cpu":
+            qkv = qkv.float()  # see `attend`
+        qkv = rearrange(qkv, "b t (h e) -> b h t e", h=H + 2 * G)
         qk, v = qkv.split((H + G, G), dim=1)
         if rotary is not None:
             qk = rotate(qk, *rotary).to(v.dtype)

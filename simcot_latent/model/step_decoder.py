@@ -38,9 +38,13 @@ class StepDecoder(nn.Module):
         """A decoder of `n_layer` blocks shaped like the base's, with random weights or the base's first blocks."""
         decoder = cls(replace(base.config, n_layer=n_layer), base.embedding)
         if init == "base":
-            source = base.transformer.state_dict()
-            decoder.transformer.load_state_dict({name: source[name] for name in decoder.transformer.state_dict()})
+            decoder.copy_base(base)
         return decoder
+
+    def copy_base(self, base: GPT) -> None:
+        """Takes over the base's positions, norm and first blocks."""
+        source = base.transformer.state_dict()
+        self.transformer.load_state_dict({name: source[name] for name in self.transformer.state_dict()})
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "cpu") -> StepDecoder:

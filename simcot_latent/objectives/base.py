@@ -68,6 +68,14 @@ class Objective(nn.Module, ABC):
         """How the trained model answers."""
         return self.thoughts_at(1.0)
 
+    def begin_stage(self, thoughts: ThoughtFormat) -> None:
+        """Called before the first step of each stage but the first."""
+
+    @property
+    def resets_optimizer(self) -> bool:
+        """Whether the optimizer's moments are forgotten when a stage begins."""
+        return False
+
     @property
     def rationale(self) -> Any:
         """What a written solution of this objective is; see `encode_problem`."""

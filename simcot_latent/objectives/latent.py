@@ -88,6 +88,16 @@ class LatentObjective(Objective):
         c = self.config.latent.latents_per_step
         return ThoughtFormat(thinks=True, n_latents=groups * c, latents_per_step=c)
 
+    def begin_stage(self, thoughts: ThoughtFormat) -> None:
+        first_with_thoughts = next(groups for groups in self.stage_groups if groups)
+        if self.config.decoder.init == "base" and thoughts.groups == first_with_thoughts:
+            # Until now the decoder was idle: start it from what the warm-up has taught the base.
+            self.step_decoder.copy_base(self.model)
+
+    @property
+    def resets_optimizer(self) -> bool:
+        return self.config.latent.reset_optimizer
+
     @property
     def rationale(self) -> str:
         return "equations"
