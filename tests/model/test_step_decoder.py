@@ -1,0 +1,184 @@
+"""The auxiliary decoder against naive loops: teacher forcing, free-running, and what it shares with the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from simcot_latent.checkpoint import Checkpoint, TrainerState, save_checkpoint
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.step_decoder import StepDecoder
+from simcot_latent.model.thoughts import ThoughtFormat
+
+MakeDecoder = Callable[..., StepDecoder]
+
+END, WIDTH = 60, 32
+TEXTS = [[5, 8, 13, 21, END], [1, END], [40, 2, 40, END], [END]]
+
+
+@pytest.fixture
+def make_decoder(randomise: Callable[..., None]) -> Callable[..., StepDecoder]:
+    """`make_decoder(model, n_layer=2, end_factor=1.0)`: a random decoder; a factor that makes it end its texts."""
+
+    def make(model: GPT, n_layer: int = 2, end_factor: float = 1.0) -> StepDecoder:
+        decoder = StepDecoder.from_base(model, n_layer, "random")
+        randomise(decoder, seed=1)
+        with torch.no_grad():
+            model.embedding.weight[END] *= end_factor
+        return decoder.eval()
+
+    return make
+
+
+def random_thoughts(groups: int, per_group: int, seed: int = 0) -> Tensor:
+    return 2 * torch.randn(groups, per_group, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def read(decoder: StepDecoder, thoughts_CD: Tensor, ids: list[int]) -> Tensor:
+    """Hidden states of one group alone, uncached: the thoughts, then the tokens."""
+    vectors = [*thoughts_CD, *(decoder.embedding.weight[i] for i in ids)]
+    return decoder.transformer(torch.stack(vectors).unsqueeze(0))[0]
+
+
+@pytest.mark.parametrize("per_group", [1, 3])
+@torch.no_grad()
+def test_teacher_forcing_equals_each_group_alone(model: GPT, make_decoder: MakeDecoder, per_group: int) -> None:
+    """Thoughts as a prefix without labels, tokens shifted by one, padding of shorter texts unseen."""
+    decoder = make_decoder(model)
+    thoughts_NCD = random_thoughts(len(TEXTS), per_group)
+    length = max(map(len, TEXTS))
+    ids_NL = torch.tensor([text + [17] * (length - len(text)) for text in TEXTS])
+    hidden_NLD = decoder(thoughts_NCD, ids_NL)
+    assert hidden_NLD.shape == (len(TEXTS), length, WIDTH)
+    for row, text in enumerate(TEXTS):
+        expected_LD = read(decoder, thoughts_NCD[row], text[:-1])[per_group - 1 :]
+        torch.testing.assert_close(hidden_NLD[row, : len(text)], expected_LD, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_group", [1, 3])
+@torch.no_grad()
+def test_decoding_equals_a_naive_greedy_loop(model: GPT, make_decoder: MakeDecoder, per_group: int) -> None:
+    """Batched and cached, groups ending one by one, against one group at a time with a whole new pass a token."""
+    decoder, max_tokens = make_decoder(model, end_factor=3.0), 12
+    thoughts_NCD = random_thoughts(16, per_group)
+    texts, probabilities = decoder.decode(thoughts_NCD, END, max_tokens)
+    for thoughts_CD, text, probability in zip(thoughts_NCD, texts, probabilities, strict=True):
+        expected: list[int] = []
+        product = 1.0
+        while len(expected) < max_tokens and END not in expected:
+            probabilities_V = decoder.logits(read(decoder, thoughts_CD, expected)[-1]).softmax(-1)
+            expected.append(int(probabilities_V.argmax()))
+            product *= probabilities_V.max().item()
+        assert text == (expected[:-1] if expected[-1] == END else expected)
+        assert probability == pytest.approx(product, rel=1e-4)
+    lengths = sorted(map(len, texts))
+    assert len(set(lengths)) >= 4, f"too much alike to prove anything: {lengths}"
+    assert lengths[-1] == max_tokens, "some group must run into the limit"
+
+
+@torch.no_grad()
+def test_a_group_decodes_the_same_alone_and_in_company(model: GPT, make_decoder: MakeDecoder) -> None:
+    decoder = make_decoder(model, end_factor=3.0)
+    thoughts_NCD = random_thoughts(10, 2)
+    texts, probabilities = decoder.decode(thoughts_NCD, END, 10)
+    for row in range(10):
+        alone, probability = decoder.decode(thoughts_NCD[row : row + 1], END, 10)
+        assert alone == [texts[row]]
+        assert probability == pytest.approx([probabilities[row]], rel=1e-4)
+
+
+def test_decoding_stops_where_the_context_ends(make_model: Callable[..., GPT], make_decoder: MakeDecoder) -> None:
+    """A decoder that never ends its step fills its context, whatever was asked for, and does not fall over."""
+    decoder = make_decoder(make_model("gpt2", context_length=10), end_factor=0.0)
+    texts, _ = decoder.decode(random_thoughts(2, 2), END, max_tokens=64)
+    # Two positions are thoughts; the last token that is written is not read any more.
+    assert [len(text) for text in texts] in ([8, 8], [9, 9])
+
+
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_init_base_copies_the_first_blocks(model: GPT, n_layer: int) -> None:
+    """Equal to the base's first blocks, positions and final norm, in memory of their own."""
+    decoder = StepDecoder.from_base(model, n_layer, "base")
+    base = model.transformer.state_dict()
+    copied = decoder.transformer.state_dict()
+    assert {name.split(".")[1] for name in copied if name.startswith("blocks.")} == {str(i) for i in range(n_layer)}
+    for name, weight in copied.items():
+        assert torch.equal(weight, base[name])
+        assert weight.data_ptr() != base[name].data_ptr()
+
+
+def test_init_base_with_every_block_is_the_base(model: GPT) -> None:
+    decoder = StepDecoder.from_base(model, 2, "base")
+    thoughts_NCD = random_thoughts(2, 1)
+    ids_NL = torch.tensor([[5, 6, END], [7, 8, END]])
+    inputs = torch.cat((thoughts_NCD, model.embedding(ids_NL[:, :-1])), dim=1)
+    assert torch.equal(decoder(thoughts_NCD, ids_NL), model(embeddings_BTD=inputs))
+
+
+def test_init_random_is_not_the_base(model: GPT) -> None:
+    decoder = StepDecoder.from_base(model, 2, "random")
+    base = model.transformer.state_dict()
+    assert not any(torch.equal(w, base[name]) for name, w in decoder.transformer.state_dict().items() if w.dim() == 2)
+
+
+def test_init_base_needs_as_many_blocks_in_the_base(make_model: Callable[..., GPT]) -> None:
+    """decoder.n_layer and model.n_layer are a user's to set: one clear line, no KeyError."""
+    model = make_model("llama")
+    with pytest.raises(UserError, match=r"decoder\.n_layer=3"):
+        StepDecoder.from_base(model, 3, "base")
+
+
+def test_the_embedding_is_the_base_models(model: GPT, make_decoder: MakeDecoder) -> None:
+    """One tensor: the step loss reaches it as input and as output table, and it is trained once."""
+    decoder = make_decoder(model)
+    assert decoder.embedding.weight is model.embedding.weight
+    both = torch.nn.ModuleList([model, decoder])
+    shared = [name for name, p in both.named_parameters() if p is model.embedding.weight]
+    assert len(shared) == 1
+    ids_NL = torch.tensor([[5, 8, END]])
+    logits_NLV = decoder.logits(decoder(random_thoughts(1, 1), ids_NL))
+    torch.nn.functional.cross_entropy(logits_NLV.flatten(0, 1), ids_NL.flatten()).backward()
+    gradient = model.embedding.weight.grad
+    assert gradient is not None
+    assert (gradient.abs().sum(-1) > 0).all(), "as output table every row is reached"
+    # As input table rows 5 and 8 are reached, END is not: it is the last label.
+    model.embedding.weight.grad = None
+    decoder(random_thoughts(1, 1), ids_NL).square().cumsum(-1).sum().backward()
+    assert model.embedding.weight.grad is not None
+    assert model.embedding.weight.grad.abs().sum(-1).nonzero().flatten().tolist() == [5, 8]
+
+
+def test_logits_are_the_embedding_and_the_soft_cap(make_model: Callable[..., GPT], make_decoder: MakeDecoder) -> None:
+    decoder = make_decoder(make_model("nanochat", logit_softcap=3.0))
+    hidden = random_thoughts(2, 1)
+    raw = hidden @ decoder.embedding.weight.T
+    torch.testing.assert_close(decoder.logits(hidden), 3 * torch.tanh(raw / 3), atol=1e-5, rtol=1e-5)
+
+
+def test_from_checkpoint(
+    tmp_path: Path, tokenizer: Tokenizer, make_model: Callable[..., GPT], make_decoder: MakeDecoder
+) -> None:
+    """The decoder of a saved checkpoint, embedding included, decodes as the one that was saved."""
+    model = make_model("llama", vocab_size=tokenizer.n_vocab)
+    decoder = make_decoder(model, n_layer=1)
+    saved = Checkpoint(model, decoder, tokenizer, ThoughtFormat(True, 4, 2), {"seed": 0}, step=3)
+    folder = save_checkpoint(saved, tmp_path, TrainerState({}, {}), keep=1)
+    loaded = StepDecoder.from_checkpoint(folder)
+    thoughts_NCD = random_thoughts(3, 2)
+    assert loaded.decode(thoughts_NCD, END, 6) == decoder.decode(thoughts_NCD, END, 6)
+
+
+def test_from_checkpoint_without_a_decoder(
+    tmp_path: Path, tokenizer: Tokenizer, make_model: Callable[..., GPT]
+) -> None:
+    model = make_model("llama", vocab_size=tokenizer.n_vocab)
+    written = Checkpoint(model, None, tokenizer, ThoughtFormat(), {"seed": 0})
+    save_checkpoint(written, tmp_path, TrainerState({}, {}), keep=1)
+    with pytest.raises(UserError, match="holds no auxiliary decoder"):
+        StepDecoder.from_checkpoint(tmp_path)

@@ -1,0 +1,551 @@
+"""mode=latent: the dual loss against a literal reference, and proof that the step loss reaches the thoughts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
+from simcot_latent.data.format import Example
+from simcot_latent.data.problem import Problem
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.losses import Targets, add_up
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, think
+from simcot_latent.objectives import latent as latent_module
+from simcot_latent.objectives.base import WrittenBatch
+from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
+
+GROUPS = 3
+STEPS = [2, 0, 1, 4, 3]  # of the five problems: fewer than the groups, none, more, as many
+
+REDUCTIONS = ["token", "coconut", "codi"]
+
+MakeObjective = Callable[..., LatentObjective]
+
+
+@pytest.fixture(scope="module")
+def make_objective(
+    make_model: Callable[..., GPT],
+    make_run: Callable[..., RunConfig],
+    randomise: Callable[..., None],
+    tokenizer: Tokenizer,
+) -> MakeObjective:
+    """`make_objective(latent={...}, loss={...}, decoder={...}, family=..., **run)`: the same random weights each time.
+
+    Three groups of one thought, unless `latent` says otherwise.
+    """
+
+    def make(
+        latent: dict[str, Any] | None = None,
+        loss: dict[str, Any] | None = None,
+        decoder: dict[str, Any] | None = None,
+        family: str = "llama",
+        **run: Any,
+    ) -> LatentObjective:
+        latent = {"n_latents": GROUPS} | (latent or {})
+        config = LatentObjectiveConfig(
+            LatentConfig(**latent),
+            DecoderConfig(**(decoder or {})),
+            LossConfig(**(loss or {})),
+        )
+        model = make_model(family, vocab_size=tokenizer.n_vocab, context_length=256)
+        objective = LatentObjective(model, tokenizer, make_run(**run), config)
+        if config.decoder.init == "random":
+            randomise(objective.step_decoder.transformer, seed=1)
+        return objective
+
+    return make
+
+
+def encode(objective: LatentObjective, problems: Iterable[Problem]) -> list[Example]:
+    return [objective.encode(problem) for problem in problems]
+
+
+def collate(objective: LatentObjective, problems: Iterable[Problem]) -> LatentBatch:
+    """A batch of the last stage."""
+    batch = objective.collate(encode(objective, problems), objective.thoughts)
+    assert isinstance(batch, LatentBatch)
+    return batch
+
+
+def run_step(
+    objective: LatentObjective, batches: Sequence[WrittenBatch | LatentBatch]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Shares and gradients of an optimizer step of these micro-batches; no gradient counts as zero."""
+    totals = add_up([batch.totals for batch in batches])
+    objective.zero_grad()
+    shares = []
+    for batch in batches:
+        shares.append(objective(batch, totals))
+        shares[-1]["loss"].backward()
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in objective.named_parameters()
+    }
+    return {key: value.detach() for key, value in add_up(shares).items()}, gradients
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        scale = max(expected.abs().max().item(), 1e-3)
+        torch.testing.assert_close(
+            ours[name], expected, atol=2e-4 * scale, rtol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# The reference: one problem at a time, one vector at a time, formulas to the letter
+
+
+def group_text(problem: Problem, group: int, surplus: str, missing: str) -> str | None:
+    """What a group of the last stage is to say."""
+    steps = [step.text for step in problem.steps]
+    if group < len(steps):
+        return "\n".join(steps[group:]) if group == GROUPS - 1 and surplus == "merge" else steps[group]
+    return f"#### {problem.answer}" if missing == "answer" else None
+
+
+@dataclass
+class Reference:
+    """Cross-entropies of a batch: of the answers' tokens, and of every row's every group's step tokens."""
+
+    answers: list[Tensor]
+    steps: list[list[list[Tensor]]]  # [row][group][token]; no tokens where nothing is taught
+
+    def answer_loss(self) -> Tensor:
+        return torch.stack(self.answers).mean()
+
+    def step_loss(self, reduction: str) -> Tensor:
+        """As the notes on the published code put it: "Coconut flavour: 1/groups * sum_g [ sum of token CE / samples
+        with a label in g ]; CODI flavour: token mean a group, mean over the non-empty groups"."""
+        by_group = [[row[group] for row in self.steps if row[group]] for group in range(GROUPS)]
+        tokens = [[token for row in group for token in row] for group in by_group]
+        if reduction == "coconut":
+            return sum_of(sum_of(t) / len(rows) for t, rows in zip(tokens, by_group, strict=True) if rows) / GROUPS
+        if reduction == "codi":
+            filled = [group for group in tokens if group]
+            return sum_of(sum_of(group) / len(group) for group in filled) / len(filled)
+        return sum_of(token for group in tokens for token in group) / sum(map(len, tokens))
+
+
+def sum_of(values: Iterable[Tensor]) -> Tensor:
+    return sum(values, start=torch.zeros(()))
+
+
+def reference(objective: LatentObjective, problems: Sequence[Problem]) -> Reference:
+    """Recomputes everything from scratch for each problem, without cache, padding or batches."""
+    model, decoder, tokenizer = objective.model, objective.step_decoder, objective.tokenizer
+    latent = objective.config.latent
+    table = model.embedding.weight
+    found = Reference([], [])
+    for problem in problems:
+        vectors = [table[i] for i in [*tokenizer.encode(problem.question), tokenizer.bot_id]]
+        thoughts = []
+        for _ in range(latent.n_latents):
+            thoughts.append(model(embeddings_BTD=torch.stack(vectors).unsqueeze(0))[0, -1])
+            vectors.append(thoughts[-1])
+        after = [tokenizer.eot_id, *tokenizer.encode(f"#### {problem.answer}"), tokenizer.end_id]
+        vectors += [table[i] for i in after[:-1]]
+        logits_TV = model.logits(model(embeddings_BTD=torch.stack(vectors).unsqueeze(0))[0])
+        first = len(vectors) - len(after) + 1
+        found.answers += [F.cross_entropy(logits_TV[first + i], torch.tensor(t)) for i, t in enumerate(after[1:])]
+        row: list[list[Tensor]] = []
+        for group in range(GROUPS):
+            text = group_text(problem, group, latent.surplus, latent.missing)
+            ids = [] if text is None else [*tokenizer.encode(text), tokenizer.end_id]
+            c = latent.latents_per_step
+            prefix = [*thoughts[group * c : (group + 1) * c], *(table[i] for i in ids[:-1])]
+            logits_LV = decoder.transformer(torch.stack(prefix).unsqueeze(0))[0] @ table.T
+            row.append([F.cross_entropy(logits_LV[c - 1 + i], torch.tensor(t)) for i, t in enumerate(ids)])
+        found.steps.append(row)
+    return found
+
+
+@pytest.mark.parametrize("per_step", [1, 2])
+@pytest.mark.parametrize(("surplus", "missing"), product(["merge", "drop"], ["mask", "answer"]))
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_loss_equals_the_reference(
+    make_objective: MakeObjective, problems: list[Problem], reduction: str, surplus: str, missing: str, per_step: int
+) -> None:
+    """Both losses, their weighted sum and its gradient, for every alignment and every way to average."""
+    latent = {"n_latents": GROUPS * per_step, "latents_per_step": per_step, "surplus": surplus, "missing": missing}
+    loss = {"answer_weight": 0.7, "step_weight": 1.3, "step_reduction": reduction}
+    objective = make_objective(latent=latent, loss=loss)
+    assert [len(problem.steps) for problem in problems] == STEPS
+    shares, gradients = run_step(objective, [collate(objective, problems)])
+    expected = reference(objective, problems)
+    torch.testing.assert_close(shares["answer_loss"], expected.answer_loss().detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shares["step_loss"], expected.step_loss(reduction).detach(), atol=1e-5, rtol=1e-5)
+    total = 0.7 * expected.answer_loss() + 1.3 * expected.step_loss(reduction)
+    torch.testing.assert_close(shares["loss"], total.detach(), atol=1e-5, rtol=1e-5)
+    objective.zero_grad()
+    total.backward()
+    assert_same_gradients(gradients, {name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_groups_that_no_problem_teaches(make_objective: MakeObjective, problems: list[Problem], reduction: str) -> None:
+    """Groups without any label count among the groups in the Coconut flavour, not in the CODI flavour."""
+    objective = make_objective(loss={"step_reduction": reduction})
+    few = [problem for problem in problems if len(problem.steps) < GROUPS]
+    assert max(len(problem.steps) for problem in few) == 2, "the third group must be empty"
+    shares, _ = run_step(objective, [collate(objective, few)])
+    expected = reference(objective, few).step_loss(reduction)
+    torch.testing.assert_close(shares["step_loss"], expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_reductions_differ(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    """Else the test above could not tell them apart."""
+    losses = [
+        run_step(objective, [collate(objective, problems)])[0]["step_loss"].item()
+        for objective in (make_objective(loss={"step_reduction": reduction}) for reduction in REDUCTIONS)
+    ]
+    assert min(abs(a - b) for a, b in ((losses[0], losses[1]), (losses[0], losses[2]), (losses[1], losses[2]))) > 1e-3
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@given(cuts=st.lists(st.integers(0, 5), max_size=4).map(sorted), order=st.permutations(range(5)))
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+def test_any_cut_into_micro_batches_is_the_same_step(
+    make_objective: MakeObjective, problems: list[Problem], reduction: str, cuts: list[int], order: list[int]
+) -> None:
+    """Pieces of unequal size, one of them perhaps without a step, add up to the whole: shares and gradients."""
+    objective = make_objective(loss={"step_reduction": reduction})
+    shares, gradients = run_step(objective, [collate(objective, problems)])
+    pieces = [[problems[i] for i in order[a:b]] for a, b in pairwise([0, *cuts, 5]) if a < b]
+    cut_shares, cut_gradients = run_step(objective, [collate(objective, piece) for piece in pieces])
+    assert shares.keys() == cut_shares.keys() == {"loss", "answer_loss", "step_loss", "step_accuracy"}
+    for key, value in shares.items():
+        torch.testing.assert_close(cut_shares[key], value, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(cut_gradients, gradients)
+
+
+# The step loss reaches the thoughts
+
+
+def watch_thoughts(monkeypatch: pytest.MonkeyPatch, kept: tuple[int, int] | None = None) -> list[Tensor]:
+    """From now on keeps the objective's thoughts, with their gradients, in the list it returns.
+
+    Args:
+        kept: the one thought (row, index) to leave in the graph when it is handed on; all others are cut off.
+    """
+    seen: list[Tensor] = []
+
+    def spy(*args: Any) -> Thoughts:
+        thoughts = think(*args)
+        latents_BKD = thoughts.latents_BKD
+        if kept is not None:
+            is_kept = torch.zeros(*latents_BKD.shape[:2], 1, dtype=torch.bool)
+            is_kept[kept] = True
+            latents_BKD = torch.where(is_kept, latents_BKD, latents_BKD.detach())
+        latents_BKD.retain_grad()
+        seen.append(latents_BKD)
+        return replace(thoughts, latents_BKD=latents_BKD)
+
+    monkeypatch.setattr(latent_module, "think", spy)
+    return seen
+
+
+def only_group(batch: LatentBatch, group: int) -> LatentBatch:
+    """The batch with the step labels of one group alone: its step loss is that group's part, L_step,k."""
+    in_group = batch.step_group_M == group
+    old = batch.step_targets
+    targets = Targets(*(x[in_group] for x in (old.index_M, old.label_M, old.weight_M, old.step_M)))
+    return replace(batch, step_targets=targets, step_group_M=batch.step_group_M[in_group])
+
+
+def is_taught(row: int, group: int) -> bool:
+    """With missing=mask."""
+    return group < STEPS[row]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_each_groups_step_loss_reaches_its_own_thoughts(
+    make_objective: MakeObjective,
+    problems: list[Problem],
+    monkeypatch: pytest.MonkeyPatch,
+    group: int,
+    reduction: str,
+) -> None:
+    """d L_step,k / d z is not zero for every thought of group k where that group is taught, and exactly zero for the
+    thoughts of other groups (a decoder reads its own group only) and where the group is masked."""
+    per_step = 2
+    latent = {"n_latents": GROUPS * per_step, "latents_per_step": per_step}
+    objective = make_objective(latent=latent, loss={"answer_weight": 0.0, "step_reduction": reduction})
+    seen = watch_thoughts(monkeypatch)
+    run_step(objective, [only_group(collate(objective, problems), group)])
+    gradient_BKD = seen[0].grad
+    assert gradient_BKD is not None
+    for row in range(len(problems)):
+        for k in range(GROUPS * per_step):
+            size = gradient_BKD[row, k].norm().item()
+            if k // per_step == group and is_taught(row, group):
+                assert size > 1e-5
+            else:
+                assert size == 0
+
+
+@pytest.mark.parametrize(("row", "k"), product(range(len(STEPS)), range(GROUPS)))
+def test_through_each_thought_it_goes_on_into_the_model(
+    make_objective: MakeObjective, problems: list[Problem], monkeypatch: pytest.MonkeyPatch, row: int, k: int
+) -> None:
+    """L_step alone, all thoughts but one cut off: that one carries a gradient into every block of the base model if
+    it is supervised, and none at all if its group is masked."""
+    objective = make_objective(loss={"answer_weight": 0.0})
+    watch_thoughts(monkeypatch, kept=(row, k))
+    shares, gradients = run_step(objective, [collate(objective, problems)])
+    assert shares["loss"] == shares["step_loss"] > 0
+    base = {name: g for name, g in gradients.items() if name.startswith("model.transformer.")}
+    assert any(name.startswith("model.transformer.blocks.0.") for name in base)
+    for name, gradient in base.items():
+        assert gradient.isfinite().all()
+        assert (gradient.abs().max() > 0) == is_taught(row, k), name
+
+
+def test_without_step_weight_it_is_answer_training_only(
+    make_objective: MakeObjective, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """loss.step_weight=0: the gradient is the answer loss's, written out anew; the decoder gets none, nor do thoughts
+    other than by being read: the last one directly, earlier ones through the model."""
+    objective = make_objective(loss={"step_weight": 0.0})
+    seen = watch_thoughts(monkeypatch)
+    shares, gradients = run_step(objective, [collate(objective, problems)])
+    assert shares["loss"] == shares["answer_loss"]
+    assert shares["step_loss"] > 0, "it is still logged"
+    assert seen[0].grad is not None
+    assert seen[0].grad[:, :-1].abs().max() == 0
+    assert seen[0].grad[:, -1].abs().max() > 0
+    objective.zero_grad()
+    reference(objective, problems).answer_loss().backward()
+    expected = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    decoder = {name: g for name, g in gradients.items() if name.startswith("step_decoder.")}
+    assert decoder
+    assert all(g.abs().max() == 0 for g in decoder.values())
+    assert_same_gradients({name: g for name, g in gradients.items() if name not in decoder}, expected)
+
+
+def test_the_loss_is_linear_in_its_weights(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    """L = answer_weight * L_ans + step_weight * L_step, in its gradient too."""
+
+    def gradients_with(answer_weight: float, step_weight: float) -> dict[str, Tensor]:
+        objective = make_objective(loss={"answer_weight": answer_weight, "step_weight": step_weight})
+        return run_step(objective, [collate(objective, problems)])[1]
+
+    answer, step, both = gradients_with(1, 0), gradients_with(0, 1), gradients_with(0.5, 2)
+    assert_same_gradients(both, {name: 0.5 * answer[name] + 2 * step[name] for name in answer})
+
+
+def test_a_step_without_any_step_loses_nothing(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    """No problem has a step and missing=mask: L_step is 0, and so is its gradient; nothing is nan."""
+    for reduction in REDUCTIONS:
+        objective = make_objective(loss={"step_reduction": reduction})
+        batch = collate(objective, [replace(problem, steps=()) for problem in problems])
+        assert batch.row_N.numel() == 0
+        shares, gradients = run_step(objective, [batch])
+        assert shares["step_loss"] == 0
+        assert shares["step_accuracy"] == 0
+        assert shares["loss"] == shares["answer_loss"] > 0
+        for name, gradient in gradients.items():
+            assert gradient.isfinite().all()
+            assert not name.startswith("step_decoder.") or gradient.abs().max() == 0
+
+
+def test_step_accuracy_is_the_decoders(
+    make_objective: MakeObjective, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a decoder that always finds the digit 2 most likely, the share of twos among all that it is taught."""
+    objective = make_objective()
+    (two,) = objective.tokenizer.encode("2")
+    bias_V = F.one_hot(torch.tensor(two), objective.tokenizer.n_vocab)
+    monkeypatch.setattr(objective.step_decoder, "logits", lambda hidden: hidden.sum(-1, keepdim=True) + bias_V)
+    shares, _ = run_step(objective, [collate(objective, problems)])
+    texts = [group_text(p, g, "merge", "mask") for p, g in product(problems, range(GROUPS))]
+    taught = [i for text in texts if text for i in [*objective.tokenizer.encode(text), objective.tokenizer.end_id]]
+    assert shares["step_accuracy"].item() == pytest.approx(taught.count(two) / len(taught))
+
+
+# What a batch holds, and the stages of training
+
+
+def words(objective: LatentObjective, ids: Tensor) -> str:
+    return objective.tokenizer.decode(ids.tolist())
+
+
+def written_after_thoughts(objective: LatentObjective, batch: LatentBatch) -> list[str]:
+    """The labels of each row; the model reads `<|eot|>` and the same tokens but the last."""
+    rows = batch.targets.index_M.div(batch.answer_ids_BA.shape[1], rounding_mode="floor")
+    texts = []
+    for row, (ids_A, mask_A) in enumerate(zip(batch.answer_ids_BA, batch.answer_mask_BA, strict=True)):
+        labels = batch.targets.label_M[rows == row]
+        assert ids_A[mask_A].tolist() == [objective.tokenizer.eot_id, *labels[:-1].tolist()]
+        assert labels[-1] == objective.tokenizer.end_id
+        texts.append(words(objective, labels))
+    return texts
+
+
+def taught(objective: LatentObjective, batch: LatentBatch, groups: int) -> list[list[str | None]]:
+    """What each row's each group is to be decoded into."""
+    length = batch.step_ids_NL.shape[1]
+    of_label = batch.step_targets.index_M.div(length, rounding_mode="floor")
+    found: list[list[str | None]] = [[None] * groups for _ in batch.question_ids_BT]
+    for n, at in enumerate(batch.row_N.tolist()):
+        labels = batch.step_targets.label_M[of_label == n]
+        assert labels.tolist() == batch.step_ids_NL[n, : len(labels)].tolist()
+        assert labels[-1] == objective.tokenizer.end_id
+        assert set(batch.step_group_M[of_label == n].tolist()) == {at % groups}
+        found[at // groups][at % groups] = words(objective, labels)
+    return found
+
+
+def test_the_batch_of_the_last_stage(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    """Questions with `<|bot|>`, answers after `<|eot|>`, every step with the group that stands for it."""
+    objective = make_objective()
+    batch = collate(objective, problems)
+    assert batch.n_latents == GROUPS
+    for problem, ids_T, mask_T in zip(problems, batch.question_ids_BT, batch.question_mask_BT, strict=True):
+        assert words(objective, ids_T[mask_T]) == problem.question
+        assert ids_T[mask_T][-1] == objective.tokenizer.bot_id
+    assert written_after_thoughts(objective, batch) == [f"#### {problem.answer}" for problem in problems]
+    assert taught(objective, batch, GROUPS) == [
+        [group_text(problem, group, "merge", "mask") for group in range(GROUPS)] for problem in problems
+    ]
+
+
+@pytest.mark.parametrize("missing", ["mask", "answer"])
+@pytest.mark.parametrize("surplus", ["merge", "drop"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stage_writes_what_thoughts_do_not_replace_yet(
+    make_objective: MakeObjective, problems: list[Problem], stage: int, surplus: str, missing: str
+) -> None:
+    """Stage s: the first s steps are the thoughts', the others follow `<|eot|>` as text, whatever `surplus` says."""
+    latent = {"latents_per_step": 2, "n_latents": 2 * GROUPS, "surplus": surplus, "missing": missing}
+    objective = make_objective(latent=latent, step_weight_multiplier=2.0)
+    batch = objective.collate(encode(objective, problems), ThoughtFormat(True, 2 * stage, 2))
+    assert isinstance(batch, LatentBatch)
+    assert batch.n_latents == 2 * stage
+    assert written_after_thoughts(objective, batch) == [
+        "".join(step.text + "\n" for step in problem.steps[stage:]) + f"#### {problem.answer}" for problem in problems
+    ]
+    without = {"mask": lambda p: None, "answer": lambda p: f"#### {p.answer}"}[missing]
+    assert taught(objective, batch, stage) == [
+        [p.steps[g].text if g < len(p.steps) else without(p) for g in range(stage)] for p in problems
+    ]
+    heavy = words(objective, batch.targets.label_M[batch.targets.weight_M == 2.0])
+    assert heavy == "".join(step.text for problem in problems for step in problem.steps[stage:])
+    shares, gradients = run_step(objective, [batch])
+    assert shares["loss"].isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_a_stage_that_replaces_all_steps_is_the_last_stage(
+    make_objective: MakeObjective, problems: list[Problem]
+) -> None:
+    """`steps` of a stage may be all of them: surplus steps are then merged, not written."""
+    objective = make_objective(latent={"stages": [{"steps": GROUPS, "share": 0.5}]})
+    assert objective.thoughts_at(0.0) == objective.thoughts_at(1.0)
+    assert taught(objective, collate(objective, problems), GROUPS)[3][-1] == "<<23*2=46>>\n<<46-6=40>>"
+
+
+def test_the_warm_up_writes_all_steps_between_bot_eot_and_the_answer(
+    make_objective: MakeObjective, problems: list[Problem]
+) -> None:
+    """No thoughts yet: the loss is the weighted one, times its weight; the decoder waits."""
+    objective = make_objective(loss={"answer_weight": 0.5}, step_weight_multiplier=3.0)
+    tokenizer = objective.tokenizer
+    batch = objective.collate(encode(objective, problems), ThoughtFormat(True, 0, 1))
+    assert isinstance(batch, WrittenBatch)
+    weighted, weights = torch.zeros(()), 0.0
+    for problem, ids_T in zip(problems, batch.ids_BT, strict=True):
+        prompt = [*tokenizer.encode(problem.question), tokenizer.bot_id, tokenizer.eot_id]
+        text = "".join(step.text + "\n" for step in problem.steps) + f"#### {problem.answer}"
+        ids = [*prompt, *tokenizer.encode(text), tokenizer.end_id]
+        assert ids_T.tolist() == ids + [tokenizer.pad_id] * (len(ids_T) - len(ids))
+        loss_T = F.cross_entropy(objective.model.logits(objective.model(torch.tensor([ids[:-1]])))[0],
+                                 torch.tensor(ids[1:]), reduction="none")[len(prompt) - 1 :]  # fmt: skip
+        lines = [w for step in problem.steps for w in [3.0] * len(tokenizer.encode(step.text)) + [1.0]]
+        weight_T = torch.tensor(lines + [1.0] * (len(loss_T) - len(lines)))
+        weighted = weighted + (weight_T * loss_T).sum()
+        weights += weight_T.sum().item()
+    shares, gradients = run_step(objective, [batch])
+    assert shares["answer_loss"].item() == pytest.approx((weighted / weights).item(), rel=1e-5)
+    assert shares["loss"].item() == pytest.approx(0.5 * (weighted / weights).item(), rel=1e-5)
+    assert "step_loss" not in shares
+    assert all(g.abs().max() == 0 for name, g in gradients.items() if name.startswith("step_decoder.transformer."))
+
+
+STAGES = [{"steps": 1, "share": 0.2}, {"steps": 2, "share": 0.3}]
+
+
+@pytest.mark.parametrize(
+    ("latent", "thoughts_by_progress"),
+    [
+        ({}, {0.0: 8, 0.5: 8, 1.0: 8}),
+        ({"warmup": 0.25}, {0.0: 0, 0.2499: 0, 0.25: 8, 1.0: 8}),
+        ({"stages": STAGES}, {0.0: 2, 0.1999: 2, 0.2: 4, 0.4999: 4, 0.5: 8, 1.0: 8}),
+        (
+            {"warmup": 0.25, "stages": STAGES},
+            {0.0: 0, 0.2499: 0, 0.2501: 2, 0.4499: 2, 0.4501: 4, 0.7499: 4, 0.7501: 8, 0.9999: 8, 1.0: 8},
+        ),
+    ],
+    ids=["no stages", "warm-up", "stages", "warm-up and stages"],
+)
+def test_the_schedule(
+    make_objective: MakeObjective, latent: dict[str, Any], thoughts_by_progress: dict[float, int]
+) -> None:
+    """Warm-up, stages for their shares of training, all steps replaced to the end; two thoughts a step, four steps."""
+    objective = make_objective(latent={"n_latents": 8, "latents_per_step": 2} | latent)
+    found = {progress: objective.thoughts_at(progress) for progress in thoughts_by_progress}
+    assert {progress: thoughts.n_latents for progress, thoughts in found.items()} == thoughts_by_progress
+    assert all(thoughts.thinks and thoughts.latents_per_step == 2 for thoughts in found.values())
+    assert objective.thoughts == ThoughtFormat(True, 8, 2)
+
+
+def test_room_is_kept_for_every_form_of_a_problem(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    """`length + extra_length`, by which problems are found too long, bounds what any stage feeds the model."""
+    objective = make_objective(latent={"n_latents": 4 * 2, "latents_per_step": 2})
+    for problem in problems:
+        example = objective.encode(problem)
+        bound = example.length + objective.extra_length
+        for groups in range(1, 5):
+            batch = objective.collate([example], ThoughtFormat(True, 2 * groups, 2))
+            assert isinstance(batch, LatentBatch)
+            assert batch.question_ids_BT.shape[1] + batch.n_latents + batch.answer_ids_BA.shape[1] <= bound
+            assert 2 + batch.step_ids_NL.shape[1] <= bound
+        written = objective.collate([example], ThoughtFormat(True, 0, 2))
+        assert isinstance(written, WrittenBatch)
+        assert written.ids_BT.shape[1] <= bound
+
+
+def test_the_decoder_starts_as_the_base_that_the_warm_up_left(make_objective: MakeObjective) -> None:
+    """decoder.init=base: copied again when thoughts begin, for only then has the base learned something; not later."""
+    objective = make_objective(latent={"warmup": 0.3, "stages": [{"steps": 1, "share": 0.3}]}, decoder={"init": "base"})
+    base, decoder = objective.model.transformer, objective.step_decoder.transformer
+
+    def is_copy() -> bool:
+        source = base.state_dict()
+        return all(torch.equal(weight, source[name]) for name, weight in decoder.state_dict().items())
+
+    for progress, copied in ((0.3, True), (0.6, False)):
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter += 0.1
+        assert not is_copy()
+        objective.begin_stage(objective.thoughts_at(progress))
+        assert is_copy() == copied
+
+
+def test_a_random_decoder_stays_as_it_is(make_objective: MakeObjective) -> None:
+    objective = make_objective(latent={"warmup": 0.3})
+    before = {name: weight.clone() for name, weight in objective.step_decoder.state_dict().items()}
+    objective.begin_stage(objective.thoughts_at(0.3))
+    assert all(torch.equal(weight, before[name]) for name, weight in objective.step_decoder.state_dict().items())

@@ -1,0 +1,227 @@
+"""mode=weighted: the loss against formulas, plain fine-tuning at multiplier 1, the same whatever way a step is cut."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from simcot_latent.config import RunConfig
+from simcot_latent.data.format import Example
+from simcot_latent.data.problem import Problem
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.losses import add_up
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.objectives.base import WrittenBatch
+from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
+
+WRITES = ThoughtFormat()
+
+MakeObjective = Callable[..., WeightedObjective]
+
+
+@pytest.fixture(scope="module")
+def make_objective(
+    make_model: Callable[..., GPT], make_run: Callable[..., RunConfig], tokenizer: Tokenizer
+) -> MakeObjective:
+    """`make_objective(family="llama", tokenizer=..., **run)`: the same random model each time."""
+
+    def make(family: str = "llama", tokenizer: Tokenizer = tokenizer, **run: object) -> WeightedObjective:
+        model = make_model(family, vocab_size=tokenizer.n_vocab, context_length=256)
+        return WeightedObjective(model, tokenizer, make_run(**run), WeightedConfig())
+
+    return make
+
+
+def run_step(
+    objective: WeightedObjective, examples: Sequence[Example], cuts: Sequence[int] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Shares and gradients of an optimizer step whose examples are cut into micro-batches."""
+    pieces = [examples[a:b] for a, b in pairwise([0, *cuts, len(examples)]) if a < b]
+    batches = [objective.collate(piece, WRITES) for piece in pieces]
+    totals = add_up([batch.totals for batch in batches])
+    objective.zero_grad()
+    shares = []
+    for batch in batches:
+        shares.append(objective(batch, totals))
+        shares[-1]["loss"].backward()
+    gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    return {key: value.detach() for key, value in add_up(shares).items()}, gradients
+
+
+def naive_labels(objective: WeightedObjective, example: Example) -> list[tuple[float, float, bool, bool]]:
+    """(weight, cross-entropy, in a step, correct) of every label of one example alone, in plain Python."""
+    ids = example.question + example.rationale.ids + example.answer.ids
+    in_step = example.rationale.in_step + example.answer.in_step
+    with torch.no_grad():
+        logits_TV = objective.model.logits(objective.model(torch.tensor([ids])))[0].double()
+    labels = []
+    for offset, inside in enumerate(in_step):
+        at = len(example.question) + offset
+        scores_V = logits_TV[at - 1]  # the state before a token predicts it
+        loss = (scores_V.exp().sum().log() - scores_V[ids[at]]).item()
+        weight = objective.run.step_weight_multiplier if inside else 1.0
+        labels.append((weight, loss, inside, int(scores_V.argmax()) == ids[at]))
+    return labels
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
+@pytest.mark.parametrize("multiplier", [2.0, 1.0, 0.0, 3.5])
+def test_the_loss_in_closed_form(
+    make_objective: MakeObjective, problems: list[Problem], family: str, multiplier: float
+) -> None:
+    """sum(w * ce) / sum(w) over solutions and answers, none on questions, each row as if it were alone."""
+    objective = make_objective(family, step_weight_multiplier=multiplier)
+    examples = [objective.encode(problem) for problem in problems]
+    shares, _ = run_step(objective, examples)
+    labels = [label for example in examples for label in naive_labels(objective, example)]
+    weights = math.fsum(weight for weight, *_ in labels)
+    assert shares["loss"].item() == pytest.approx(
+        math.fsum(weight * loss for weight, loss, *_ in labels) / weights, rel=1e-5
+    )
+    totals = objective.collate(examples, WRITES).totals
+    assert totals["weights"].item() == pytest.approx(weights)
+    assert totals["tokens"].item() == len(labels)
+    assert totals["step_tokens"].item() == sum(inside for _, _, inside, _ in labels)
+
+
+def test_step_accuracy_counts_step_tokens_only(
+    make_objective: MakeObjective, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teacher-forced: of a model that always finds the digit 2 most likely, the share of twos among step tokens."""
+    objective = make_objective()
+    examples = [objective.encode(problem) for problem in problems]
+    (two,) = objective.tokenizer.encode("2")
+    bias_V = F.one_hot(torch.tensor(two), objective.tokenizer.n_vocab)
+    monkeypatch.setattr(objective.model, "logits", lambda hidden: hidden.sum(-1, keepdim=True) + bias_V)
+    shares, _ = run_step(objective, examples)
+    step_tokens = [i for example in examples for step in example.steps for i in step.ids]
+    assert 0 < step_tokens.count(two) < len(step_tokens)
+    assert shares["step_accuracy"].item() == pytest.approx(step_tokens.count(two) / len(step_tokens))
+
+
+def test_multiplier_one_is_plain_fine_tuning_to_the_last_bit(
+    make_objective: MakeObjective, problems: list[Problem]
+) -> None:
+    """The same loss and the same gradients, bit for bit, as code that knows of no weights."""
+    objective = make_objective(step_weight_multiplier=1.0)
+    examples = [objective.encode(problem) for problem in problems]
+    shares, gradients = run_step(objective, examples)
+
+    plain = make_objective(step_weight_multiplier=1.0).model
+    rows = [example.question + example.rationale.ids + example.answer.ids for example in examples]
+    length = max(map(len, rows))
+    ids_BT = torch.tensor([row + [objective.tokenizer.pad_id] * (length - len(row)) for row in rows])
+    is_label_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        is_label_BT[row, len(example.question) : len(rows[row])] = True
+    predicting_BT = is_label_BT.roll(-1, dims=1)
+    logits_MV = plain.logits(plain(ids_BT)[predicting_BT])
+    loss = F.cross_entropy(logits_MV, ids_BT[is_label_BT], reduction="none").sum() / is_label_BT.sum()
+    loss.backward()
+    assert torch.equal(shares["loss"], loss.detach())
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(gradients[f"model.{name}"], parameter.grad), name
+    # And as PyTorch's own mean over all positions, the question and the padding ignored, to rounding.
+    labels_BT = ids_BT.masked_fill(~is_label_BT, -100)
+    with torch.no_grad():
+        logits_BTV = plain.logits(plain(ids_BT))
+    textbook = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
+    torch.testing.assert_close(shares["loss"], textbook, atol=1e-6, rtol=1e-6)
+
+
+def test_the_multiplier_matters(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    losses = []
+    for multiplier in (1.0, 2.0):
+        objective = make_objective(step_weight_multiplier=multiplier)
+        losses.append(run_step(objective, [objective.encode(problem) for problem in problems])[0]["loss"].item())
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+@given(cuts=st.lists(st.integers(0, 5), max_size=4).map(sorted), order=st.permutations(range(5)))
+@settings(deadline=None, max_examples=15)
+def test_any_cut_into_micro_batches_is_the_same_step(
+    make_objective: MakeObjective, problems: list[Problem], cuts: list[int], order: list[int]
+) -> None:
+    """Normalised over the whole optimizer step: pieces of unequal size, padding and share of steps add up to it."""
+    objective = make_objective()
+    examples = [objective.encode(problem) for problem in problems]
+    shares, gradients = run_step(objective, examples)
+    cut_shares, cut_gradients = run_step(objective, [examples[i] for i in order], cuts)
+    assert shares.keys() == cut_shares.keys() == {"loss", "step_accuracy"}
+    for key, value in shares.items():
+        torch.testing.assert_close(cut_shares[key], value, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(cut_gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rationale", ["natural", "equations"])
+def test_the_weights_lie_on_the_steps(
+    make_objective: MakeObjective, either_tokenizer: Tokenizer, problems: list[Problem], rationale: str
+) -> None:
+    """Read back from the batch: labels that touch a step weigh 2, all others 1; together they spell the solution."""
+    tokenizer = either_tokenizer
+    objective = make_objective(tokenizer=tokenizer, rationale=rationale, step_weight_multiplier=2.0)
+    batch = objective.collate([objective.encode(problem) for problem in problems], WRITES)
+    assert set(batch.targets.weight_M.tolist()) == {1.0, 2.0}
+    assert torch.equal(batch.targets.weight_M == 2.0, batch.targets.step_M)
+    rows = batch.targets.index_M.div(batch.ids_BT.shape[1], rounding_mode="floor")
+    for row, problem in enumerate(problems):
+        labels = batch.targets.label_M[rows == row].tolist()
+        solution = problem.rationale if rationale == "natural" else "\n".join(step.text for step in problem.steps)
+        text = solution + ("\n" if solution else "") + f"#### {problem.answer}"
+        assert tokenizer.decode(labels) == text
+        # Character by character; some of GPT-2's tokens reach over a step's end (">>." or " <<"), and those count.
+        steps = [match.span() for match in re.finditer(r"<<[^<>]*>>", text)]
+        assert len(steps) == len(problem.steps)
+        ends = accumulate((len(tokenizer.decode([i])) for i in labels), initial=0)
+        touches = [any(a < end and start < b for start, end in steps) for a, b in pairwise(ends)]
+        assert batch.targets.step_M[rows == row].tolist() == touches
+
+
+def test_data_without_steps(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    """Weights equal counts, step accuracy is 0 and not nan."""
+    objective = make_objective()
+    examples = [objective.encode(replace(problem, steps=())) for problem in problems]
+    totals = objective.collate(examples, WRITES).totals
+    assert totals["weights"] == totals["tokens"]
+    assert totals["step_tokens"] == 0
+    shares, gradients = run_step(objective, examples)
+    assert shares["step_accuracy"].item() == 0
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_step_accuracy_is_tracked_only_where_asked(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    objective = make_objective(track_step_accuracy=False)
+    shares, _ = run_step(objective, [objective.encode(problem) for problem in problems])
+    assert shares.keys() == {"loss"}
+
+
+def test_it_writes_at_every_stage(make_objective: MakeObjective) -> None:
+    """The baseline has no thoughts, no decoder and no stages."""
+    objective = make_objective()
+    assert {objective.thoughts_at(progress) for progress in (0.0, 0.5, 1.0)} == {WRITES}
+    assert objective.step_decoder is None
+    assert objective.extra_length == 0
+
+
+def test_totals_count_positions(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    """What padding costs is read from these."""
+    objective = make_objective()
+    examples = [objective.encode(problem) for problem in problems]
+    batch = objective.collate(examples, WRITES)
+    assert isinstance(batch, WrittenBatch)
+    lengths = [example.length for example in examples]
+    assert batch.totals["real_positions"].item() == sum(lengths)
+    assert batch.totals["positions"].item() == len(lengths) * max(lengths)

@@ -1,0 +1,245 @@
+"""Run configurations: what hydra composes, what `parse` makes of it and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from simcot_latent.config import LatentConfig, RunConfig, as_plain, config_dir, instantiate, parse, typed
+from simcot_latent.data.sources import Source
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
+from simcot_latent.model.gpt import GPTConfig
+from simcot_latent.objectives.latent import LatentObjectiveConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_ready() -> Iterator[None]:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> DictConfig:
+    return compose("train", overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def default() -> DictConfig:
+    return composed()
+
+
+def message(*overrides: str) -> str:
+    """The error of a configuration, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        parse(composed(*overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def choices(group: str) -> list[str]:
+    return sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+
+
+# --- what there is to choose -----------------------------------------------------------------------------------------
+
+
+def test_the_default_is_latent_mode_on_embedded_data_and_downloads_nothing() -> None:
+    run, sections = parse(composed())
+    assert (run.mode, run.run, run.num_iterations, run.step_weight_multiplier) == ("latent", "", -1, 2.0)
+    assert run.out_dir is run.init_from is None
+    assert not run.resume
+    assert isinstance(sections, LatentObjectiveConfig)
+    assert run.data["_target_"].endswith("arithmetic.Arithmetic")
+    assert run.tokenizer["_target_"].endswith("default_tokenizer")
+
+
+@pytest.mark.parametrize("mode", choices("mode"))
+@pytest.mark.parametrize("model", choices("model"))
+def test_every_mode_takes_every_model(mode: str, model: str) -> None:
+    run, _ = parse(composed(f"mode={mode}", f"model={model}"))
+    assert run.mode == mode
+    GPTConfig(vocab_size=300, **run.model)
+
+
+def test_the_gpt2_preset_is_gpt2() -> None:
+    run, _ = parse(composed("model=gpt2"))
+    config = GPTConfig(vocab_size=50257, **run.model)
+    assert (config.n_layer, config.n_head, config.n_embd, config.context_length) == (12, 12, 768, 1024)
+    assert (config.positions, config.norm, config.activation, config.bias) == (
+        "learned", "layernorm", "gelu_tanh", True
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("data", choices("data"))
+def test_every_data_source_can_be_made(data: str, tmp_path: Path) -> None:
+    source: Source = instantiate(composed(f"data={data}").data, "data")
+    assert callable(source.load)
+
+
+def test_tokenizers_can_be_made() -> None:
+    assert choices("tokenizer") == ["default", "gpt2"]
+    tokenizer = instantiate(composed().tokenizer, "tokenizer")
+    assert isinstance(tokenizer, Tokenizer)
+
+
+def test_every_key_of_the_yaml_files_is_one_of_the_declared_and_the_other_way_round() -> None:
+    keys = set(composed("mode=latent")) | set(composed("mode=weighted"))
+    assert keys == set(RunConfig.__dataclass_fields__) | set(LatentObjectiveConfig.__dataclass_fields__)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "rationale=natrual": ("rationale=natrual", "natural", "equations"),
+    "on_too_long=cut": ("on_too_long=cut", "error", "drop"),
+    "step_weight_multiplier=-0.5": ("step_weight_multiplier=-0.5", "at least 0"),
+    "step_weight_multiplier=nan": ("step_weight_multiplier",),
+    "num_iterations=0": ("num_iterations=0", "-1"),
+    "num_iterations=-2": ("num_iterations=-2", "-1"),
+    "num_iterations=many": ("num_iterations", "many", "Integer"),
+    "num_epochs=0": ("num_epochs=0", "at least 1"),
+    "num_epochs=1.5": ("num_epochs", "1.5"),
+    "device_batch_size=0": ("device_batch_size=0", "at least 1"),
+    "target_examples_per_step=-4": ("target_examples_per_step=-4", "at least 1"),
+    "learning_rate=0": ("learning_rate=0", "above 0"),
+    "learning_rate=nan": ("learning_rate", "above 0"),
+    "betas=[0.9]": ("betas", "two"),
+    "betas=[0.9,1.0]": ("betas", "[0, 1)"),
+    "betas=[a,b]": ("betas[0]", "'a'"),
+    "weight_decay=-1": ("weight_decay=-1", "at least 0"),
+    "warmup_ratio=1.5": ("warmup_ratio=1.5", "0 to 1"),
+    "lr_schedule=step": ("lr_schedule=step", "linear", "cosine", "constant"),
+    "final_lr_ratio=2": ("final_lr_ratio=2", "0 to 1"),
+    "max_grad_norm=0": ("max_grad_norm=0", "above 0"),
+    "seed=-1": ("seed=-1", "at least 0"),
+    "seed=x": ("seed", "'x'"),
+    "dtype=float16": ("dtype=float16", "auto", "float32", "bfloat16"),
+    "resume=maybe": ("resume", "maybe"),
+    "resume=true": ("resume", "out_dir="),
+    "log_every=0": ("log_every=0", "at least 1"),
+    "eval_every=0": ("eval_every=0", "-1"),
+    "eval_examples=0": ("eval_examples=0", "at least 1"),
+    "eval_batch_size=0": ("eval_batch_size=0", "at least 1"),
+    "checkpoint_every=0": ("checkpoint_every=0", "-1"),
+    "keep_checkpoints=0": ("keep_checkpoints=0", "at least 1"),
+    "max_new_tokens=0": ("max_new_tokens=0", "at least 1"),
+    "run=null": ("run", "None"),
+    "latent.n_latents=0": ("latent.n_latents=0", "at least 1"),
+    "latent.n_latents=-4": ("latent.n_latents=-4", "at least 1"),
+    "latent.n_latents=abc": ("latent.n_latents", "'abc'", "Integer"),
+    "latent.latents_per_step=0": ("latent.latents_per_step=0", "at least 1"),
+    "latent.latents_per_step=3": ("latent.n_latents=4", "a multiple of latent.latents_per_step=3"),
+    "latent.surplus=keep": ("latent.surplus=keep", "merge", "drop"),
+    "latent.missing=none": ("latent.missing=none", "mask", "answer"),
+    "latent.warmup=1": ("latent.warmup=1", "below 1"),
+    "latent.warmup=-0.1": ("latent.warmup=-0.1", "from 0"),
+    "latent.stages=[1]": ("latent.stages[0]=1", "steps", "share"),
+    "latent.stages=[{steps:1}]": ("latent.stages[0]", "steps", "share"),
+    "latent.stages=[{steps:5,share:0.1}]": ("latent.stages[0]", "1 to 4"),
+    "latent.stages=[{steps:1.5,share:0.1}]": ("latent.stages[0]", "1 to 4"),
+    "latent.stages=[{steps:1,share:0.1},{steps:2,share:0}]": ("latent.stages[1]", "above 0"),
+    "latent.stages=[{steps:1,share:0.4},{steps:2,share:0.3}]": ("latent.stages", "with the warm-up", "below 1"),
+    "latent.stages=all": ("latent.stages",),
+    "latent.reset_optimizer=2x": ("latent.reset_optimizer", "2x"),
+    "decoder.n_layer=0": ("decoder.n_layer=0", "at least 1"),
+    "decoder.init=zero": ("decoder.init=zero", "random", "base"),
+    "loss.answer_weight=-1": ("loss.answer_weight=-1", "at least 0"),
+    "loss.step_weight=-1": ("loss.step_weight=-1", "at least 0"),
+    "loss.step_reduction=sum": ("loss.step_reduction=sum", "token", "coconut", "codi"),
+    "+foo=1": ("foo", "mode=latent"),
+    "+latent.foo=1": ("latent.foo", "foo"),
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_impossible_values_are_named_with_what_would_be_right(override: str) -> None:
+    text = message(override)
+    for word in REFUSED[override]:
+        assert word in text
+
+
+def test_sections_of_the_other_mode_are_refused() -> None:
+    assert message("mode=weighted", "+latent.n_latents=3") == "latent: mode=weighted has no such key"
+
+
+def test_edges_that_are_fine() -> None:
+    for override in (
+        "step_weight_multiplier=0", "num_iterations=1", "warmup_ratio=0", "warmup_ratio=1", "max_grad_norm=inf",
+        "seed=0", "eval_every=-1", "checkpoint_every=-1", "weight_decay=0", "latent.warmup=0", "loss.step_weight=0",
+        "latent.stages=[{steps:1,share:0.1},{steps:2,share:0.1}]", "learning_rate=1",
+    ):  # fmt: skip
+        parse(composed(override))
+    stages = parse(composed("latent.stages=[{steps:1,share:0.1}]"))[1].latent.stages
+    assert stages == [{"steps": 1, "share": 0.1}]
+
+
+@pytest.mark.parametrize(
+    ("section", "override", "named"),
+    [
+        ("data", "+data.pth=x", "pth"),
+        ("data", "data.train_size=many", "data.train_size"),
+        ("data", "data.operations=[%]", "data.operations"),
+        ("tokenizer", "+tokenizer.size=5", "size"),
+        ("tokenizer", "tokenizer.ranks=/nowhere/ranks", "/nowhere/ranks"),
+    ],
+)
+def test_sections_that_name_a_class_are_checked_by_it(section: str, override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named) as caught:
+        instantiate(composed(override)[section], section)
+    assert "\n" not in str(caught.value)
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "seed": st.integers(0, 2**31),
+    "learning_rate": st.floats(1e-9, 1e3),
+    "step_weight_multiplier": st.floats(0, 100),
+    "num_iterations": st.just(-1) | st.integers(1, 10**9),
+    "betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2),
+    "run": st.text(),
+    "out_dir": st.none() | st.text(),
+    "init_from": st.none() | st.text(),
+    "dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
+    "compile": st.booleans(),
+    "latent": st.fixed_dictionaries({"n_latents": st.integers(1, 9).map(lambda n: 2 * n),
+                                     "latents_per_step": st.sampled_from([1, 2]), "warmup": st.floats(0, 0.9)}),
+}  # fmt: skip
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_a_configuration_survives_the_checkpoint(default: DictConfig, values: dict[str, Any]) -> None:
+    """As plain values, through JSON and back: what `config.json` holds is what was run."""
+    # Text is what it is: where it holds ${..}, no interpolation is meant.
+    raw = default.copy()
+    for key, value in values.items():
+        if isinstance(value, str):
+            value = value.replace("${", "$ {")
+        OmegaConf.update(raw, key, value)
+    before = parse(raw)
+    after = parse(DictConfig(json.loads(json.dumps(as_plain(raw)))))
+    assert after == before
+
+
+def test_parse_leaves_what_it_was_given_alone() -> None:
+    raw = composed("latent.n_latents=8")
+    before = as_plain(raw)
+    parse(raw)
+    assert as_plain(raw) == before
+
+
+def test_typed_converts_to_the_declared_types() -> None:
+    latent = typed(LatentConfig, {"n_latents": "6", "warmup": 0}, "latent")
+    assert (latent.n_latents, latent.warmup, latent.groups) == (6, 0.0, 6)
+    assert isinstance(latent.warmup, float)
+    with pytest.raises(UserError, match=r"latent\.warmup: .*'soon'"):
+        typed(LatentConfig, {"warmup": "soon"}, "latent")

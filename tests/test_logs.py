@@ -1,0 +1,183 @@
+"""What a run says: metrics.jsonl, the console, progress where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+import wandb.errors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.table import Table
+
+from simcot_latent.errors import UserError
+from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
+
+
+def open_log(folder: Path, from_step: int = 0, is_main: bool = True) -> RunLog:
+    return RunLog(folder, is_main, from_step, run="", project="", config={})
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_line_a_record(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.write(1, {"loss": 3.5, "lrm": 1.0})
+    assert lines(tmp_path) == [{"step": 1, "loss": 3.5, "lrm": 1.0}]  # at once, not when the run ends
+    log.write(2, {"loss": 3.25})
+    log.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": 3.5, "lrm": 1.0}, {"step": 2, "loss": 3.25}]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.dictionaries(st.text(st.characters(exclude_categories=("Cs",)), min_size=1), st.floats()), max_size=4)
+)
+def test_numbers_survive_and_what_is_no_number_is_left_out(
+    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, float]]
+) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    log = open_log(folder)
+    records = [{key: value for key, value in record.items() if key != "step"} for record in records]
+    for step, record in enumerate(records):
+        log.write(step, record)
+    assert lines(folder) == [
+        {"step": step, **{key: value for key, value in record.items() if math.isfinite(value)}}
+        for step, record in enumerate(records)
+    ]
+
+
+def test_going_on_cuts_off_what_came_after(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for step in range(1, 6):
+        log.write(step, {"loss": step})
+    log = open_log(tmp_path, from_step=3)
+    log.write(4, {"loss": 40.0})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_a_new_run_begins_a_new_file(tmp_path: Path) -> None:
+    open_log(tmp_path).write(1, {"loss": 1.0})
+    open_log(tmp_path)
+    assert lines(tmp_path) == []
+
+
+def test_going_on_without_a_file(tmp_path: Path) -> None:
+    log = open_log(tmp_path, from_step=3)
+    log.write(4, {"loss": 4.0})
+    assert [line["step"] for line in lines(tmp_path)] == [4]
+
+
+def test_going_on_after_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    """The disk was full, or the machine lost power."""
+    log = open_log(tmp_path)
+    log.write(1, {"loss": 1.0})
+    log.write(2, {"loss": 2.0})
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text()[:-8])
+    open_log(tmp_path, from_step=1).write(2, {"loss": 2.0})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "run", is_main=False)
+    log.write(1, {"loss": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the console -----------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_not_wrapped_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "step 00012/00233 | " + "x" * 300
+    make_console().print(line, markup=False)
+    assert capsys.readouterr().out == line + "\n"
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    console = make_console(is_main=False)
+    console.print("anything")
+    warn(console, "anything")
+    assert capsys.readouterr().out == ""
+
+
+def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Questions, paths and what a model writes are no markup."""
+    console = make_console()
+    odd = "[red] [/b] [link=x] :apple: \\[ 3[/]"
+    warn(console, odd)
+    assert capsys.readouterr().out == f"warning: {odd}\n"
+    table = Table("column")
+    table.add_row(odd)
+    console.print(table)
+    assert odd in capsys.readouterr().out
+
+
+def test_progress_without_a_terminal_is_a_line_a_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    items = list(range(1000))
+    assert list(track(items, "encoding", make_console())) == items
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in out] == [f"encoding {n}/1000" for n in range(100, 1001, 100)]
+    assert all(line.endswith("/s") for line in out[1:])
+
+
+def test_progress_counts_units(capsys: pytest.CaptureFixture[str]) -> None:
+    batches = [["a"] * 32, ["b"] * 32, ["c"] * 4]
+    assert list(track(batches, "gsm8k test", make_console(), [len(batch) for batch in batches])) == batches
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "gsm8k test 32/68", "gsm8k test 64/68", "gsm8k test 68/68"
+    ]  # fmt: skip
+
+
+def test_progress_over_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(track([], "encoding", make_console())) == []
+
+
+def test_a_bar_leaves_no_trace_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with make_progress(make_console()) as progress:
+        task = progress.add_task("latent", total=3)
+        progress.update(task, completed=2)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bar_shows_rate_and_time_left_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    console = make_console()
+    with (tmp_path / "screen").open("w+", encoding="utf-8") as screen:
+        console.file = screen
+        console.width = 120
+        with make_progress(console) as progress:
+            task = progress.add_task("latent", total=3)
+            progress.advance(task)
+            progress.advance(task)
+            progress.refresh()
+        screen.seek(0)
+        text = screen.read()
+    assert "latent" in text
+    assert "2/3" in text
+    assert "/s" in text
+    assert "0:00:0" in text
+
+
+# --- wandb (the real package, offline: see end_to_end/test_train.py) -------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [wandb.errors.UsageError("No API key configured."), ValueError("WANDB_MODE\nis odd")])
+def test_a_wandb_that_cannot_start_is_a_mistake_of_the_users(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"run=first.*wandb.*WANDB_MODE=offline") as caught:
+        RunLog(tmp_path, True, 0, run="first", project="simcot_latent", config={})
+    assert "\n" not in str(caught.value)

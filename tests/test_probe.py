@@ -1,0 +1,341 @@
+"""Probing in Python: thoughts, what they decode to, and how that compares with gold steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import simcot_latent as sl
+from simcot_latent import probe as probe_module
+from simcot_latent.checkpoint import Checkpoint, TrainerState, save_checkpoint
+from simcot_latent.config import DecoderConfig, LatentConfig, RunConfig
+from simcot_latent.data.problem import Problem
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
+from simcot_latent.metrics import wilson_interval
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.step_decoder import StepDecoder
+from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
+from simcot_latent.probe import (
+    GroupProbe,
+    QuestionProbe,
+    decode_groups,
+    gold_groups,
+    probe_problems,
+    probe_questions,
+    probe_table,
+    summarise,
+    summary_table,
+    teacher_forced,
+)
+
+MakeCheckpoint = Callable[..., Checkpoint]
+
+GROUPS, PER_STEP, WIDTH = 3, 2, 32
+
+
+@pytest.fixture(scope="module")
+def make_checkpoint(
+    make_model: Callable[..., GPT], randomise: Callable[..., None], tokenizer: Tokenizer
+) -> MakeCheckpoint:
+    """`make_checkpoint(family="llama", **latent)`: random weights; three groups of two thoughts."""
+    # With these seeds no two tokens are likely to within rounding, which might decide otherwise on another machine.
+    seeds = {"gpt2": 74, "llama": 9, "nanochat": 20}
+
+    def make(family: str = "llama", **latent: Any) -> Checkpoint:
+        model = make_model(family, seed=seeds[family], vocab_size=tokenizer.n_vocab, context_length=256)
+        decoder = StepDecoder.from_base(model, 1, "random")
+        randomise(decoder.transformer, seed=1)
+        with torch.no_grad():  # so that the random decoder ends its steps
+            model.embedding.weight[tokenizer.end_id] *= 6
+        config = {
+            "latent": asdict(LatentConfig(n_latents=GROUPS * PER_STEP, latents_per_step=PER_STEP, **latent)),
+            "max_new_tokens": 8,
+        }
+        thoughts = ThoughtFormat(thinks=True, n_latents=GROUPS * PER_STEP, latents_per_step=PER_STEP)
+        return Checkpoint(model, decoder.eval(), tokenizer, thoughts, config, path=Path("runs/x"))
+
+    return make
+
+
+@pytest.fixture(params=["gpt2", "llama", "nanochat"])
+def checkpoint(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> Checkpoint:
+    return make_checkpoint(request.param)
+
+
+@pytest.fixture(autouse=True)
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random decoders seldom end: the limit is reached early."""
+    monkeypatch.setattr(probe_module, "MAX_STEP_TOKENS", 8)
+
+
+@pytest.fixture(scope="module")
+def questions(problems: list[Problem]) -> list[str]:
+    return [problem.question for problem in problems]
+
+
+# Thoughts and what they say
+
+
+def test_the_public_names(checkpoint: Checkpoint, questions: list[str]) -> None:
+    """The README's three lines: shapes, and one string a step group."""
+    thoughts = sl.think(checkpoint, questions)
+    assert thoughts.latents.shape == (len(questions), GROUPS * PER_STEP, WIDTH)
+    assert not thoughts.latents.requires_grad
+    steps = sl.decode_steps(checkpoint, thoughts)
+    assert [len(groups) for groups in steps] == [GROUPS] * len(questions)
+    assert all(isinstance(text, str) for groups in steps for text in groups)
+    assert len({text for groups in steps for text in groups}) > GROUPS, "all alike: nothing would be proven"
+    assert len(sl.answer(checkpoint, questions)) == len(questions)
+
+
+def test_the_same_at_batch_size_one_and_n(checkpoint: Checkpoint, questions: list[str]) -> None:
+    """Thoughts to float32 rounding, their texts exactly."""
+    thoughts = sl.think(checkpoint, questions)
+    steps = sl.decode_steps(checkpoint, thoughts)
+    for row, question in enumerate(questions):
+        alone = sl.think(checkpoint, [question])
+        torch.testing.assert_close(alone.latents[0], thoughts.latents[row], atol=1e-4, rtol=1e-4)
+        assert sl.decode_steps(checkpoint, alone) == [steps[row]]
+
+
+def test_each_text_and_probability_is_its_groups(checkpoint: Checkpoint, questions: list[str]) -> None:
+    """Against the decoder itself, a group at a time."""
+    decoder, tokenizer = checkpoint.step_decoder, checkpoint.tokenizer
+    assert decoder is not None
+    latents_BKD = sl.think(checkpoint, questions).latents
+    for row, groups in enumerate(decode_groups(checkpoint, latents_BKD)):
+        for group, (text, probability) in enumerate(groups):
+            prefix_1CD = latents_BKD[row : row + 1, group * PER_STEP : (group + 1) * PER_STEP]
+            ids, expected = decoder.decode(prefix_1CD, tokenizer.end_id, max_tokens=8)
+            assert text == tokenizer.decode(ids[0])
+            assert probability == pytest.approx(expected[0], rel=1e-3)
+
+
+def test_latents_of_ones_own_are_decoded(checkpoint: Checkpoint, questions: list[str]) -> None:
+    """A tensor in place of `Thoughts`: the same text, and a text changes with its own group's thoughts only."""
+    latents_BKD = sl.think(checkpoint, questions).latents
+    steps = sl.decode_steps(checkpoint, latents_BKD)
+    assert steps == sl.decode_steps(checkpoint, sl.think(checkpoint, questions))
+    swapped = latents_BKD.clone()
+    swapped[0, PER_STEP : 2 * PER_STEP] = latents_BKD[1, PER_STEP : 2 * PER_STEP]
+    assert sl.decode_steps(checkpoint, swapped)[0] == [steps[0][0], steps[1][1], steps[0][2]]
+
+
+def test_no_questions(make_checkpoint: MakeCheckpoint) -> None:
+    """As `answer` of none is none."""
+    checkpoint = make_checkpoint()
+    thoughts = sl.think(checkpoint, [])
+    assert thoughts.latents.shape == (0, GROUPS * PER_STEP, WIDTH)
+    assert sl.decode_steps(checkpoint, thoughts) == []
+
+
+def test_what_cannot_be_thought_about(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError, match="question 1 is empty"):
+        sl.think(checkpoint, ["How many?", ""])
+    with pytest.raises(UserError, match=r"question 0 .* has .* tokens: at most .* fit"):
+        sl.think(checkpoint, ["7" * 300])
+
+
+def test_a_checkpoint_without_a_decoder(checkpoint: Checkpoint, questions: list[str]) -> None:
+    """It can think and answer, but its thoughts cannot be decoded: said in one line that names the folder."""
+    bare = replace(checkpoint, step_decoder=None)
+    thoughts = sl.think(bare, questions)
+    assert len(sl.answer(bare, questions)) == len(questions)
+    for decode in (lambda: sl.decode_steps(bare, thoughts), lambda: probe_questions(bare, questions)):
+        with pytest.raises(UserError, match=r"runs/x: holds no auxiliary decoder .* probe a checkpoint"):
+            decode()
+
+
+def test_a_checkpoint_that_does_not_think(checkpoint: Checkpoint, questions: list[str]) -> None:
+    written = replace(checkpoint, step_decoder=None, thoughts=ThoughtFormat())
+    with pytest.raises(UserError, match="runs/x: this model writes its steps and has no thoughts"):
+        sl.think(written, questions)
+
+
+def test_a_saved_checkpoint_says_the_same(checkpoint: Checkpoint, questions: list[str], tmp_path: Path) -> None:
+    """Saved and loaded by its run's folder: the same thoughts, bit for bit, and the same steps."""
+    save_checkpoint(checkpoint, tmp_path, TrainerState({}, {}), keep=1)
+    loaded = sl.load_checkpoint(tmp_path, device="cpu")
+    assert torch.equal(sl.think(loaded, questions).latents, sl.think(checkpoint, questions).latents)
+    assert sl.decode_steps(loaded, sl.think(loaded, questions)) == sl.decode_steps(
+        checkpoint, sl.think(checkpoint, questions)
+    )
+
+
+# Against gold steps
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("surplus", ["merge", "drop"])
+@pytest.mark.parametrize("missing", ["mask", "answer"])
+def test_gold_is_what_was_taught(
+    make_checkpoint: MakeCheckpoint,
+    make_run: Callable[..., RunConfig],
+    problems: list[Problem],
+    groups: int,
+    surplus: str,
+    missing: str,
+) -> None:
+    """Read back from the objective's own batch, for the last stage (3 groups) and for checkpoints of stages before."""
+    latent = {"surplus": surplus, "missing": missing}
+    whole = make_checkpoint(**latent)
+    thoughts = ThoughtFormat(True, groups * PER_STEP, PER_STEP)
+    checkpoint = replace(whole, thoughts=thoughts)
+    config = LatentObjectiveConfig(LatentConfig(**whole.config["latent"]), DecoderConfig())
+    objective = LatentObjective(whole.model, whole.tokenizer, make_run(), config)
+    for problem in problems:
+        batch = objective.collate([objective.encode(problem)], thoughts)
+        assert isinstance(batch, LatentBatch)
+        taught: list[str | None] = [None] * groups
+        for group in range(groups):
+            labels = batch.step_targets.label_M[batch.step_group_M == group]
+            if len(labels):
+                taught[group] = whole.tokenizer.decode(labels.tolist())
+        assert gold_groups(checkpoint, problem) == taught
+
+
+def test_teacher_forcing_against_a_naive_loop(checkpoint: Checkpoint) -> None:
+    """Share of gold tokens that are most likely after the ones before, and the probability of the whole, end token
+    included, one group and one token at a time; None where there is no gold."""
+    decoder, tokenizer = checkpoint.step_decoder, checkpoint.tokenizer
+    assert decoder is not None
+    questions = ["How many?", "2+2?"]
+    latents_BKD = sl.think(checkpoint, questions).latents
+    # Where the decoder's own words are gold, all tokens are right.
+    own = decode_groups(checkpoint, latents_BKD)[1][0]
+    gold = ["<<3*4=12>>", None, "<<12-2=10>>\n<<10*2=20>>", own[0], None, "#### 4"]
+    forced = teacher_forced(checkpoint, latents_BKD, gold)
+    for group, text in enumerate(gold):
+        if text is None:
+            assert forced[group] is None
+            continue
+        ids = [*tokenizer.encode(text), tokenizer.end_id]
+        vectors = [*latents_BKD.flatten(0, 1)[group * PER_STEP : (group + 1) * PER_STEP]]
+        right, probability = 0, 1.0
+        for i in ids:
+            with torch.no_grad():
+                hidden_D = decoder.transformer(torch.stack(vectors).unsqueeze(0))[0, -1]
+                probabilities_V = decoder.logits(hidden_D).softmax(-1)
+            right += int(probabilities_V.argmax()) == i
+            probability *= probabilities_V[i].item()
+            vectors.append(decoder.embedding.weight[i].detach())
+        assert forced[group] == pytest.approx((right / len(ids), probability), rel=1e-3)
+    assert teacher_forced(checkpoint, latents_BKD, [None] * 6) == [None] * 6
+
+
+def test_probing_problems(
+    make_checkpoint: MakeCheckpoint, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is decoded and answered is put beside gold, group by group; groups that are taught nothing are not scored.
+
+    The decoder is replaced by one that says `<<3*4=12>>` and nothing else, so scores are known.
+    """
+
+    def always(checkpoint: Checkpoint, latents_BKD: torch.Tensor) -> list[list[tuple[str, float]]]:
+        return [[("<<3*4=12>>", 0.5)] * GROUPS for _ in latents_BKD]
+
+    monkeypatch.setattr(probe_module, "decode_groups", always)
+    checkpoint = make_checkpoint(surplus="merge", missing="mask")
+    probes = probe_problems(checkpoint, problems)
+    answers = sl.answer(checkpoint, [problem.question for problem in problems])
+    for probe, problem, answer in zip(probes, problems, answers, strict=True):
+        assert (probe.question, probe.answer, probe.gold_answer) == (problem.question, answer, problem.answer)
+        assert [group.gold for group in probe.groups] == gold_groups(checkpoint, problem)
+        for group in probe.groups:
+            assert (group.decoded, group.probability, group.right) == ("<<3*4=12>>", 0.5, True)
+            assert (group.forced_token_accuracy is None) == (group.exact is None) == (group.gold is None)
+    first = probes[0].groups[0]
+    assert (first.gold, first.exact, first.operators, first.operands, first.result) == ("<<3*4=12>>", *[True] * 4)
+    second = probes[0].groups[1]
+    assert (second.gold, second.exact, second.operators, second.result) == ("<<12-2=10>>", False, False, False)
+
+
+def test_probing_questions(checkpoint: Checkpoint, questions: list[str]) -> None:
+    """Without gold: texts, whether they are right, probabilities, answers."""
+    probes = probe_questions(checkpoint, questions)
+    assert [probe.answer for probe in probes] == sl.answer(checkpoint, questions)
+    decoded = decode_groups(checkpoint, sl.think(checkpoint, questions))
+    assert [[(g.decoded, g.probability) for g in probe.groups] for probe in probes] == decoded
+    assert all(0 < g.probability <= 1 and g.gold is None for probe in probes for g in probe.groups)
+
+
+def scored(exact: bool, result: bool, probability: float, right: bool | None = True) -> GroupProbe:
+    return GroupProbe("x", right, probability, "gold", exact, exact, result, result, 0.75, probability / 2)
+
+
+def test_a_summary_in_closed_form() -> None:
+    """Means over groups with gold, by step index and over all; answers with their interval."""
+    probes = [
+        QuestionProbe("a", [scored(True, True, 1.0), scored(False, True, 0.5)], "10", "10"),
+        QuestionProbe("b", [scored(False, False, 0.2, right=None), GroupProbe("x", None, 0.9)], "", "7"),
+        QuestionProbe("c", [GroupProbe("x", True, 0.9), GroupProbe("x", True, 0.9)], "3.0", "3"),
+    ]
+    summary = summarise(probes)
+    assert summary["n"] == 3
+    assert summary["accuracy"] == pytest.approx(2 / 3)
+    assert summary["ci95"] == list(wilson_interval(2, 3))
+    assert set(summary["by_step"]) == {"1", "2"}
+    expected: dict[str, dict[str, float]] = {
+        "all": {"n": 3, "exact": 1 / 3, "operators": 1 / 3, "operands": 2 / 3, "result": 2 / 3, "right": 2 / 3,
+                "probability": 1.7 / 3, "forced_token_accuracy": 0.75, "gold_probability": 0.85 / 3},
+        "1": {"n": 2, "exact": 0.5, "operators": 0.5, "operands": 0.5, "result": 0.5, "right": 0.5,
+              "probability": 0.6, "forced_token_accuracy": 0.75, "gold_probability": 0.3},
+        "2": {"n": 1, "exact": 0.0, "operators": 0.0, "operands": 1.0, "result": 1.0, "right": 1.0,
+              "probability": 0.5, "forced_token_accuracy": 0.75, "gold_probability": 0.25},
+    }  # fmt: skip
+    for step, scores in expected.items():
+        found = summary["all"] if step == "all" else summary["by_step"][step]
+        assert found.pop("exact_ci95") == list(wilson_interval(round(scores["exact"] * scores["n"]), int(scores["n"])))
+        assert found == pytest.approx(scores)
+
+
+def test_a_summary_without_gold_steps() -> None:
+    summary = summarise([QuestionProbe("a", [GroupProbe("x", None, 0.9)], "1", "2")])
+    assert (summary["all"], summary["by_step"], summary["accuracy"]) == ({"n": 0}, {}, 0.0)
+    assert not any(math.isnan(value) for value in summary["ci95"])
+    assert printed(summary_table(summary))
+
+
+def printed(table: Any) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def lines_with(text: str, *pieces: str) -> Sequence[str]:
+    return [line for line in text.splitlines() if all(piece in line for piece in pieces)]
+
+
+def test_the_table_for_people() -> None:
+    """A row a group with what it says, whether that is right and how sure the decoder is; then the answer."""
+    groups = [
+        GroupProbe("<<3*4=12>>", True, 0.9234, "<<3*4=12>>"),
+        GroupProbe("<<12-2=11>>", False, 0.5),
+        GroupProbe("#### 11", None, 0.1),
+    ]
+    table = printed(probe_table([QuestionProbe("How many pears?", groups, "11", "10")]))
+    assert lines_with(table, "How many pears?", "1", "<<3*4=12>>", "yes", "0.923")
+    assert lines_with(table, "2", "<<12-2=11>>", "no", "0.500")
+    assert lines_with(table, "answer", "11", "no", "#### 10")
+    assert lines_with(table, "3", "#### 11", "-", "0.100")
+    without_gold = printed(probe_table([QuestionProbe("How many?", groups[:1], "")]))
+    assert lines_with(without_gold, "answer", "(none)")
+    assert "gold" not in without_gold
+
+
+def test_text_in_the_table_is_never_markup() -> None:
+    """Brackets in a question, or in what a half-trained decoder says, are printed as they are and break nothing."""
+    groups = [GroupProbe("[b]<<3*4=12>>", False, 0.5, "[i]gold")]
+    table = printed(probe_table([QuestionProbe("What is [/b] in [red]?", groups, "[u]7", "[s]8")]))
+    for text in ("What is [/b] in [red]?", "[b]<<3*4=12>>", "[i]gold", "[u]7", "[s]8"):
+        assert text in table
