@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.table import Table
 
 from simcot_latent import cli
-from simcot_latent.checkpoint import Checkpoint, load_checkpoint, write_json
-from simcot_latent.config import as_plain, instantiate, require, require_choice, typed
+from simcot_latent.checkpoint import load_checkpoint, write_json
+from simcot_latent.config import instantiate, require, require_choice, typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, same_number
 from simcot_latent.data.sources import SPLITS, Source
@@ -100,7 +99,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     checkpoint = load_checkpoint(config.ckpt or "", device)
-    data = data_settings(raw, checkpoint)
+    data = cli.trained_data(raw, checkpoint.config["data"])
     source: Source = instantiate(data, "data")
     loaded = source.load(config.split)  # type: ignore[arg-type]
     problems = loaded.problems[: config.limit]
@@ -159,24 +158,9 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "thoughts": checkpoint.thoughts.n_latents,
     }
     console.print(report_table(report))
-    console.print(f"written to {write_report(checkpoint, name, config.split, report, ordered)}", markup=False)
-
-
-def data_settings(raw: DictConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The data source's settings: those the checkpoint was trained with, if it is the same source, and the overrides.
-
-    So an embedded test set has the difficulty that the model was trained for, and a local `data.path` is remembered.
-    """
-    settings = as_plain(raw)["data"]
-    trained = checkpoint.config["data"]
-    if settings["_target_"] != trained["_target_"]:
-        return settings
-    overridden = [o.partition("=")[0].lstrip("+") for o in HydraConfig.get().overrides.task]
-    keys = [key.removeprefix("data.") for key in overridden if key.startswith("data.")]
-    merged = OmegaConf.create(trained)
-    for key in keys:
-        OmegaConf.update(merged, key, OmegaConf.select(raw.data, key), force_add=True)
-    return as_plain(merged)
+    console.print(
+        f"written to {write_report(Path(config.ckpt or ''), name, config.split, report, ordered)}", markup=False
+    )
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -223,11 +207,9 @@ def report_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def write_report(
-    checkpoint: Checkpoint, name: str, split: str, report: dict[str, Any], predictions: Sequence[Prediction]
-) -> Path:
+def write_report(ckpt: Path, name: str, split: str, report: dict[str, Any], predictions: Sequence[Prediction]) -> Path:
     """Writes the report and a line a problem; files of another split than test carry its name."""
-    folder = (checkpoint.path or Path()) / "evals"
+    folder = ckpt / "evals"
     folder.mkdir(exist_ok=True)
     stem = name if split == "test" else f"{name}.{split}"
     with (folder / f"{stem}.predictions.jsonl").open("w", encoding="utf-8") as file:

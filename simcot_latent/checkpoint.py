@@ -85,8 +85,11 @@ def require_decoder(checkpoint: Checkpoint) -> StepDecoder:
     return checkpoint.step_decoder
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
     """The checkpoint folder that `path` means: itself, or the `latest` of a run's `out_dir`.
+
+    Args:
+        key: the config key that the path came from, for the error.
 
     Raises:
         UserError: there is none.
@@ -96,16 +99,16 @@ def find_checkpoint(path: str | Path) -> Path:
         if (folder / CONFIG).is_file() and (folder / MODEL).is_file():
             return folder.resolve()
     what = "holds no checkpoint" if path.is_dir() else "is no folder"
-    raise UserError(f"ckpt={path}: {what}; give a folder that training wrote, such as runs/latent/latest")
+    raise UserError(f"{key}={path}: {what}; give a folder that training wrote, such as runs/latent/latest")
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", key: str = "ckpt") -> Checkpoint:
     """Rebuilds a checkpoint from its folder, or from a run's `out_dir`. Needs no network.
 
     Raises:
         UserError: there is no checkpoint, or one of its files is missing or broken; the message names it.
     """
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(path, key)
     config = read_json(folder / CONFIG)
     try:
         model_config = GPTConfig(**config["model"])
@@ -117,7 +120,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     model = GPT(model_config)
     load_weights(model, folder / MODEL)
     decoder = None
-    if decoder_config is not None:
+    if decoder_config is not None and (folder / DECODER).exists():  # the model is usable without it
         decoder = StepDecoder(decoder_config, model.embedding)
         load_weights(decoder, folder / DECODER, shared="embedding.")
         decoder.to(device).eval()

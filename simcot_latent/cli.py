@@ -7,14 +7,15 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simcot_latent.config import config_dir
+from simcot_latent.config import as_plain, config_dir
 from simcot_latent.errors import UserError
 
 # Keys whose value is free text or a path: taken as it stands, whatever hydra's grammar makes of `?`, `,` or `'`.
@@ -40,6 +41,26 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(error)
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def trained_data(raw: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the data source of an eval or a probe.
+
+    If it is the source that the model was trained on, its settings then (`trained`), with this command's overrides: so
+    an embedded test set has the difficulty that was trained for, and a local `data.path` is remembered.
+    """
+    settings = as_plain(raw.data)
+    if settings["_target_"] != trained["_target_"]:
+        return settings
+    overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
+    merged = OmegaConf.create(trained)
+    for key in overridden:
+        if key.startswith("data."):
+            OmegaConf.update(merged, key.removeprefix("data."), OmegaConf.select(raw, key), force_add=True)
+    return as_plain(merged)
 
 
 def fail(error: Exception) -> NoReturn:

@@ -8,6 +8,7 @@ objective's `Config`, so adding an objective edits nothing here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -146,7 +147,7 @@ class RunConfig:
     warmup_ratio: float = 0.05
     lr_schedule: str = "linear"
     final_lr_ratio: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -184,7 +185,12 @@ class RunConfig:
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share of training, from 0 to 1")
         require_choice("lr_schedule", self.lr_schedule, ("linear", "cosine", "constant"))
         require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", self.final_lr_ratio, "from 0 to 1")
-        require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0 (inf: no clipping)")
+        require(
+            self.max_grad_norm is None or 0 < self.max_grad_norm < math.inf,
+            "max_grad_norm",
+            self.max_grad_norm,
+            "above 0, or null for no clipping",
+        )
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         require(
@@ -199,7 +205,10 @@ def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
         UserError: a key is unknown, or a value is of the wrong type or impossible.
     """
     sections = dict(raw)
-    objective = hydra.utils.get_class(raw.objective)
+    try:
+        objective = hydra.utils.get_class(raw.objective)
+    except Exception as error:  # hydra raises whatever the import raised
+        raise UserError(f"objective={raw.objective}: cannot be imported ({one_line(str(error))})") from error
     shared_keys = {f.name for f in dataclasses.fields(RunConfig)}
     run = typed(RunConfig, {key: value for key, value in sections.items() if key in shared_keys})
     config_class = objective.Config  # type: ignore[attr-defined]
@@ -225,6 +234,11 @@ def typed(cls: type[T], values: Any, section: str = "") -> T:
         prefix = f"{section}." if section else ""
         reason = str(error.msg or error).split("\n")[0]
         raise UserError(f"{prefix}{error.full_key or error.key}: {reason}") from error
+
+
+def one_line(text: str) -> str:
+    """A text with its line breaks and runs of blanks made single blanks."""
+    return " ".join(text.split())
 
 
 def as_plain(raw: Any) -> dict[str, Any]:

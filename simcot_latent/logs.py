@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,9 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 T = TypeVar("T")
+
+SECONDS_A_LINE = 5.0
+"""How often progress is told where there is no terminal to draw a bar on."""
 
 
 class RateColumn(ProgressColumn):
@@ -42,21 +46,21 @@ def make_console(is_main: bool = True) -> Console:
 def track(
     items: Sequence[T], description: str, console: Console, unit_sizes: Sequence[int] | None = None
 ) -> Iterator[T]:
-    """Goes through `items` under a progress bar; without a terminal, a plain line at every tenth of the way.
+    """Goes through `items` under a progress bar; without a terminal, a plain line every few seconds.
 
     Args:
         unit_sizes: how many units each item counts for (a batch: its rows); default 1.
     """
     sizes = [1] * len(items) if unit_sizes is None else list(unit_sizes)
-    total, done, told = sum(sizes), 0, 0
+    total, done, told = sum(sizes), 0, time.monotonic()
     with make_progress(console) as progress:
         task = progress.add_task(description, total=total)
         for item, size in zip(items, sizes, strict=True):
             yield item
             progress.advance(task, size)
             done += size
-            if not console.is_terminal and done * 10 // total > told:
-                told = done * 10 // total
+            if not console.is_terminal and time.monotonic() - told >= SECONDS_A_LINE:
+                told = time.monotonic()
                 speed = progress.tasks[task].speed
                 console.print(f"{description} {done}/{total}" + ("" if speed is None else f" | {speed:.1f}/s"))
 

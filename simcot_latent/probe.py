@@ -248,6 +248,12 @@ def summarise_groups(groups: Sequence[GroupProbe]) -> dict[str, Any]:
     }
 
 
+def show(text: str) -> str:
+    """A group's text in a table cell: steps on one line, an endless one cut."""
+    text = text.replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def probe_table(probes: Sequence[QuestionProbe]) -> Table:
     """A row a step group, a block a question."""
     with_gold = any(probe.gold_answer is not None for probe in probes)
@@ -256,8 +262,8 @@ def probe_table(probes: Sequence[QuestionProbe]) -> Table:
     for probe in probes:
         for i, group in enumerate(probe.groups, start=1):
             right = {True: "yes", False: "no", None: "-"}[group.right]
-            cells = [probe.question if i == 1 else "", str(i), group.decoded, right, f"{group.probability:.3f}"]
-            table.add_row(*cells, *([group.gold or "-"] if with_gold else []))
+            cells = [probe.question if i == 1 else "", str(i), show(group.decoded), right, f"{group.probability:.3f}"]
+            table.add_row(*cells, *([show(group.gold or "-")] if with_gold else []))
         right = "yes" if same_number(probe.answer, probe.gold_answer) else "no"
         gold = [f"#### {probe.gold_answer}"] if with_gold else []
         table.add_row("", "answer", probe.answer or "(none)", right if with_gold else "", "", *gold, end_section=True)
@@ -293,7 +299,7 @@ def main(raw: DictConfig) -> None:
         if config.question is not None:
             probes, summary = probe_questions(checkpoint, [config.question]), None
         else:
-            source: Source = instantiate(raw.data, "data")
+            source: Source = instantiate(cli.trained_data(raw, checkpoint.config["data"]), "data")
             problems = source.load(config.split).problems[: config.limit]  # type: ignore[arg-type]
             batches = [problems[i : i + config.batch_size] for i in range(0, len(problems), config.batch_size)]
             quiet = make_console(is_main=config.format == "table")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -120,11 +121,16 @@ class Trainer:
         self.step = 0
         if run.resume:
             self.restore()
-        self.module: nn.Module = objective
-        if job.ranks.world > 1:
-            # A decoder takes no part in the stages that have no thoughts yet.
-            self.module = DistributedDataParallel(objective, find_unused_parameters=objective.step_decoder is not None)
+        self.module = self.wrap(self.thoughts_now())
         self.warned_weights = False
+
+    def wrap(self, thoughts: ThoughtFormat) -> nn.Module:
+        """The objective as it is called in a stage: under DDP where there are ranks."""
+        if self.ranks.world == 1:
+            return self.objective
+        # A decoder takes no part while there are no thoughts; looking for unused parameters later would only cost.
+        idle = self.objective.step_decoder is not None and thoughts.n_latents == 0
+        return DistributedDataParallel(self.objective, find_unused_parameters=idle)
 
     def thoughts_now(self) -> ThoughtFormat:
         """How the model was trained to answer in the last step (before the first: in the first)."""
@@ -200,7 +206,7 @@ class Trainer:
                 # DDP averages gradients over ranks; shares add up.
                 (shares["loss"] * ranks.world).backward()
             pieces.append({key: value.detach() for key, value in shares.items()})
-        grad_norm = nn.utils.clip_grad_norm_(self.objective.parameters(), run.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(self.objective.parameters(), run.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return add_up(pieces), totals, grad_norm, stopping
@@ -209,6 +215,7 @@ class Trainer:
         """A step before the first of a stage."""
         self.console.print(f"step {self.step:05d} | stage: {thoughts.n_latents} thoughts", markup=False)
         self.objective.begin_stage(thoughts)
+        self.module = self.wrap(thoughts)
         if self.objective.resets_optimizer:
             self.optimizer = make_optimizer(self.objective, self.run)
 
@@ -221,7 +228,7 @@ class Trainer:
         if not math.isfinite(values["loss"]):
             raise UserError(
                 f"loss is {values['loss']} at step {self.step}: training is unstable; lower learning_rate "
-                f"(now {run.learning_rate:g}) or max_grad_norm, or raise warmup_ratio"
+                f"(now {run.learning_rate:g}) or max_grad_norm (now {run.max_grad_norm}), or raise warmup_ratio"
             )
         lrm = lr_multiplier(run, self.step - 1, self.num_steps)
         metrics = values | {
@@ -245,7 +252,7 @@ class Trainer:
         parts += [f"grad {metrics['grad_norm']:.2f}", f"tok/s {metrics['tokens_per_s']:.0f}"]
         self.console.print(" | ".join(parts), markup=False)
         same = metrics["num_tokens"] == metrics["weighted_tokens"]
-        written = self.thoughts_now().n_latents == 0
+        written = self.thoughts_now().n_latents == 0 and run.rationale != "none"
         if written and same and run.step_weight_multiplier != 1.0 and not self.warned_weights:
             self.warned_weights = True
             warn(self.console, f"step_weight_multiplier={run.step_weight_multiplier} but no token of this step was "
@@ -321,7 +328,7 @@ class Trainer:
         Raises:
             UserError: there is none, it is of another shape, or it was to train for another number of steps.
         """
-        folder = find_checkpoint(self.job.out_dir)
+        folder = find_checkpoint(self.job.out_dir, key="out_dir")
         saved = load_checkpoint(folder, self.job.device)
         state = load_trainer_state(folder)
         if state.values["num_steps"] != self.num_steps:
@@ -348,14 +355,18 @@ class Trainer:
         """The last validation, and what the thoughts say about five of its problems."""
         checkpoint = self.as_checkpoint()
         self.console.print(validation_table(metrics, len(self.held_out.problems)))
-        if checkpoint.step_decoder is not None:
+        probes = checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents > 0
+        if probes:
             self.objective.eval()
             with torch.no_grad(), autocast(self.job.device, self.job.dtype):
                 self.console.print(probe_table(probe_problems(checkpoint, self.held_out.problems[:5])))
-        next_steps = [f"python -m evals.{evals_name(self.job.raw)} ckpt={self.job.out_dir}"]
-        if checkpoint.step_decoder is not None:
+        next_steps: list[str] = []
+        if find_spec(f"evals.{source_name(self.job.raw)}") is not None:
+            next_steps.append(f"python -m evals.{source_name(self.job.raw)} ckpt={self.job.out_dir}")
+        if probes:
             next_steps.append(f'python -m simcot_latent.probe ckpt={self.job.out_dir} question="..."')
-        self.console.print("what next:\n  " + "\n  ".join(next_steps), markup=False)
+        for command in next_steps:
+            self.console.print(f"next: {command}", markup=False)
 
 
 class Interval:
@@ -408,7 +419,11 @@ def make_model(run: RunConfig, tokenizer: Tokenizer) -> GPT:
         raise UserError(f"model: {error}") from error
     model = GPT(config)
     if run.init_from is not None:
-        saved = load_checkpoint(run.init_from)
+        saved = load_checkpoint(run.init_from, key="init_from")
+        if saved.tokenizer != tokenizer:
+            raise UserError(
+                f"init_from={run.init_from}: was trained with tokenizer={saved.tokenizer.name}; use the same"
+            )
         if saved.model.config != config:
             raise UserError(
                 f"init_from={run.init_from}: its model is another than model= and tokenizer= say: {saved.model.config}"
@@ -467,8 +482,8 @@ def encode_all(
     return kept, examples
 
 
-def evals_name(raw: dict[str, Any]) -> str:
-    """The eval of the data source that the run was trained on: both are named after the source's module."""
+def source_name(raw: dict[str, Any]) -> str:
+    """The name of the run's data source, that of its module; its eval, if there is one, has the same."""
     return raw["data"]["_target_"].split(".")[-2]
 
 
@@ -484,6 +499,8 @@ def choose_out_dir(run: RunConfig) -> Path:
             number += 1
         return folder
     folder = Path(run.out_dir)
+    if run.resume:
+        find_checkpoint(folder, key="out_dir")
     if not run.resume and (folder / LATEST).exists():
         raise UserError(f"out_dir={folder}: holds a run already; give another folder, or resume=true to go on with it")
     return folder

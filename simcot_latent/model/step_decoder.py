@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from simcot_latent.errors import UserError
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, GPTConfig, Transformer, output_logits
 
@@ -36,6 +37,10 @@ class StepDecoder(nn.Module):
     @classmethod
     def from_base(cls, base: GPT, n_layer: int, init: Literal["random", "base"]) -> StepDecoder:
         """A decoder of `n_layer` blocks shaped like the base's, with random weights or the base's first blocks."""
+        if init == "base" and n_layer > base.config.n_layer:
+            raise UserError(
+                f"decoder.n_layer={n_layer}: must be at most model.n_layer={base.config.n_layer} with decoder.init=base"
+            )
         decoder = cls(replace(base.config, n_layer=n_layer), base.embedding)
         if init == "base":
             decoder.copy_base(base)

@@ -77,18 +77,13 @@ class Objective(nn.Module, ABC):
         return False
 
     @property
-    def rationale(self) -> Any:
-        """What a written solution of this objective is; see `encode_problem`."""
-        return self.run.rationale
-
-    @property
     def extra_length(self) -> int:
         """Positions this objective needs beyond the written form of a problem."""
         return 0
 
     def encode(self, problem: Problem) -> Example:
         """A problem in token ids."""
-        return encode_problem(self.tokenizer, problem, thinks=self.thoughts.thinks, rationale=self.rationale)
+        return encode_problem(self.tokenizer, problem, thinks=self.thoughts.thinks, rationale=self.run.rationale)  # type: ignore[arg-type]
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], thoughts: ThoughtFormat) -> Any:

@@ -22,6 +22,7 @@ from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunCon
 from simcot_latent.data.batch import pad_right
 from simcot_latent.data.format import Example, TaggedIds, align_steps, concatenate, join, lines, untagged
 from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
 from simcot_latent.losses import Targets, cross_entropy, share
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
@@ -76,6 +77,8 @@ class LatentObjective(Objective):
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, run: RunConfig, config: LatentObjectiveConfig) -> None:
         super().__init__(model, tokenizer, run, config)
+        if run.rationale != "equations":
+            raise UserError(f"rationale={run.rationale}: must be equations in mode=latent, whose steps become thoughts")
         self.step_decoder = StepDecoder.from_base(model, config.decoder.n_layer, config.decoder.init)  # type: ignore[arg-type]
         latent = config.latent
         self.newline = untagged(tokenizer.encode("\n"))
@@ -84,7 +87,7 @@ class LatentObjective(Objective):
         self.stage_ends = list(accumulate([latent.warmup, *(stage["share"] for stage in latent.stages)]))
 
     def thoughts_at(self, progress: float) -> ThoughtFormat:
-        groups = self.stage_groups[bisect_right(self.stage_ends, progress)]
+        groups = self.stage_groups[bisect_right(self.stage_ends, progress + 1e-9)]  # shares are sums of decimals
         c = self.config.latent.latents_per_step
         return ThoughtFormat(thinks=True, n_latents=groups * c, latents_per_step=c)
 
@@ -97,10 +100,6 @@ class LatentObjective(Objective):
     @property
     def resets_optimizer(self) -> bool:
         return self.config.latent.reset_optimizer
-
-    @property
-    def rationale(self) -> str:
-        return "equations"
 
     @property
     def extra_length(self) -> int:
