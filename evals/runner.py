@@ -129,7 +129,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
             seconds += time.perf_counter() - began
             decoded: list[list[str]] = [[] for _ in chosen]
             gold: list[list[str | None]] = [[] for _ in chosen]
-            if checkpoint.step_decoder is not None:
+            if checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents:
                 decoded = decode_steps(checkpoint, think(checkpoint, questions))
                 gold = [gold_groups(checkpoint, problem) for problem in chosen]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):

@@ -105,6 +105,8 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", key: str = "ckpt") -> Checkpoint:
     """Rebuilds a checkpoint from its folder, or from a run's `out_dir`. Needs no network.
 
+    A decoder whose file has been removed is left out: the model is usable without it.
+
     Raises:
         UserError: there is no checkpoint, or one of its files is missing or broken; the message names it.
     """
@@ -115,7 +117,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", key: s
         decoder_config = None if config["step_decoder"] is None else GPTConfig(**config["step_decoder"])
         thoughts = ThoughtFormat(**config["thoughts"])
         run, step = config["run"], config["step"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{folder / CONFIG}: not the configuration of a checkpoint ({error})") from error
     model = GPT(model_config)
     load_weights(model, folder / MODEL)
@@ -142,6 +144,8 @@ def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, 
     """
     name = f"step_{checkpoint.step:07d}"
     folder, partial = out_dir / name, out_dir / f".{name}.partial"
+    if folder.exists() and (out_dir / LATEST).resolve() == folder.resolve():
+        return folder  # the same step of the same run: replacing it would leave `latest` at nothing for a moment
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)

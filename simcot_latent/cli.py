@@ -21,6 +21,8 @@ from simcot_latent.errors import UserError
 # Keys whose value is free text or a path: taken as it stands, whatever hydra's grammar makes of `?`, `,` or `'`.
 TEXT_KEYS = ("question", "ckpt", "data.path", "out_dir", "init_from", "run", "out")
 
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
 
 def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     """Runs a command: composes `configs/<config_name>.yaml` with the command line's overrides and calls `main`.
@@ -30,17 +32,23 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us, instead of being printed with part of a traceback
     sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
 
+    composed = False
+
     @functools.wraps(main)
     def task(raw: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         try:
             main(raw)
-        except UserError as error:
+        except (UserError, OmegaConfBaseException) as error:
             fail(error)  # here, since hydra would announce an exception with lines of its own
 
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(error)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed:  # ours
+            raise
+        fail(error)  # a plain ValueError is hydra's word for data=null
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -72,14 +80,16 @@ def fail(error: Exception) -> NoReturn:
 def quote_text(argument: str) -> str:
     """Quotes the value of `key=text` for hydra where the key is one of `TEXT_KEYS` and the text is not quoted yet."""
     key, equals, text = argument.partition("=")
-    if not equals or key.lstrip("+") not in TEXT_KEYS or text in ("", "null") or re.fullmatch(r"(['\"]).*\1", text):
+    if not equals or key.lstrip("+") not in TEXT_KEYS or text in ("", "null") or QUOTED.fullmatch(text):
         return argument
     if "--multirun" in sys.argv or "-m" in sys.argv:  # there a comma separates the runs of a sweep
         return argument
+    # OmegaConf reads \${ as ${, and backslashes in front of it as half as many.
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     # Hydra reads \\" inside double quotes, and a run of backslashes before a quote as half as many.
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return f'{key}="{escaped}"'.replace("${", "\\${")
+    return f'{key}="{escaped}"'
 
 
 def one_line(error: Exception) -> str:

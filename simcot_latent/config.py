@@ -168,7 +168,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_choice("rationale", self.rationale, ("natural", "equations", "none"))
         require_choice("on_too_long", self.on_too_long, ("error", "drop"))
-        require(self.step_weight_multiplier >= 0, "step_weight_multiplier", self.step_weight_multiplier, "at least 0")
+        require(0 <= self.step_weight_multiplier < math.inf, "step_weight_multiplier", self.step_weight_multiplier,
+                "at least 0, finite")  # fmt: skip
         require(self.num_iterations >= 1 or self.num_iterations == -1, "num_iterations", self.num_iterations,
                 "at least 1, or -1 to train for num_epochs")  # fmt: skip
         for key in ("num_epochs", "device_batch_size", "target_examples_per_step", "log_every", "eval_examples",
@@ -177,7 +178,7 @@ class RunConfig:
         for key in ("eval_every", "checkpoint_every"):
             require(getattr(self, key) >= 1 or getattr(self, key) == -1, key, getattr(self, key),
                     "at least 1, or -1 for only at the end")  # fmt: skip
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "above 0, finite")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)"
         )
@@ -191,7 +192,7 @@ class RunConfig:
             self.max_grad_norm,
             "above 0, or null for no clipping",
         )
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         require(
             not (self.resume and self.out_dir is None), "resume", True, "given with out_dir=, the run to go on with"
@@ -234,6 +235,10 @@ def typed(cls: type[T], values: Any, section: str = "") -> T:
         prefix = f"{section}." if section else ""
         reason = str(error.msg or error).split("\n")[0]
         raise UserError(f"{prefix}{error.full_key or error.key}: {reason}") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{section}: {str(error).splitlines()[0]}") from error  # a section that is null
 
 
 def one_line(text: str) -> str:
@@ -243,7 +248,16 @@ def one_line(text: str) -> str:
 
 def as_plain(raw: Any) -> dict[str, Any]:
     """A composed configuration as plain values, for `config.json`."""
-    return OmegaConf.to_container(raw, resolve=True)  # type: ignore[return-value]
+    return _json_safe(OmegaConf.to_container(raw, resolve=True))
+
+
+def _json_safe(value: Any) -> Any:
+    """Infinity as the text "inf", which OmegaConf reads back as the number: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_safe(item) for item in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def instantiate(section: Any, key: str) -> Any:

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from simcot_latent.errors import UserError
+
 T = TypeVar("T")
 
 SECONDS_A_LINE = 5.0
@@ -37,9 +39,10 @@ def make_progress(console: Console) -> Progress:
 
 def make_console(is_main: bool = True) -> Console:
     """The console of a command; silent on other ranks than 0. Lines are not wrapped in a file or a pipe."""
-    console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+    # Questions, paths and what a model writes are no markup.
+    console = Console(quiet=not is_main, highlight=False, markup=False, emoji=False, soft_wrap=True)
     if not console.is_terminal:
-        console = Console(quiet=not is_main, highlight=False, soft_wrap=True, width=160)
+        console.width = 160
     return console
 
 
@@ -88,12 +91,17 @@ class RunLog:
         kept: list[str] = []
         if from_step and self.file.exists():
             lines = self.file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= from_step]
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= from_step]
         self.file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         if run:
-            self.wandb = wandb.init(
-                project=project, name=run, config=config, dir=out_dir, settings=wandb.Settings(console="off")
-            )
+            try:
+                settings = wandb.Settings(console="off")
+                self.wandb = wandb.init(project=project, name=run, config=config, dir=out_dir, settings=settings)
+            except (wandb.Error, ValueError) as error:  # no key, no network, an impossible WANDB_ variable
+                raise UserError(
+                    f"run={run}: wandb cannot start ({' '.join(str(error).split())}); log in with `wandb login`, "
+                    "set WANDB_MODE=offline, or leave run= empty"
+                ) from error
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of a step; what is not finite is left out of the file (JSON has no nan)."""

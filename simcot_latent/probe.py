@@ -32,6 +32,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.generate import encode_prompts, generate_all, think_about
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
+from simcot_latent.model.cache import KVCache
 from simcot_latent.model.thoughts import Thoughts
 
 
@@ -112,6 +113,8 @@ def think(checkpoint: Checkpoint, questions: Sequence[str]) -> Thoughts:
     if thoughts.n_latents == 0:
         raise UserError(f"{checkpoint.path}: this model writes its steps and has no thoughts; use one of mode=latent")
     prompts = encode_prompts(model, checkpoint.tokenizer, thoughts, questions)
+    if not prompts:
+        return Thoughts(torch.empty(0, thoughts.n_latents, model.config.n_embd, device=checkpoint.device), KVCache())
     return think_about(model, checkpoint.tokenizer, thoughts, prompts)
 
 
@@ -146,7 +149,7 @@ def group_prefix(checkpoint: Checkpoint, latents_BKD: Tensor) -> Tensor:
 def probe_questions(checkpoint: Checkpoint, questions: Sequence[str]) -> list[QuestionProbe]:
     """Questions without gold solutions: what their thoughts say, and the answers."""
     decoded = decode_groups(checkpoint, think(checkpoint, questions))
-    answers = generate_all(checkpoint, questions, batch_size=len(questions))
+    answers = generate_all(checkpoint, questions, batch_size=max(1, len(questions)))
     return [
         QuestionProbe(question, [GroupProbe(text, steps_are_right(text), p) for text, p in groups], generation.answer)
         for question, groups, generation in zip(questions, decoded, answers, strict=True)
@@ -157,7 +160,7 @@ def probe_problems(checkpoint: Checkpoint, problems: Sequence[Problem]) -> list[
     """Problems with gold solutions, as one batch: as `probe_questions`, and each group against its gold steps."""
     latents_BKD = think(checkpoint, [problem.question for problem in problems]).latents
     decoded = decode_groups(checkpoint, latents_BKD)
-    answers = generate_all(checkpoint, [problem.question for problem in problems], batch_size=len(problems))
+    answers = generate_all(checkpoint, [problem.question for problem in problems], batch_size=max(1, len(problems)))
     gold = [gold_groups(checkpoint, problem) for problem in problems]
     forced = teacher_forced(checkpoint, latents_BKD, [text for groups in gold for text in groups])
     G = checkpoint.thoughts.groups
@@ -182,11 +185,14 @@ def score_group(text: str, probability: float, gold: str | None, forced: tuple[f
 
 def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
     """What each group of a problem was taught to say, as text."""
-    latent = checkpoint.config["latent"]
+    latent, groups = checkpoint.config["latent"], checkpoint.thoughts.groups
+    steps = [step.text for step in problem.steps]
+    if checkpoint.thoughts.n_latents < latent["n_latents"]:
+        steps = steps[:groups]  # in an early stage the later steps are still written
     aligned = align_steps(
-        [step.text for step in problem.steps],
+        steps,
         f"#### {problem.answer}",
-        checkpoint.thoughts.groups,
+        groups,
         surplus=latent["surplus"],
         missing=latent["missing"],
     )

@@ -110,6 +110,10 @@ class Trainer:
         run = self.run = job.run
         self.job, self.ranks, self.console = job, job.ranks, job.console
         self.objective, self.examples, self.held_out = objective, examples, held_out
+        if len(held_out.examples) < job.ranks.world:
+            raise UserError(
+                f"eval_examples: {len(held_out.examples)} held-out problems are fewer than the {job.ranks.world} ranks"
+            )
         if run.target_examples_per_step < job.ranks.world:
             raise UserError(
                 f"target_examples_per_step={run.target_examples_per_step}: must be at least the {job.ranks.world} ranks"
@@ -161,7 +165,7 @@ class Trainer:
                 if self.step % run.log_every == 0 or last or self.step == 1:
                     self.log_step(log, shares, totals, grad_norm, interval)
                     interval = Interval()
-                if stopping:
+                if stopping and not last:
                     break
                 if last or (run.eval_every != -1 and self.step % run.eval_every == 0):
                     metrics = self.validate(log, show=not last)
@@ -501,6 +505,8 @@ def choose_out_dir(run: RunConfig) -> Path:
     folder = Path(run.out_dir)
     if run.resume:
         find_checkpoint(folder, key="out_dir")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out_dir={folder}: is a file; give a folder")
     if not run.resume and (folder / LATEST).exists():
         raise UserError(f"out_dir={folder}: holds a run already; give another folder, or resume=true to go on with it")
     return folder

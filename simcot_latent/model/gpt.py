@@ -59,7 +59,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for key in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+            value = getattr(self, key)
+            _require(isinstance(value, int) and value >= 1, key, value, "a whole number, at least 1")
         _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head={self.n_head}")
         _require(
             self.kv_heads >= 1 and self.n_head % self.kv_heads == 0,

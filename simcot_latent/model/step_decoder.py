@@ -37,12 +37,13 @@ class StepDecoder(nn.Module):
     @classmethod
     def from_base(cls, base: GPT, n_layer: int, init: Literal["random", "base"]) -> StepDecoder:
         """A decoder of `n_layer` blocks shaped like the base's, with random weights or the base's first blocks."""
-        if init == "base" and n_layer > base.config.n_layer:
-            raise UserError(
-                f"decoder.n_layer={n_layer}: must be at most model.n_layer={base.config.n_layer} with decoder.init=base"
-            )
         decoder = cls(replace(base.config, n_layer=n_layer), base.embedding)
         if init == "base":
+            if n_layer > base.config.n_layer:
+                raise UserError(
+                    f"decoder.n_layer={n_layer}: must be at most model.n_layer={base.config.n_layer} with "
+                    "decoder.init=base, which copies the base's first blocks"
+                )
             decoder.copy_base(base)
         return decoder
 
@@ -84,6 +85,7 @@ class StepDecoder(nn.Module):
             probability that the decoder gives to the whole of what it wrote, end token included.
         """
         N, C, _ = thoughts_NCD.shape
+        max_tokens = min(max_tokens, self.config.context_length - C)
         cache = KVCache(capacity=C + max_tokens)
         hidden_ND = self.transformer(thoughts_NCD, cache=cache)[:, -1]
         ids_per_step: list[Tensor] = []
