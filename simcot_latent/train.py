@@ -125,6 +125,11 @@ class Trainer:
         self.step = 0
         if run.resume:
             self.restore()
+        if run.compile:
+            # In place, so that weights keep their names; dynamic, since every batch has a length of its own.
+            objective.model.transformer.compile(dynamic=True)
+            if objective.step_decoder is not None:
+                objective.step_decoder.transformer.compile(dynamic=True)
         self.module = self.wrap(self.thoughts_now())
         self.warned_weights = False
 
