@@ -56,10 +56,10 @@ class LatentConfig:
     """
 
     n_latents: int = 6
-    latents_per_step: int = 1
+    latents_per_step: int = 2
     surplus: str = "merge"
     missing: str = "mask"
-    warmup: float = 0.0
+    warmup: float = 0.25
     stages: list[Any] = field(default_factory=list)
     reset_optimizer: bool = False
 
@@ -115,7 +115,7 @@ class LossConfig:
     """
 
     answer_weight: float = 1.0
-    step_weight: float = 1.0
+    step_weight: float = 2.0
     step_reduction: str = "token"
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class RunConfig:
     num_iterations: int = -1
     device_batch_size: int = 64
     target_examples_per_step: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.1
     warmup_ratio: float = 0.05
@@ -155,8 +155,8 @@ class RunConfig:
     out_dir: str | None = None
     init_from: str | None = None
     resume: bool = False
-    log_every: int = 10
-    eval_every: int = 250
+    log_every: int = 20
+    eval_every: int = 400
     eval_examples: int = 500
     eval_batch_size: int = 128
     checkpoint_every: int = 1000
@@ -248,16 +248,7 @@ def one_line(text: str) -> str:
 
 def as_plain(raw: Any) -> dict[str, Any]:
     """A composed configuration as plain values, for `config.json`."""
-    return _json_safe(OmegaConf.to_container(raw, resolve=True))
-
-
-def _json_safe(value: Any) -> Any:
-    """Infinity as the text "inf", which OmegaConf reads back as the number: JSON has none."""
-    if isinstance(value, dict):
-        return {key: _json_safe(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_json_safe(item) for item in value]
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
+    return OmegaConf.to_container(raw, resolve=True)  # type: ignore[return-value]
 
 
 def instantiate(section: Any, key: str) -> Any:

@@ -119,7 +119,7 @@ REFUSED = {
     "lr_schedule=step": ("lr_schedule=step", "linear", "cosine", "constant"),
     "final_lr_ratio=2": ("final_lr_ratio=2", "0 to 1"),
     "max_grad_norm=0": ("max_grad_norm=0", "above 0"),
-    "seed=-1": ("seed=-1", "at least 0"),
+    "seed=-1": ("seed=-1", "from 0"),
     "seed=x": ("seed", "'x'"),
     "dtype=float16": ("dtype=float16", "auto", "float32", "bfloat16"),
     "resume=maybe": ("resume", "maybe"),
@@ -172,7 +172,7 @@ def test_sections_of_the_other_mode_are_refused() -> None:
 
 def test_edges_that_are_fine() -> None:
     for override in (
-        "step_weight_multiplier=0", "num_iterations=1", "warmup_ratio=0", "warmup_ratio=1", "max_grad_norm=inf",
+        "step_weight_multiplier=0", "num_iterations=1", "warmup_ratio=0", "warmup_ratio=1", "max_grad_norm=null",
         "seed=0", "eval_every=-1", "checkpoint_every=-1", "weight_decay=0", "latent.warmup=0", "loss.step_weight=0",
         "latent.stages=[{steps:1,share:0.1},{steps:2,share:0.1}]", "learning_rate=1",
     ):  # fmt: skip

@@ -120,14 +120,28 @@ def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert odd in capsys.readouterr().out
 
 
-def test_progress_without_a_terminal_is_a_line_a_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of progress for every item, however fast they come."""
+    monkeypatch.setattr("simcot_latent.logs.SECONDS_A_LINE", 0.0)
+
+
+def test_progress_without_a_terminal_waits_between_lines(capsys: pytest.CaptureFixture[str]) -> None:
     items = list(range(1000))
     assert list(track(items, "encoding", make_console())) == items
+    assert capsys.readouterr().out.splitlines() == []  # done within SECONDS_A_LINE: nothing to tell
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    items = list(range(5))
+    assert list(track(items, "encoding", make_console())) == items
     out = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in out] == [f"encoding {n}/1000" for n in range(100, 1001, 100)]
+    assert [line.split(" | ")[0] for line in out] == [f"encoding {n}/5" for n in range(1, 6)]
     assert all(line.endswith("/s") for line in out[1:])
 
 
+@pytest.mark.usefixtures("no_pause")
 def test_progress_counts_units(capsys: pytest.CaptureFixture[str]) -> None:
     batches = [["a"] * 32, ["b"] * 32, ["c"] * 4]
     assert list(track(batches, "gsm8k test", make_console(), [len(batch) for batch in batches])) == batches

@@ -191,7 +191,7 @@ def test_gold_is_what_was_taught(
     thoughts = ThoughtFormat(True, groups * PER_STEP, PER_STEP)
     checkpoint = replace(whole, thoughts=thoughts)
     config = LatentObjectiveConfig(LatentConfig(**whole.config["latent"]), DecoderConfig())
-    objective = LatentObjective(whole.model, whole.tokenizer, make_run(), config)
+    objective = LatentObjective(whole.model, whole.tokenizer, make_run(rationale="equations"), config)
     for problem in problems:
         batch = objective.collate([objective.encode(problem)], thoughts)
         assert isinstance(batch, LatentBatch)

@@ -59,7 +59,7 @@ def make_objective(
             LossConfig(**(loss or {})),
         )
         model = make_model(family, vocab_size=tokenizer.n_vocab, context_length=256)
-        objective = LatentObjective(model, tokenizer, make_run(**run), config)
+        objective = LatentObjective(model, tokenizer, make_run(**({"rationale": "equations"} | run)), config)
         if config.decoder.init == "random":
             randomise(objective.step_decoder.transformer, seed=1)
         return objective

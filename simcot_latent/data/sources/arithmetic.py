@@ -3,8 +3,8 @@
 A problem is a chain of numbers and operations, drawn first, told in the sentences of `situations.py`. Each link of the
 chain works on the result of the one before:
 
-    Mia has 14 shells. She finds 9 more shells. Ben has 3 times as many shells as Mia. How many shells does he have now?
-    14+9=23, 3*23=69
+    Mia has 8 shells. She finds 4 more shells. Ben has 3 times as many shells as Mia. How many shells does he have now?
+    8+4=12, 3*12=36
 
 **Splits are disjoint by construction.** A digest of the chain says to which split it belongs, and a problem of a split
 is drawn again until its chain does. So the calculations of a test problem are those of no training problem, whatever
@@ -77,17 +77,17 @@ class Arithmetic:
     """
 
     seed: int = 0
-    train_size: int = 50_000
+    train_size: int = 92_000
     validation_size: int = 500
     test_size: int = 500
     min_steps: int = 2
-    max_steps: int = 4
+    max_steps: int = 3
     operations: Sequence[str] = OPERATIONS
-    max_number: int = 20
-    max_factor: int = 5
-    max_result: int = 100
-    branching: float = 0.15
-    distractors: float = 0.2
+    max_number: int = 9
+    max_factor: int = 4
+    max_result: int = 40
+    branching: float = 0.05
+    distractors: float = 0.15
 
     def __post_init__(self) -> None:
         _check_whole("seed", self.seed, 0)
