@@ -59,7 +59,7 @@ class LatentConfig:
     latents_per_step: int = 2
     surplus: str = "merge"
     missing: str = "mask"
-    warmup: float = 0.25
+    warmup: float = 0.2
     stages: list[Any] = field(default_factory=list)
     reset_optimizer: bool = False
 
