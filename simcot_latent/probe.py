@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from omegaconf import DictConfig
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from simcot_latent import cli
@@ -269,10 +270,11 @@ def probe_table(probes: Sequence[QuestionProbe]) -> Table:
         for i, group in enumerate(probe.groups, start=1):
             right = {True: "yes", False: "no", None: "-"}[group.right]
             cells = [probe.question if i == 1 else "", str(i), show(group.decoded), right, f"{group.probability:.3f}"]
-            table.add_row(*cells, *([show(group.gold or "-")] if with_gold else []))
+            table.add_row(*map(Text, cells + ([show(group.gold or "-")] if with_gold else [])))
         right = "yes" if same_number(probe.answer, probe.gold_answer) else "no"
         gold = [f"#### {probe.gold_answer}"] if with_gold else []
-        table.add_row("", "answer", probe.answer or "(none)", right if with_gold else "", "", *gold, end_section=True)
+        cells = ["", "answer", probe.answer or "(none)", right if with_gold else "", "", *gold]
+        table.add_row(*map(Text, cells), end_section=True)
     return table
 
 

@@ -196,7 +196,8 @@ def test_a_damaged_trainer_state_is_named(file: str, how: str, latent_run: Train
     (folder / "run").mkdir()
     damage(latent_run.copy_to(folder / "run" / "latest"), file, how)
     before = contents(folder)
-    arguments = ("data=gsm8k", f"data.path={sums}", "latent.n_latents=3", "num_iterations=60", "max_new_tokens=64")
+    arguments = ("data=gsm8k", f"data.path={sums}", "latent.n_latents=3", "num_iterations=60")
+    arguments += ("latent.latents_per_step=1", "max_new_tokens=64")
     message = run(TRAIN, *TINY, *arguments, "resume=true", "out_dir=run", folder=folder).error
     assert f"latest/{file}" in message
     assert contents(folder) == before

@@ -243,9 +243,9 @@ def test_the_gpt2_preset_has_the_published_number_of_parameters() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"vocab_size": 0}, "model.vocab_size=0: must be at least 1"),
-        ({"n_layer": 0}, "model.n_layer=0: must be at least 1"),
-        ({"context_length": -1}, "model.context_length=-1: must be at least 1"),
+        ({"vocab_size": 0}, "model.vocab_size=0: must be a whole number, at least 1"),
+        ({"n_layer": 0}, "model.n_layer=0: must be a whole number, at least 1"),
+        ({"context_length": -1}, "model.context_length=-1: must be a whole number, at least 1"),
         ({"n_embd": 30}, "model.n_embd=30: must be a multiple of n_head=4"),
         ({"n_embd": 12}, "model.n_embd=12: must be even per head for rotary"),
         ({"n_kv_head": 3}, "model.n_kv_head=3: must be a divisor of n_head=4"),

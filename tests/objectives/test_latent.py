@@ -52,11 +52,12 @@ def make_objective(
         family: str = "llama",
         **run: Any,
     ) -> LatentObjective:
-        latent = {"n_latents": GROUPS} | (latent or {})
+        weights: dict[str, Any] = {"step_weight": 1.0} | (loss or {})
+        latent = {"n_latents": GROUPS, "latents_per_step": 1, "warmup": 0.0} | (latent or {})
         config = LatentObjectiveConfig(
             LatentConfig(**latent),
             DecoderConfig(**(decoder or {})),
-            LossConfig(**(loss or {})),
+            LossConfig(**weights),
         )
         model = make_model(family, vocab_size=tokenizer.n_vocab, context_length=256)
         objective = LatentObjective(model, tokenizer, make_run(**({"rationale": "equations"} | run)), config)
