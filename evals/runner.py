@@ -104,7 +104,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
     loaded = source.load(config.split)  # type: ignore[arg-type]
     problems = loaded.problems[: config.limit]
     for note, count in sorted(loaded.notes.items()):
-        console.print(f"{config.split}: {count} x {note}", markup=False)
+        console.print(f"{config.split}: {count} x {note}")
 
     torch.manual_seed(config.seed)
     sampling = Sampling(config.temperature, config.top_k)
@@ -158,9 +158,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "thoughts": checkpoint.thoughts.n_latents,
     }
     console.print(report_table(report))
-    console.print(
-        f"written to {write_report(Path(config.ckpt or ''), name, config.split, report, ordered)}", markup=False
-    )
+    console.print(f"written to {write_report(Path(config.ckpt or ''), name, config.split, report, ordered)}")
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simcot_latent.config import as_plain, config_dir
+from simcot_latent.config import as_plain, config_dir, one_line
 from simcot_latent.errors import UserError
 
 # Keys whose value is free text or a path: taken as it stands, whatever hydra's grammar makes of `?`, `,` or `'`.
@@ -73,7 +73,7 @@ def trained_data(raw: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
 
 def fail(error: Exception) -> NoReturn:
     """Prints an error as one line and exits."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    print(f"error: {message_of(error)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -92,12 +92,12 @@ def quote_text(argument: str) -> str:
     return f'{key}="{escaped}"'
 
 
-def one_line(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """An exception's message, and that of what caused it, on one line."""
     messages = [str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         messages.append(str(error.__cause__))
-    text = " ".join(" ".join(message.split()) for message in messages)
+    text = one_line(" ".join(messages))
     text = re.sub(r"Config search path:.*?(?=Set|$)", "", text)
     text = text.replace("Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", "")
     return text.strip()

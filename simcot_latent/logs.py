@@ -120,4 +120,4 @@ class RunLog:
 
 def warn(console: Console, text: str) -> None:
     """A line that begins with `warning:`."""
-    console.print(f"warning: {text}", style="yellow", markup=False)
+    console.print(f"warning: {text}", style="yellow")

@@ -149,7 +149,7 @@ class Trainer:
         """Trains to the end, or to a signal; either way the last thing is a checkpoint."""
         run, job = self.run, self.job
         if self.step == self.num_steps:
-            self.console.print(f"{job.out_dir} is trained to its end, {self.num_steps} steps", markup=False)
+            self.console.print(f"{job.out_dir} is trained to its end, {self.num_steps} steps")
             return
         if self.ranks.is_main:
             job.out_dir.mkdir(parents=True, exist_ok=True)
@@ -182,12 +182,10 @@ class Trainer:
         folder = self.save()
         log.close()
         if self.step < self.num_steps:
-            self.console.print(
-                f"stopped by a signal at step {self.step}; go on with resume=true out_dir={job.out_dir}", markup=False
-            )
+            self.console.print(f"stopped by a signal at step {self.step}; go on with resume=true out_dir={job.out_dir}")
             raise SystemExit(128 + (stop.received or signal.SIGTERM))
         if self.ranks.is_main:
-            self.console.print(f"{self.step - began_step} steps in {seconds:.0f} s; checkpoint {folder}", markup=False)
+            self.console.print(f"{self.step - began_step} steps in {seconds:.0f} s; checkpoint {folder}")
             self.report(metrics)
         self.ranks.barrier()
 
@@ -222,7 +220,7 @@ class Trainer:
 
     def begin_stage(self, thoughts: ThoughtFormat) -> None:
         """A step before the first of a stage."""
-        self.console.print(f"step {self.step:05d} | stage: {thoughts.n_latents} thoughts", markup=False)
+        self.console.print(f"step {self.step:05d} | stage: {thoughts.n_latents} thoughts")
         self.objective.begin_stage(thoughts)
         self.module = self.wrap(thoughts)
         if self.objective.resets_optimizer:
@@ -259,7 +257,7 @@ class Trainer:
         if "step_accuracy" in values:
             parts.append(f"step_acc {values['step_accuracy']:.2f}")
         parts += [f"grad {metrics['grad_norm']:.2f}", f"tok/s {metrics['tokens_per_s']:.0f}"]
-        self.console.print(" | ".join(parts), markup=False)
+        self.console.print(" | ".join(parts))
         same = metrics["num_tokens"] == metrics["weighted_tokens"]
         written = self.thoughts_now().n_latents == 0 and run.rationale != "none"
         if written and same and run.step_weight_multiplier != 1.0 and not self.warned_weights:
@@ -281,7 +279,7 @@ class Trainer:
             )
         if show:
             text = " | ".join(f"{key} {value:.3f}" for key, value in metrics.items())
-            self.console.print(f"step {self.step:05d}/{self.num_steps:05d} | {text}", markup=False)
+            self.console.print(f"step {self.step:05d}/{self.num_steps:05d} | {text}")
         return metrics
 
     def announce(self) -> None:
@@ -294,8 +292,7 @@ class Trainer:
         self.console.print(
             f"mode={run.mode} | {size} | {len(self.examples)} problems, {len(self.held_out.examples)} held out | "
             f"{self.num_steps} steps of {run.target_examples_per_step} | {job.device}, {job.dtype}, "
-            f"{job.ranks.world} rank(s), {torch.get_num_threads()} threads | {job.out_dir}".replace("torch.", ""),
-            markup=False,
+            f"{job.ranks.world} rank(s), {torch.get_num_threads()} threads | {job.out_dir}".replace("torch.", "")
         )
         if not any(example.steps for example in self.examples):
             warn(self.console, "no <<expression=result>> step in the training data: step losses, weights and "
@@ -358,7 +355,7 @@ class Trainer:
                 }
         torch.set_rng_state(state.tensors["random/cpu"])
         self.step = state.values["step"]
-        self.console.print(f"going on from {folder}", markup=False)
+        self.console.print(f"going on from {folder}")
 
     def report(self, metrics: dict[str, float]) -> None:
         """The last validation, and what the thoughts say about five of its problems."""
@@ -375,7 +372,7 @@ class Trainer:
         if probes:
             next_steps.append(f'python -m simcot_latent.probe ckpt={self.job.out_dir} question="..."')
         for command in next_steps:
-            self.console.print(f"next: {command}", markup=False)
+            self.console.print(f"next: {command}")
 
 
 class Interval:
@@ -458,7 +455,7 @@ def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:
     """A split of the data, and what was noticed while reading it."""
     loaded = source.load(split)
     for note, count in sorted(loaded.notes.items()):
-        console.print(f"{split}: {count} x {note}", markup=False)
+        console.print(f"{split}: {count} x {note}")
     return loaded
 
 
