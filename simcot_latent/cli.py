@@ -88,7 +88,7 @@ def quote_text(argument: str) -> str:
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     # Hydra reads \\" inside double quotes, and a run of backslashes before a quote as half as many.
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
     return f'{key}="{escaped}"'
 
 
