@@ -40,6 +40,14 @@ def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     require(value in choices, key, value, f"one of {', '.join(choices)}")
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+
+
 @dataclass
 class LatentConfig:
     """How thoughts stand for steps.
@@ -50,17 +58,19 @@ class LatentConfig:
         surplus: what becomes of steps beyond the last group, `merge` (into the last group) or `drop`.
         missing: what a group without a step is taught, `mask` (nothing) or `answer` (the answer string).
         warmup: share of training on written steps, before any thought.
-        stages: after the warm-up, stages of (`steps`: how many steps thoughts replace, `share`: of training); what is
-            left of training replaces all steps. As in Coconut, https://arxiv.org/abs/2412.06769, section 3.
+        stages: after the warm-up, the share of training in which thoughts replace one step more at a time (1, 2, .. all
+            but one, equally long), or a list of stages of one's own (`steps`: how many steps thoughts replace, `share`:
+            of training). What is left of training replaces all steps. As in Coconut,
+            https://arxiv.org/abs/2412.06769, section 3.
         reset_optimizer: forget the optimizer's moments when a stage begins (Coconut does).
     """
 
-    n_latents: int = 6
-    latents_per_step: int = 2
+    n_latents: int = 3
+    latents_per_step: int = 1
     surplus: str = "merge"
     missing: str = "mask"
-    warmup: float = 0.2
-    stages: list[Any] = field(default_factory=list)
+    warmup: float = 0.25
+    stages: Any = 0.2
     reset_optimizer: bool = False
 
     def __post_init__(self) -> None:
@@ -75,16 +85,26 @@ class LatentConfig:
         require_choice("latent.surplus", self.surplus, ("merge", "drop"))
         require_choice("latent.missing", self.missing, ("mask", "answer"))
         require(0 <= self.warmup < 1, "latent.warmup", self.warmup, "a share of training, from 0 to below 1")
-        total = self.warmup
-        for i, stage in enumerate(self.stages):
-            key = f"latent.stages[{i}]"
-            right = f"{{steps: 1 to {self.groups}, share: above 0, below 1}}"
-            ok = isinstance(stage, dict) and set(stage) == {"steps", "share"}
-            ok = ok and isinstance(stage["steps"], int) and 1 <= stage["steps"] <= self.groups
-            ok = ok and isinstance(stage["share"], int | float) and 0 < stage["share"] < 1
-            require(ok, key, stage, right)
-            total += stage["share"]
+        right = "a share of training, from 0 to below 1, or a list of {steps: .., share: ..}"
+        if isinstance(self.stages, list):
+            for i, stage in enumerate(self.stages):
+                right = f"{{steps: 1 to {self.groups}, share: above 0, below 1}}"
+                ok = isinstance(stage, dict) and set(stage) == {"steps", "share"}
+                ok = ok and _is_whole(stage["steps"]) and 1 <= stage["steps"] <= self.groups
+                require(ok and _is_share(stage["share"]) and stage["share"] > 0, f"latent.stages[{i}]", stage, right)
+        else:
+            require(_is_share(self.stages), "latent.stages", self.stages, right)
+        total = self.warmup + sum(share for _, share in self.schedule)
         require(total < 1, "latent.stages", f"{total:g} of training with the warm-up", "below 1 in total")
+
+    @property
+    def schedule(self) -> list[tuple[int, float]]:
+        """Every stage between the warm-up and the last: how many steps thoughts replace, and for what share."""
+        if isinstance(self.stages, list):
+            return [(stage["steps"], stage["share"]) for stage in self.stages]
+        if self.stages == 0:
+            return []
+        return [(steps, self.stages / (self.groups - 1)) for steps in range(1, self.groups)]
 
     @property
     def groups(self) -> int:
@@ -141,7 +161,9 @@ class RunConfig:
     num_iterations: int = -1
     device_batch_size: int = 64
     target_examples_per_step: int = 64
+    optimizer: str = "muon"
     learning_rate: float = 3e-3
+    matrix_lr: float = 0.02
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.1
     warmup_ratio: float = 0.05
@@ -178,7 +200,9 @@ class RunConfig:
         for key in ("eval_every", "checkpoint_every"):
             require(getattr(self, key) >= 1 or getattr(self, key) == -1, key, getattr(self, key),
                     "at least 1, or -1 for only at the end")  # fmt: skip
-        require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "above 0, finite")
+        require_choice("optimizer", self.optimizer, ("adamw", "muon"))
+        for key in ("learning_rate", "matrix_lr"):
+            require(0 < getattr(self, key) < math.inf, key, getattr(self, key), "above 0, finite")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)"
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,6 +45,7 @@ from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.base import Objective
+from simcot_latent.optimizer import make_optimizers
 from simcot_latent.probe import probe_problems, probe_table
 from simcot_latent.validation import COLLAPSE_RATIO, HeldOut, have_collapsed, validate, validation_table
 
@@ -121,7 +123,7 @@ class Trainer:
         self.order = BatchOrder([e.length for e in examples], run.target_examples_per_step, run.seed)
         steps_of_epochs = math.ceil(run.num_epochs * len(examples) / run.target_examples_per_step)
         self.num_steps = steps_of_epochs if run.num_iterations == -1 else run.num_iterations
-        self.optimizer = make_optimizer(objective, run)
+        self.optimizers = make_optimizers(objective, run)
         self.step = 0
         if run.resume:
             self.restore()
@@ -200,9 +202,9 @@ class Trainer:
         totals = add_up([batch.totals for batch in batches]) | {"stop": torch.tensor(float(stop.received is not None))}
         totals = ranks.sum({key: value.to(job.device) for key, value in totals.items()})
         stopping = bool(totals.pop("stop") > 0)
-        learning_rate = run.learning_rate * lr_multiplier(run, self.step, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        lrm = lr_multiplier(run, self.step, self.num_steps)
+        for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
+            group["lr"] = group["peak_lr"] * lrm
 
         pieces: list[dict[str, Tensor]] = []
         for i, batch in enumerate(batches):
@@ -214,8 +216,9 @@ class Trainer:
                 (shares["loss"] * ranks.world).backward()
             pieces.append({key: value.detach() for key, value in shares.items()})
         grad_norm = nn.utils.clip_grad_norm_(self.objective.parameters(), run.max_grad_norm or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return add_up(pieces), totals, grad_norm, stopping
 
     def begin_stage(self, thoughts: ThoughtFormat) -> None:
@@ -224,7 +227,7 @@ class Trainer:
         self.objective.begin_stage(thoughts)
         self.module = self.wrap(thoughts)
         if self.objective.resets_optimizer:
-            self.optimizer = make_optimizer(self.objective, self.run)
+            self.optimizers = make_optimizers(self.objective, self.run)
 
     def log_step(
         self, log: RunLog, shares: dict[str, Tensor], totals: dict[str, Tensor], grad_norm: Tensor, interval: Interval
@@ -317,7 +320,8 @@ class Trainer:
             names: dict[Tensor, str] = {p: name for name, p in self.objective.named_parameters()}
             tensors = {
                 f"optimizer/{names[parameter]}/{key}": value
-                for parameter, moments in self.optimizer.state.items()
+                for optimizer in self.optimizers
+                for parameter, moments in optimizer.state.items()
                 for key, value in moments.items()
             }
             tensors["random/cpu"] = torch.get_rng_state()
@@ -344,12 +348,13 @@ class Trainer:
                 "give the same num_iterations, num_epochs, data and target_examples_per_step"
             )
         copy_weights(saved, self.objective)
+        owner = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         for name, parameter in self.objective.named_parameters():
             prefix = f"optimizer/{name}/"
             moments = {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
             if moments:
                 # Step counts stay on the CPU where the optimizer put them there.
-                self.optimizer.state[parameter] = {
+                owner[parameter].state[parameter] = {
                     key: value if key == "step" and self.job.device.type == "cpu" else value.to(parameter.device)
                     for key, value in moments.items()
                 }
@@ -400,17 +405,6 @@ def lr_multiplier(run: RunConfig, step: int, num_steps: int) -> float:
     elif run.lr_schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * (1 - left)))
     return run.final_lr_ratio + (1 - run.final_lr_ratio) * left
-
-
-def make_optimizer(objective: Objective, run: RunConfig) -> torch.optim.AdamW:
-    """AdamW; norms' scales and biases do not decay."""
-    parameters = list(objective.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": run.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    beta1, beta2 = run.betas
-    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(beta1, beta2), fused=True)
 
 
 def make_model(run: RunConfig, tokenizer: Tokenizer) -> GPT:

@@ -83,8 +83,8 @@ class LatentObjective(Objective):
         latent = config.latent
         self.newline = untagged(tokenizer.encode("\n"))
         # How many steps thoughts replace in each stage, and at what share of training it ends.
-        self.stage_groups = [0, *(stage["steps"] for stage in latent.stages), latent.groups]
-        self.stage_ends = list(accumulate([latent.warmup, *(stage["share"] for stage in latent.stages)]))
+        self.stage_groups = [0, *(steps for steps, _ in latent.schedule), latent.groups]
+        self.stage_ends = list(accumulate([latent.warmup, *(share for _, share in latent.schedule)]))
 
     def thoughts_at(self, progress: float) -> ThoughtFormat:
         groups = self.stage_groups[bisect_right(self.stage_ends, progress + 1e-9)]  # shares are sums of decimals
