@@ -65,12 +65,12 @@ class LatentConfig:
         reset_optimizer: forget the optimizer's moments when a stage begins (Coconut does).
     """
 
-    n_latents: int = 3
+    n_latents: int = 4
     latents_per_step: int = 1
     surplus: str = "merge"
     missing: str = "mask"
     warmup: float = 0.25
-    stages: Any = 0.2
+    stages: Any = 0.3
     reset_optimizer: bool = False
 
     def __post_init__(self) -> None:
@@ -159,8 +159,8 @@ class RunConfig:
     track_step_accuracy: bool = True
     num_epochs: int = 1
     num_iterations: int = -1
-    device_batch_size: int = 64
-    target_examples_per_step: int = 64
+    device_batch_size: int = 32
+    target_examples_per_step: int = 32
     optimizer: str = "muon"
     learning_rate: float = 3e-3
     matrix_lr: float = 0.02
@@ -178,7 +178,7 @@ class RunConfig:
     init_from: str | None = None
     resume: bool = False
     log_every: int = 20
-    eval_every: int = 400
+    eval_every: int = 500
     eval_examples: int = 500
     eval_batch_size: int = 128
     checkpoint_every: int = 1000

@@ -83,7 +83,7 @@ def test_a_problem_depends_on_seed_split_and_index_only() -> None:
 
 def test_sizes(splits: dict[str, list[Problem]]) -> None:
     assert {split: len(problems) for split, problems in splits.items()} == {
-        "train": 92_000,
+        "train": 72_000,
         "validation": 500,
         "test": 500,
     }

@@ -77,11 +77,11 @@ class Arithmetic:
     """
 
     seed: int = 0
-    train_size: int = 92_000
+    train_size: int = 72_000
     validation_size: int = 500
     test_size: int = 500
     min_steps: int = 2
-    max_steps: int = 3
+    max_steps: int = 4
     operations: Sequence[str] = OPERATIONS
     max_number: int = 9
     max_factor: int = 4
