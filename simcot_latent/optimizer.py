@@ -1,7 +1,7 @@
 """What turns gradients into updates: AdamW, or Muon for the matrices with AdamW for the rest.
 
-Muon learns the embedded problems in a third of AdamW's steps (README, "What was measured so far"). It is our own because
-PyTorch's computes in bfloat16, which is slow on CPUs that lack it, and one matrix at a time.
+Muon learns the embedded problems in a third of AdamW's steps (README, "What was measured so far"). It is our own
+because PyTorch's computes in bfloat16, which is slow on CPUs that lack it, and one matrix at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEWTON_SCHULZ_STEPS = 5
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for the matrices of hidden layers (https://kellerjordan.github.io/posts/muon/).
 
-    w <- (1 - lr * weight_decay) w - lr * sqrt(max(1, rows / columns)) * orthogonalise(nesterov momentum of the gradient)
+    w <- (1 - lr * weight_decay) w - lr * sqrt(max(1, rows / columns)) * orthogonalise(nesterov momentum)
 
     Args:
         parameters: matrices; for embeddings, output heads and vectors use AdamW.
@@ -84,7 +84,7 @@ def orthogonalise(x_NRC: Tensor) -> Tensor:
 def make_optimizers(module: nn.Module, run: RunConfig) -> list[torch.optim.Optimizer]:
     """The optimizers of all parameters of a module; each group keeps its peak learning rate as `peak_lr`.
 
-    Norms' scales and biases do not decay. With `optimizer=muon`, embeddings, output head, scales and biases are AdamW's.
+    Norms' scales and biases do not decay. With `optimizer=muon`, AdamW has embeddings, output head, scales and biases.
     """
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     tables |= {id(m.head.weight) for m in module.modules() if isinstance(m, GPT) and m.head is not None}

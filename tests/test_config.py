@@ -136,18 +136,22 @@ REFUSED = {
     "latent.n_latents=-4": ("latent.n_latents=-4", "at least 1"),
     "latent.n_latents=abc": ("latent.n_latents", "'abc'", "Integer"),
     "latent.latents_per_step=0": ("latent.latents_per_step=0", "at least 1"),
-    "latent.latents_per_step=4": ("latent.n_latents=6", "a multiple of latent.latents_per_step=4"),
+    "latent.latents_per_step=3": ("latent.n_latents=4", "a multiple of latent.latents_per_step=3"),
     "latent.surplus=keep": ("latent.surplus=keep", "merge", "drop"),
     "latent.missing=none": ("latent.missing=none", "mask", "answer"),
     "latent.warmup=1": ("latent.warmup=1", "below 1"),
     "latent.warmup=-0.1": ("latent.warmup=-0.1", "from 0"),
     "latent.stages=[1]": ("latent.stages[0]=1", "steps", "share"),
     "latent.stages=[{steps:1}]": ("latent.stages[0]", "steps", "share"),
-    "latent.stages=[{steps:5,share:0.1}]": ("latent.stages[0]", "1 to 3"),
-    "latent.stages=[{steps:1.5,share:0.1}]": ("latent.stages[0]", "1 to 3"),
+    "latent.stages=[{steps:5,share:0.1}]": ("latent.stages[0]", "1 to 4"),
+    "latent.stages=[{steps:1.5,share:0.1}]": ("latent.stages[0]", "1 to 4"),
     "latent.stages=[{steps:1,share:0.1},{steps:2,share:0}]": ("latent.stages[1]", "above 0"),
     "latent.stages=[{steps:1,share:0.5},{steps:2,share:0.3}]": ("latent.stages", "with the warm-up", "below 1"),
-    "latent.stages=all": ("latent.stages",),
+    "latent.stages=all": ("latent.stages=all", "a share of training"),
+    "latent.stages=1": ("latent.stages=1", "below 1"),
+    "latent.stages=0.75": ("latent.stages", "with the warm-up", "below 1"),
+    "optimizer=sgd": ("optimizer=sgd", "adamw, muon"),
+    "matrix_lr=0": ("matrix_lr=0", "above 0"),
     "latent.reset_optimizer=2x": ("latent.reset_optimizer", "2x"),
     "decoder.n_layer=0": ("decoder.n_layer=0", "at least 1"),
     "decoder.init=zero": ("decoder.init=zero", "random", "base"),
@@ -239,7 +243,7 @@ def test_parse_leaves_what_it_was_given_alone() -> None:
 
 def test_typed_converts_to_the_declared_types() -> None:
     latent = typed(LatentConfig, {"n_latents": "6", "warmup": 0}, "latent")
-    assert (latent.n_latents, latent.warmup, latent.groups) == (6, 0.0, 3)
+    assert (latent.n_latents, latent.warmup, latent.groups) == (6, 0.0, 6)
     assert isinstance(latent.warmup, float)
     with pytest.raises(UserError, match=r"latent\.warmup: .*'soon'"):
         typed(LatentConfig, {"warmup": "soon"}, "latent")

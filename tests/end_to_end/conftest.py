@@ -46,7 +46,13 @@ def train_on_sums(data: Path, mode: str) -> Callable[[Path], None]:
         arguments += ["num_iterations=60", "learning_rate=0.02", "target_examples_per_step=16", "device_batch_size=16"]
         arguments += ["checkpoint_every=20", "eval_every=30", "max_new_tokens=64"]
         if mode == "latent":
-            arguments += ["latent.n_latents=3", "latent.latents_per_step=1", "latent.warmup=0.3", "loss.step_weight=1"]
+            arguments += [
+                "latent.n_latents=3",
+                "latent.latents_per_step=1",
+                "latent.warmup=0.3",
+                "latent.stages=0",
+                "loss.step_weight=1",
+            ]
         outcome = run(TRAIN, *TINY, *arguments, folder=folder).ok()
         (folder / "out.txt").write_text(outcome.out, encoding="utf-8")
 

@@ -215,7 +215,14 @@ def test_data_without_a_step_train_but_not_without_a_warning(mode: str, tmp_path
 
 
 def test_init_from_starts_with_the_weights_of_a_checkpoint(weighted_run: Trained, sums: Path, tmp_path: Path) -> None:
-    arguments = ["mode=latent", "num_iterations=2", "learning_rate=1e-30", "weight_decay=0", "latent.warmup=0"]
+    arguments = [
+        "mode=latent",
+        "num_iterations=2",
+        "learning_rate=1e-30",
+        "matrix_lr=1e-30",
+        "weight_decay=0",
+        "latent.warmup=0",
+    ]
     arguments += ["data=gsm8k", f"data.path={sums}", f"init_from={weighted_run.out_dir}", "out_dir=warm"]
     run(TRAIN, *TINY, *arguments, folder=tmp_path).ok()
     warm, cold = contents(tmp_path / "warm" / "latest"), contents(weighted_run.latest)

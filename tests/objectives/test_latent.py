@@ -490,15 +490,16 @@ STAGES = [{"steps": 1, "share": 0.2}, {"steps": 2, "share": 0.3}]
 @pytest.mark.parametrize(
     ("latent", "thoughts_by_progress"),
     [
-        ({}, {0.0: 8, 0.5: 8, 1.0: 8}),
-        ({"warmup": 0.25}, {0.0: 0, 0.2499: 0, 0.25: 8, 1.0: 8}),
+        ({"stages": 0}, {0.0: 8, 0.5: 8, 1.0: 8}),
+        ({"stages": 0.3}, {0.0: 2, 0.099: 2, 0.101: 4, 0.199: 4, 0.201: 6, 0.299: 6, 0.301: 8, 1.0: 8}),
+        ({"warmup": 0.25, "stages": 0}, {0.0: 0, 0.2499: 0, 0.25: 8, 1.0: 8}),
         ({"stages": STAGES}, {0.0: 2, 0.1999: 2, 0.2: 4, 0.4999: 4, 0.5: 8, 1.0: 8}),
         (
             {"warmup": 0.25, "stages": STAGES},
             {0.0: 0, 0.2499: 0, 0.2501: 2, 0.4499: 2, 0.4501: 4, 0.7499: 4, 0.7501: 8, 0.9999: 8, 1.0: 8},
         ),
     ],
-    ids=["no stages", "warm-up", "stages", "warm-up and stages"],
+    ids=["no stages", "a step more at a time", "warm-up", "stages", "warm-up and stages"],
 )
 def test_the_schedule(
     make_objective: MakeObjective, latent: dict[str, Any], thoughts_by_progress: dict[float, int]
