@@ -7,7 +7,7 @@ because PyTorch's computes in bfloat16, which is slow on CPUs that lack it, and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from einops import rearrange
@@ -39,8 +39,12 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One update of every matrix that has a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every matrix that has a gradient; returns what `closure`, if given, does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             # Matrices of one shape go through the iteration as one batch: few large products in place of many small.
             alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
@@ -52,6 +56,7 @@ class Muon(torch.optim.Optimizer):
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for parameter, direction in zip(parameters, directions.unbind(), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-scale)
+        return loss
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
         """The gradient's moving average, one step ahead."""
