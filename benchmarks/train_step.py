@@ -14,19 +14,21 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from simcot_latent.config import LatentConfig, LossConfig, RunConfig
+from simcot_latent.config import LatentConfig, LossConfig, RunConfig, as_plain, config_dir
 from simcot_latent.data.batch import BatchOrder
+from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.model.gpt import GPT, GPTConfig
@@ -35,15 +37,7 @@ from simcot_latent.optimizer import make_optimizers
 
 SIZES = {
     "S": GPTConfig(vocab_size=8192, n_layer=4, n_head=4, n_embd=256),
-    "G": GPTConfig(
-        vocab_size=50257,
-        n_layer=12,
-        n_head=12,
-        n_embd=768,
-        positions="learned",
-        activation="gelu_tanh",
-        bias=True,
-    ),
+    "G": GPTConfig(vocab_size=50257, **as_plain(OmegaConf.load(config_dir() / "model" / "gpt2.yaml"))),
     "M": GPTConfig(
         vocab_size=49152,
         n_layer=30,
@@ -62,8 +56,9 @@ SIZES = {
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
+    problems = GSM8K(path=args.data).load("train").problems[:2048]
     rows = [
-        measure(size, batch_size, args)
+        measure(size, batch_size, problems, args)
         for size in args.sizes
         for batch_size in track(args.batch_sizes, f"size {size}", console=Console(stderr=True))
     ]
@@ -108,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(size: str, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argparse.Namespace) -> dict[str, Any]:
     """Medians of our step and of the bound, in seconds, at one size and batch size."""
     torch.manual_seed(args.seed)
     config, tokenizer = SIZES[size], default_tokenizer()
@@ -123,7 +118,6 @@ def measure(size: str, batch_size: int, args: argparse.Namespace) -> dict[str, A
     optimizers = make_optimizers(objective, run)
 
     # The batches that training would see: shuffled, in buckets of length.
-    problems = GSM8K(path=args.data).load("train").problems[:2048]
     examples = [objective.encode(problem) for problem in problems]
     order = BatchOrder([example.length for example in examples], batch_size, args.seed)
     batches = [objective.collate([examples[i] for i in order.batch(n)], objective.thoughts) for n in range(16)]

@@ -9,7 +9,6 @@ from commands import run
 
 
 def test_train_step_reports_the_ratio_of_ours_to_the_bound(sums: Path, tmp_path: Path) -> None:
-
     arguments = (
         f"--data {sums} --sizes S --batch-sizes 2 --thoughts 2 --latents-per-step 1 --repeats 1 --out report.json"
     )
