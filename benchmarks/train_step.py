@@ -136,7 +136,7 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
             seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
     pairs = sorted(a / b for a, b in zip(seconds["ours"][2:], seconds["bound"][2:], strict=True))
-    padding = 1 - batch.totals["real_positions"].item() / batch.totals["positions"].item()
+    padding = 1 - batch.totals["positions"].item() / batch.totals["slots"].item()
     return {
         "size": size,
         "batch_size": batch_size,
@@ -161,11 +161,10 @@ def make_bound(
 ) -> tuple[Callable[[], None], dict[str, int]]:
     """The bound's step for a batch, and how many tokens it goes through: never fewer than the batch has."""
     model, decoder, V = objective.model, objective.step_decoder, objective.model.config.vocab_size
-    B, K, N = len(batch.question_ids_BT), batch.n_latents, len(batch.row_N)
-    base_tokens = int(batch.question_mask_BT.sum() + batch.answer_mask_BA.sum()) + B * K
+    B, K, N = batch.questions.rows, batch.n_latents, len(batch.row_N)
+    base_tokens = len(batch.question_ids_P) + B * K + len(batch.text_ids_A)
     # As many inputs as teacher forcing takes: the group's thoughts, and its labels but the last.
-    step_labels = len(batch.step_targets.label_M)
-    decoder_tokens = step_labels - N + N * objective.config.latent.latents_per_step
+    step_labels, decoder_tokens = len(batch.steps.label_M), len(batch.steps.packing)
     ids_BT = torch.randint(V, (B, -(-base_tokens // B)))
     ids_NL = torch.randint(V, (N, -(-decoder_tokens // N)))
     answer_labels = torch.randint(V, (len(batch.targets.label_M),))

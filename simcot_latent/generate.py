@@ -3,7 +3,7 @@
 Rows of a batch never see each other or their padding, and stop one by one: the answer to a question is the same alone
 and in a batch.
 
-Shapes: B rows still writing, T prompt tokens, D width, V vocabulary.
+Shapes: B rows, N rows still writing, P prompt tokens of all rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint
-from simcot_latent.data.batch import by_length, pad_right
+from simcot_latent.data.batch import by_length
 from simcot_latent.data.format import encode_question
 from simcot_latent.data.problem import strict_answer
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, go_on, last_real, think
+from simcot_latent.model.packing import Packing
+from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, go_on, think
 
-# Rows that have stopped are taken out of the batch once this share or less is still writing: taking them out copies
-# the cache, keeping them computes in vain.
+# Rows that have stopped are read no further. They are taken out of the cache once this share or less is still writing:
+# taking them out copies it, keeping them lets attention look at them in vain.
 COMPACT_BELOW = 0.7
 
 
@@ -49,15 +50,15 @@ class Sampling:
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k}: must be at least 1, or null")
 
-    def pick(self, logits_BV: Tensor) -> Tensor:
-        """The next token of each row, (B,)."""
+    def pick(self, logits_NV: Tensor) -> Tensor:
+        """The next token of each row, (N,)."""
         if self.temperature == 0:
-            return logits_BV.argmax(-1)
-        logits_BV = logits_BV / self.temperature
+            return logits_NV.argmax(-1)
+        logits_NV = logits_NV / self.temperature
         if self.top_k is not None:
-            kth_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
-            logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
-        return torch.multinomial(logits_BV.softmax(-1), 1, generator=self.generator).squeeze(1)
+            kth_N1 = logits_NV.topk(min(self.top_k, logits_NV.shape[-1]), dim=-1).values[:, -1:]
+            logits_NV = logits_NV.masked_fill(logits_NV < kth_N1, float("-inf"))
+        return torch.multinomial(logits_NV.softmax(-1), 1, generator=self.generator).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,17 @@ def encode_prompts(
     return prompts
 
 
-def think_about(
-    model: GPT,
-    tokenizer: Tokenizer,
-    thoughts: ThoughtFormat,
-    prompts: Sequence[list[int]],
-    cache: KVCache | None = None,
-) -> Thoughts:
-    """Thoughts about encoded prompts, one batch; as `think`, from lists of ids."""
-    ids_BT, mask_BT = pad_right(prompts, tokenizer.pad_id)
-    device = model.embedding.weight.device
-    return think(model, ids_BT.to(device), mask_BT.to(device), thoughts.n_latents, cache)
+def pack_prompts(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Packing]:
+    """Token ids (P,) of prompts, the last of every row at the end; and how they lie."""
+    ids = [i for prompt in prompts for i in prompt[:-1]] + [prompt[-1] for prompt in prompts]
+    packing = Packing.of([len(prompt) - 1 for prompt in prompts], [1] * len(prompts))
+    return torch.tensor(ids, device=device), packing.to(device)
+
+
+def think_about(model: GPT, thoughts: ThoughtFormat, prompts: Sequence[list[int]], room: int = 0) -> Thoughts:
+    """Thoughts about encoded prompts, one batch; `room`: see `think`."""
+    ids_P, packing = pack_prompts(prompts, model.embedding.weight.device)
+    return think(model, model.embedding(ids_P), packing, thoughts.n_latents, room)
 
 
 @torch.no_grad()
@@ -142,38 +143,45 @@ def generate(
     # Each row's own limit: what fits must not depend on the company it is in.
     spent = thoughts.n_latents + thoughts.thinks
     limits = [min(max_new_tokens, model.config.context_length - len(ids) - spent) for ids in prompts]
-    cache = KVCache(capacity=max(map(len, prompts)) + spent + max(limits))
+    B, room = len(prompts), thoughts.thinks + max(limits)
     if thoughts.n_latents:
-        state = think_about(model, tokenizer, thoughts, prompts, cache)
-        eot_B1 = torch.full((len(prompts), 1), tokenizer.eot_id, device=device)
-        hidden_BD = go_on(model, state, eot_B1)[:, -1]
+        state = think_about(model, thoughts, prompts, room)
+        eot_BD = model.embedding(torch.full((B,), tokenizer.eot_id, device=device))
+        hidden_ND = go_on(model, state, eot_BD, Packing.of([1] * B, [1] * B).to(device))
+        cache = state.cache
     else:
         opening = [tokenizer.eot_id] if thoughts.thinks else []
-        ids_BT, mask_BT = (x.to(device) for x in pad_right([ids + opening for ids in prompts], tokenizer.pad_id))
-        hidden_BD = last_real(model(ids_BT, mask_BT=mask_BT, cache=cache), mask_BT)
+        ids_P, packing = pack_prompts([ids + opening for ids in prompts], device)
+        cache = KVCache(packing.longest + room)
+        hidden_ND = model(ids_P, packing, cache, read_out=slice(-B, None))
 
     written: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
-    rows = list(range(len(prompts)))  # which question each row of the batch answers
-    going = list(range(len(prompts)))  # the rows that still write
+    finished = [False] * B
+    rows = list(range(B))  # which question each row of the batch answers
+    going = list(range(B))  # the rows that still write; `hidden_ND` holds theirs alone
     while True:
-        ids_B = sampling.pick(model.logits(hidden_BD))
-        tokens = ids_B.tolist()
-        for i in going:
-            written[rows[i]].append(tokens[i])
-            finished[rows[i]] = tokens[i] == tokenizer.end_id
-        going = [i for i in going if not finished[rows[i]] and len(written[rows[i]]) < limits[rows[i]]]
-        if not going:
+        ids_N = sampling.pick(model.logits(hidden_ND))
+        kept: list[int] = []
+        for place, (row, token) in enumerate(zip(going, ids_N.tolist(), strict=True)):
+            i = rows[row]
+            written[i].append(token)
+            finished[i] = token == tokenizer.end_id
+            if not finished[i] and len(written[i]) < limits[i]:
+                kept.append(place)
+        if not kept:
             break
+        if len(kept) < len(going):
+            ids_N = ids_N[torch.tensor(kept, device=device)]
+            going = [going[place] for place in kept]
         if len(going) <= COMPACT_BELOW * len(rows):
-            keep_N = torch.tensor(going, device=device)
-            cache.keep(keep_N)
-            ids_B = ids_B[keep_N]
-            rows, going = [rows[i] for i in going], list(range(len(going)))
-        # A row that has stopped but is still in the batch reads padding, which takes no position of the context.
-        writes_B1 = torch.zeros(len(rows), 1, dtype=torch.bool)
-        writes_B1[going] = True
-        hidden_BD = model(ids_B.unsqueeze(1), mask_BT=writes_B1.to(device), cache=cache)[:, -1]
+            cache.keep(torch.tensor(going, device=device))
+            rows, going = [rows[row] for row in going], list(range(len(going)))
+        if len(going) == len(rows):
+            packing = Packing.grid(len(rows), 1, device)
+        else:
+            writes = set(going)
+            packing = Packing.of([row in writes for row in range(len(rows))]).to(device)
+        hidden_ND = model(ids_N, packing, cache)
     return [
         Generation(tokenizer.decode(ids), thoughts.n_latents + len(ids), done)
         for ids, done in zip(written, finished, strict=True)

@@ -1,80 +1,163 @@
-"""The arithmetic that objectives share: where labels are, what they weigh, and what a share of a loss is.
+"""The arithmetic that objectives share: what labels weigh, their cross-entropy, and what a share of a loss is.
 
 Every number here is a *share of an optimizer step*: a sum over the labels of one micro-batch on one rank, divided by a
 total over all micro-batches and all ranks. Shares therefore add up to the step's value, whatever way a step is cut.
 
-Shapes: M labelled positions, V vocabulary, D width.
+Shapes: M labelled tokens, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+# Logits are computed for as many labels at once as keep them under so many numbers (64 MB in float32).
+CHUNK_NUMBERS = 2**24
 
 
 @dataclass
 class Targets:
-    """The labelled positions of a padded batch, and only those: logits are computed nowhere else.
+    """Labels, in the order of the hidden states that predict them. Logits are computed for nothing else.
 
     Attributes:
-        index_M: position in the batch flattened to (rows * length), whose hidden state predicts the label.
         label_M: the token to predict.
         weight_M: what the label weighs in the loss.
         step_M: True where the label is a token of a calculator step.
     """
 
-    index_M: Tensor
     label_M: Tensor
     weight_M: Tensor
     step_M: Tensor
 
     @classmethod
-    def from_rows(
-        cls, rows: Iterable[tuple[int, Sequence[int], Sequence[float], Sequence[bool]]], ids_BT: Tensor
-    ) -> Targets:
-        """One (first position, labels, weights, step flags) a row of the padded batch `ids_BT`."""
-        length = ids_BT.shape[1]
-        index: list[int] = []
-        labels: list[int] = []
-        weights: list[float] = []
-        steps: list[bool] = []
-        for row, (start, row_labels, row_weights, row_steps) in enumerate(rows):
-            first = row * length + start
-            index.extend(range(first, first + len(row_labels)))
-            labels.extend(row_labels)
-            weights.extend(row_weights)
-            steps.extend(row_steps)
+    def of(cls, labels: Sequence[int], weights: Sequence[float], in_step: Sequence[bool]) -> Targets:
+        """From lists of one number a label."""
         return cls(
-            torch.tensor(index, dtype=torch.long),
             torch.tensor(labels, dtype=torch.long),
             torch.tensor(weights, dtype=torch.float32),
-            torch.tensor(steps, dtype=torch.bool),
+            torch.tensor(in_step, dtype=torch.bool),
         )
 
+    def __len__(self) -> int:
+        return len(self.label_M)
 
-def cross_entropy(hidden: Tensor, targets: Targets, logits_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Per-label cross-entropy and correctness.
+
+class Labelled(NamedTuple):
+    """Labels and what predicts them.
+
+    Attributes:
+        hidden_MD: the hidden states that predict the labels.
+        table_VD: weight of the output head.
+        label_M: the labels.
+        scale_M: what each label's cross-entropy counts in the loss.
+    """
+
+    hidden_MD: Tensor
+    table_VD: Tensor
+    label_M: Tensor
+    scale_M: Tensor
+
+
+class CrossEntropy(NamedTuple):
+    """The weighted sum of cross-entropies, and what it is the sum of.
+
+    Attributes:
+        loss: sum(scale * nll), the only part with a gradient.
+        nll_M: cross-entropy of each label in nats, float32.
+        correct_M: whether the most likely token is the label.
+    """
+
+    loss: Tensor
+    nll_M: Tensor
+    correct_M: Tensor
+
+
+def cross_entropy(*parts: Labelled, softcap: float | None = None) -> CrossEntropy:
+    """Output head and loss in one, a chunk of labels at a time: full logits are never held.
 
     Args:
-        hidden: hidden states, (rows, length, D).
-        targets: where the labels are.
-        logits_of: hidden states (M, D) to logits (M, V).
-
-    Returns:
-        Cross-entropy in nats (M,), float32, and whether the most likely token is the label (M,).
+        parts: their labels follow each other in the result. Parts of the same table go through it together.
+        softcap: see `GPTConfig.logit_softcap`.
     """
-    logits_MV = logits_of(hidden.flatten(0, 1)[targets.index_M])
-    correct_M = logits_MV.detach().argmax(-1) == targets.label_M
-    return F.cross_entropy(logits_MV, targets.label_M, reduction="none"), correct_M
+    if all(part.table_VD is parts[0].table_VD for part in parts):
+        hidden, tables, labels, scales = zip(*parts, strict=True)
+        parts = (Labelled(torch.cat(hidden), tables[0], torch.cat(labels), torch.cat(scales)),)
+    found = [CrossEntropy(*_CrossEntropy.apply(*part, softcap)) for part in parts]  # type: ignore[misc]
+    return CrossEntropy(
+        torch.stack([each.loss for each in found]).sum(),
+        torch.cat([each.nll_M for each in found]),
+        torch.cat([each.correct_M for each in found]),
+    )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Takes the gradients along the way, while a chunk's logits are there: (softmax - onehot) * scale a label."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, table_VD: Tensor, label_M: Tensor, scale_M: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = table_VD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table_VD.dtype
+        hidden, table = hidden_MD.to(dtype), table_VD.to(dtype)
+        wants_hidden, wants_table = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_table = torch.zeros_like(table) if wants_table else None
+        nll_M = torch.empty_like(scale_M)
+        correct_M = torch.empty_like(label_M, dtype=torch.bool)
+        size = max(1, CHUNK_NUMBERS // len(table))
+        with torch.autocast(device, enabled=False):
+            for begin in range(0, len(label_M), size):
+                part = slice(begin, begin + size)
+                label_C1 = label_M[part].unsqueeze(1)
+                logits_CV = (hidden[part] @ table.T).float()
+                if softcap is not None:
+                    logits_CV = torch.tanh(logits_CV / softcap)
+                    slope_CV = 1 - logits_CV.square() if wants_hidden or wants_table else None
+                    logits_CV = logits_CV * softcap
+                else:
+                    slope_CV = None
+                correct_M[part] = logits_CV.argmax(-1) == label_M[part]
+                log_probs_CV = logits_CV.log_softmax(-1)
+                nll_M[part] = -log_probs_CV.gather(1, label_C1).squeeze(1)
+                if not (wants_hidden or wants_table):
+                    continue
+                grad_CV = log_probs_CV.exp_()
+                grad_CV.scatter_add_(1, label_C1, -torch.ones_like(label_C1, dtype=grad_CV.dtype))
+                grad_CV *= scale_M[part].unsqueeze(1)
+                if slope_CV is not None:
+                    grad_CV *= slope_CV
+                grad_CV = grad_CV.to(dtype)
+                if grad_hidden is not None:
+                    torch.mm(grad_CV, table, out=grad_hidden[part])
+                if grad_table is not None:
+                    grad_table.addmm_(grad_CV.T, hidden[part])
+        ctx.mark_non_differentiable(nll_M, correct_M)
+        ctx.dtypes = hidden_MD.dtype, table_VD.dtype
+        ctx.save_for_backward(grad_hidden, grad_table)
+        return (nll_M * scale_M).sum(), nll_M, correct_M
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = (
+            None if grad is None else (grad * grad_loss.to(grad.dtype)).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None
+
+
+def at_least_tiny(total: Tensor) -> Tensor:
+    """A total to divide by: one of zero (nothing of that kind in the whole step) makes shares of zero."""
+    return total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def share(values_M: Tensor, total: Tensor) -> Tensor:
-    """sum(values) / total; a total of zero (nothing of that kind in the whole step) gives zero."""
-    return values_M.sum() / total.clamp(min=torch.finfo(torch.float32).tiny)
+    """sum(values) / total."""
+    return values_M.sum() / at_least_tiny(total)
 
 
 def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

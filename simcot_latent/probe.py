@@ -24,7 +24,6 @@ from torch import Tensor
 from simcot_latent import cli
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder
 from simcot_latent.config import instantiate, require, require_choice, typed
-from simcot_latent.data.batch import pad_right
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.data.sources import SPLITS, Source
@@ -34,6 +33,7 @@ from simcot_latent.generate import encode_prompts, generate_all, think_about
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
 from simcot_latent.model.cache import KVCache
+from simcot_latent.model.step_decoder import PackedSteps
 from simcot_latent.model.thoughts import Thoughts
 
 
@@ -115,8 +115,8 @@ def think(checkpoint: Checkpoint, questions: Sequence[str]) -> Thoughts:
         raise UserError(f"{checkpoint.path}: this model writes its steps and has no thoughts; use one of mode=latent")
     prompts = encode_prompts(model, checkpoint.tokenizer, thoughts, questions)
     if not prompts:
-        return Thoughts(torch.empty(0, thoughts.n_latents, model.config.n_embd, device=checkpoint.device), KVCache())
-    return think_about(model, checkpoint.tokenizer, thoughts, prompts)
+        return Thoughts(torch.empty(0, thoughts.n_latents, model.config.n_embd, device=checkpoint.device), KVCache(0))
+    return think_about(model, thoughts, prompts)
 
 
 def decode_steps(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[list[str]]:
@@ -210,14 +210,15 @@ def teacher_forced(
     results: list[tuple[float, float] | None] = [None] * len(gold)
     if not taught:
         return results
-    ids_NL, mask_NL = pad_right(
-        [[*tokenizer.encode(gold[i] or ""), tokenizer.end_id] for i in taught], tokenizer.pad_id
-    )
-    ids_NL, mask_NL = ids_NL.to(latents_BKD.device), mask_NL.to(latents_BKD.device)
-    logits_NLV = decoder.logits(decoder(group_prefix(checkpoint, latents_BKD)[taught], ids_NL))
-    loss_NL = F.cross_entropy(logits_NLV.transpose(1, 2), ids_NL, reduction="none")
-    correct_N = ((logits_NLV.argmax(-1) == ids_NL) & mask_NL).sum(1) / mask_NL.sum(1)
-    probability_N = (-(loss_NL * mask_NL).sum(1)).exp()
+    texts = [tokenizer.encode(gold[i] or "") for i in taught]
+    steps = PackedSteps.of(texts, tokenizer.end_id, checkpoint.thoughts.latents_per_step).to(latents_BKD.device)
+    groups_NCD = group_prefix(checkpoint, latents_BKD)[taught]
+    logits_MV = decoder.logits(decoder(groups_NCD, decoder.embedding(steps.ids_L), steps.packing))
+    nll_M = F.cross_entropy(logits_MV, steps.label_M, reduction="none")
+    correct_M = (logits_MV.argmax(-1) == steps.label_M).float()
+    zero_N = torch.zeros(len(taught), device=latents_BKD.device)
+    correct_N = zero_N.index_add(0, steps.group_M, correct_M) / steps.packing.length_B.sub(groups_NCD.shape[1] - 1)
+    probability_N = (-zero_N.index_add(0, steps.group_M, nll_M)).exp()
     for i, accuracy, probability in zip(taught, correct_N.tolist(), probability_N.tolist(), strict=True):
         results[i] = (accuracy, probability)
     return results

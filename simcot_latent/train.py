@@ -248,7 +248,7 @@ class Trainer:
             "lr": run.learning_rate * lrm,
             "grad_norm": grad_norm.item(),
             "tokens_per_s": interval.tokens_per_s(),
-            "padding": 1 - (totals["real_positions"] / totals["positions"]).item(),
+            "padding": 1 - (totals["positions"] / totals["slots"]).item(),
             "n_latents": self.thoughts_now().n_latents,
         }
         log.write(self.step, metrics)
@@ -381,14 +381,14 @@ class Trainer:
 
 
 class Interval:
-    """Real tokens (padding left out) a second, since it was made."""
+    """Tokens a second, since it was made."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.positions: list[Tensor] = []
 
     def add(self, totals: dict[str, Tensor]) -> None:
-        self.positions.append(totals["real_positions"])
+        self.positions.append(totals["positions"])
 
     def tokens_per_s(self) -> float:
         return float(sum(p.item() for p in self.positions)) / (time.perf_counter() - self.began)

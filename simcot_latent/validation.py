@@ -73,7 +73,7 @@ def count_correct(objective: Objective, thoughts: ThoughtFormat, problems: Seque
 def latents(objective: Objective, thoughts: ThoughtFormat, questions: Sequence[str]) -> Tensor:
     """The thoughts about some questions, (B, K, D)."""
     prompts = encode_prompts(objective.model, objective.tokenizer, thoughts, questions)
-    return think_about(objective.model, objective.tokenizer, thoughts, prompts).latents_BKD
+    return think_about(objective.model, thoughts, prompts).latents_BKD
 
 
 def have_collapsed(metrics: dict[str, float]) -> bool:

@@ -1,7 +1,4 @@
-"""From examples to batches: which examples make a step, and how they are padded.
-
-Shapes: B rows, T positions.
-"""
+"""From examples to batches: which examples make a step."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# Length buckets are cut from this many batches' worth of shuffled examples: enough for little padding, few enough for
-# each stretch of training to see every length.
+# Length buckets are cut from this many batches' worth of shuffled examples: enough for rows of much the same length
+# (attention alone pays for the difference), few enough for each stretch of training to see every length.
 POOL_BATCHES = 16
 
 DataclassT = TypeVar("DataclassT")
@@ -72,16 +69,6 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """All indices in batches of similar length, longest first: running out of memory shows at once, not at the end."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one tensor (B, T), and its mask (B, T), True where a token is real."""
-    length = max(map(len, rows), default=0)
-    ids_BT = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.long).view(
-        len(rows), length
-    )
-    lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    return ids_BT, torch.arange(length) < lengths_B.unsqueeze(1)
 
 
 def to_device(value: DataclassT, device: torch.device) -> DataclassT:

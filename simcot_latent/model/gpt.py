@@ -1,7 +1,7 @@
 """One decoder-only transformer. Model families differ by `GPTConfig` alone.
 
-Shapes: B rows, T new positions, S all positions a query may see (cached + new), D width, H query heads,
-G key/value heads, E head width, V vocabulary.
+Shapes: P tokens of all rows (see `packing`), B rows, T positions of the longest, M tokens that are read out, D width,
+H query heads, G key/value heads, E head width, V vocabulary.
 """
 
 import math
@@ -14,7 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simcot_latent.errors import UserError
-from simcot_latent.model.cache import KVCache
+from simcot_latent.model.cache import CacheView, KVCache
+from simcot_latent.model.linear import Linear
+from simcot_latent.model.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -116,32 +118,54 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=config.norm_scale)
 
 
-def rotary_angles(positions_BT: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, (B, 1, T, E) each (https://arxiv.org/abs/2104.09864, equation 34)."""
-    exponents_E = torch.arange(0, head_width, 2, device=positions_BT.device, dtype=torch.float32) / head_width
-    angles_BTE = positions_BT.float().unsqueeze(-1) * base**-exponents_E
-    angles_B1TE = torch.cat((angles_BTE, angles_BTE), dim=-1).unsqueeze(1)
-    return angles_B1TE.cos(), angles_B1TE.sin()
+def rotary_angles(positions_P: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, (P, 1, E) each (https://arxiv.org/abs/2104.09864, equation 34)."""
+    exponents_E = torch.arange(0, head_width, 2, device=positions_P.device, dtype=torch.float32) / head_width
+    angles_PE = positions_P.float().unsqueeze(-1) * base**-exponents_E
+    angles_P1E = torch.cat((angles_PE, angles_PE), dim=-1).unsqueeze(1)
+    return angles_P1E.cos(), angles_P1E.sin()
 
 
-def rotate(x_BHTE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor) -> Tensor:
+def rotate(x_PHE: Tensor, cos_P1E: Tensor, sin_P1E: Tensor) -> Tensor:
     """Applies rotary angles to queries or keys."""
-    left, right = x_BHTE.chunk(2, dim=-1)
-    return x_BHTE * cos_B1TE + torch.cat((-right, left), dim=-1) * sin_B1TE
+    left, right = x_PHE.chunk(2, dim=-1)
+    return x_PHE * cos_P1E + torch.cat((-right, left), dim=-1) * sin_P1E
 
 
-def attend(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-    """Scaled dot-product attention; `mask_B1TS` is True where a query may look, None: plain causal (T equals S)."""
-    # Attention on a CPU stays in float32: its fused kernel's bfloat16 backward is 4x slower.
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BGSE,
-            v_BGSE,
-            attn_mask=mask_B1TS,
-            is_causal=mask_B1TS is None,
-            enable_gqa=q_BHTE.shape[1] != k_BGSE.shape[1],
-        )
+class Sight:
+    """What the tokens of one pass see, worked out once for all layers: their own row, up to themselves.
+
+    Args:
+        packing: how the tokens lie.
+        cache: what the rows have read before; None: nothing, and this pass is not to be remembered.
+        config: for the shapes of its heads, and its positions.
+    """
+
+    def __init__(self, packing: Packing, cache: KVCache | None, config: GPTConfig) -> None:
+        self.packing, self.cache = packing, cache
+        self.position_P = packing.offset_P if cache is None else cache.positions(packing)
+        self.rotary = None
+        if config.positions == "rotary":
+            self.rotary = rotary_angles(self.position_P, config.head_width, config.rope_base)
+        self.view = None
+        if cache is not None and not cache.is_empty:
+            self.view = CacheView(cache, packing, self.position_P, config.kv_heads, config.n_head // config.kv_heads)
+
+    def attend(self, layer: int, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor) -> Tensor:
+        """Scaled dot-product attention, (P, H * E). The only place where rows are padded to a rectangle."""
+        pad = self.packing.pad
+        q_BHTE = rearrange(pad(q_PHE), "b t h e -> b h t e")
+        if self.cache is not None and self.view is not None:
+            out_BHTE = self.cache.attend(layer, q_BHTE, k_PGE, v_PGE, self.view)
+        else:
+            k_BGTE, v_BGTE = (rearrange(pad(x), "b t g e -> b g t e") for x in (k_PGE, v_PGE))
+            if self.cache is not None:
+                self.cache.fill(layer, k_BGTE, v_BGTE)
+            # Padding is on the right, where causality alone keeps it from being seen.
+            out_BHTE = F.scaled_dot_product_attention(
+                q_BHTE, k_BGTE, v_BGTE, is_causal=True, enable_gqa=q_BHTE.shape[1] != k_BGTE.shape[1]
+            )
+        return self.packing.unpad(rearrange(out_BHTE, "b h t e -> b t (h e)"))
 
 
 class Attention(nn.Module):
@@ -154,26 +178,26 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_width
-        self.qkv = nn.Linear(config.n_embd, qkv_width, bias=qkv_bias)
-        self.out = nn.Linear(config.n_head * config.head_width, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, qkv_width, bias=qkv_bias)
+        self.out = Linear(config.n_head * config.head_width, config.n_embd, bias=config.bias)
 
-    def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask_B1TS: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x_PD: Tensor, sight: Sight, read_out: slice) -> Tensor:
         H, G = self.n_head, self.kv_heads
-        qkv = self.qkv(x_BTD)
-        if qkv.device.type == "cpu":
-            qkv = qkv.float()  # see `attend`
-        qkv = rearrange(qkv, "b t (h e) -> b h t e", h=H + 2 * G)
+        qkv = self.qkv(x_PD)
+        on_cpu = qkv.device.type == "cpu"
+        if on_cpu:
+            qkv = qkv.float()
+        qkv = rearrange(qkv, "p (h e) -> p h e", h=H + 2 * G)
         qk, v = qkv.split((H + G, G), dim=1)
-        if rotary is not None:
-            qk = rotate(qk, *rotary).to(v.dtype)
+        if sight.rotary is not None:
+            qk = rotate(qk, *sight.rotary).to(v.dtype)
         if self.qk_norm:
             qk = F.rms_norm(qk, (qk.shape[-1],))
         q, k = qk.split((H, G), dim=1)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        return self.out(rearrange(attend(q, k, v, mask_B1TS), "b h t e -> b t (h e)"))
+        # Attention on a CPU stays in float32: its fused kernel's bfloat16 backward is 4x slower.
+        with torch.autocast("cpu", enabled=False):
+            seen_PD = sight.attend(self.layer, q, k, v)
+        return self.out(seen_PD[read_out])
 
 
 class MLP(nn.Module):
@@ -183,11 +207,11 @@ class MLP(nn.Module):
         super().__init__()
         self.activation, fan = _ACTIVATIONS[config.activation]
         width = config.ffn_width or 4 * config.n_embd
-        self.up = nn.Linear(config.n_embd, fan * width, bias=config.bias)
-        self.down = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, fan * width, bias=config.bias)
+        self.down = Linear(width, config.n_embd, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x_BTD)))
+    def forward(self, x_PD: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x_PD)))
 
 
 class Block(nn.Module):
@@ -200,11 +224,10 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask_B1TS: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TS, cache)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def forward(self, x_PD: Tensor, sight: Sight, read_out: slice = slice(None)) -> Tensor:
+        """(M, D): only what is to be read out is computed beyond keys and values."""
+        x_MD = x_PD[read_out] + self.attention(self.attention_norm(x_PD), sight, read_out)
+        return x_MD + self.mlp(self.mlp_norm(x_MD))
 
 
 class Transformer(nn.Module):
@@ -223,53 +246,43 @@ class Transformer(nn.Module):
             for residual in (block.attention.out, block.mlp.down):
                 residual.weight.data.div_(math.sqrt(2 * config.n_layer))
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        cache: KVCache | None = None,
+        read_out: slice = slice(None),
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
-            x_BTD: input embeddings (B, T, D).
-            mask_BT: True where a position is real, False where it is padding (anywhere in the row). Padding is seen
-                by nobody and takes no position number. None: all real.
-            cache: what the rows have read before; the new positions are appended.
+            x: input embeddings (P, D) with a packing, or (B, T, D) without: rows of equal length.
+            packing: how P tokens of ragged rows lie.
+            cache: what the rows have read before; the new tokens are added to it.
+            read_out: the tokens whose hidden states are wanted, for instance `slice(-M, None)`: the last block computes
+                no others. Only with a packing.
 
         Returns:
-            (B, T, D); at padding, finite numbers without meaning.
+            (M, D), or (B, T, D) for rows of equal length.
         """
-        B, T, _ = x_BTD.shape
-        if cache is None and mask_BT is None:
-            mask_B1TS = None
-            positions_BT = torch.arange(T, device=x_BTD.device).unsqueeze(0)
-        else:
-            new_BT = torch.ones(B, T, dtype=torch.bool, device=x_BTD.device) if mask_BT is None else mask_BT
-            seen_BS = new_BT if cache is None else cache.extend_mask(new_BT)
-            positions_BT = (seen_BS.cumsum(1)[:, -T:] - 1).clamp(min=0)
-            mask_B1TS = causal_mask(seen_BS, T)
-        rotary = None
-        if self.positions is None:
-            rotary = rotary_angles(positions_BT, self.config.head_width, self.config.rope_base)
-        else:
-            x_BTD = x_BTD + self.positions(positions_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, rotary, mask_B1TS, cache)
-        return self.norm(x_BTD)
-
-
-def causal_mask(seen_BS: Tensor, T: int) -> Tensor:
-    """Which of S keys each of the last T positions may see: real ones at or before it, and itself (B, 1, T, S).
-
-    A padding position sees itself alone, so that its softmax is defined.
-    """
-    S = seen_BS.shape[1]
-    query_T1 = torch.arange(S - T, S, device=seen_BS.device).unsqueeze(1)
-    key_S = torch.arange(S, device=seen_BS.device)
-    mask_BTS = (key_S <= query_T1) & seen_BS.unsqueeze(1) | (key_S == query_T1)
-    return mask_BTS.unsqueeze(1)
+        if packing is None:
+            B, T, _ = x.shape
+            grid = Packing.grid(B, T, x.device)
+            return rearrange(self.forward(rearrange(x, "b t d -> (b t) d"), grid, cache), "(b t) d -> b t d", b=B)
+        sight = Sight(packing, cache, self.config)
+        x_PD = x if self.positions is None else x + self.positions(sight.position_P)
+        for block in self.blocks[:-1]:
+            x_PD = block(x_PD, sight)
+        x_MD = self.blocks[-1](x_PD, sight, read_out)
+        if cache is not None:
+            cache.advance(packing)
+        return self.norm(x_MD)
 
 
 class GPT(nn.Module):
     """Embedding, transformer and output head.
 
-    Logits are not computed by `forward`: a caller asks for them with `logits`, at the positions it needs.
+    Logits are not computed by `forward`: a caller asks for them with `logits`, at the tokens it needs them for.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -284,33 +297,30 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        ids_BT: Tensor | None = None,
-        *,
-        embeddings_BTD: Tensor | None = None,
-        mask_BT: Tensor | None = None,
+        ids: Tensor,
+        packing: Packing | None = None,
         cache: KVCache | None = None,
+        read_out: slice = slice(None),
     ) -> Tensor:
-        """Hidden states after the final norm, (B, T, D), for token ids *or* input embeddings.
+        """Hidden states after the final norm for token ids, (P,) with a packing or (B, T); see `Transformer.forward`.
 
-        Args:
-            ids_BT: token ids (B, T).
-            embeddings_BTD: input embeddings (B, T, D), such as thoughts.
-            mask_BT: see `Transformer.forward`.
-            cache: see `Transformer.forward`.
+        What are no tokens, such as thoughts, goes into `transformer` as input embeddings.
         """
-        if (ids_BT is None) == (embeddings_BTD is None):
-            raise ValueError("give either ids_BT or embeddings_BTD")
-        x_BTD = self.embedding(ids_BT) if embeddings_BTD is None else embeddings_BTD
-        return self.transformer(x_BTD, mask_BT, cache)
+        return self.transformer(self.embedding(ids), packing, cache, read_out)
+
+    @property
+    def output_table(self) -> Tensor:
+        """The weight (V, D) of the output head."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""
-        return output_logits(hidden, self.embedding if self.head is None else self.head, self.config.logit_softcap)
+        return output_logits(hidden, self.output_table, self.config.logit_softcap)
 
 
-def output_logits(hidden: Tensor, table: nn.Embedding | nn.Linear, softcap: float | None) -> Tensor:
-    """Logits (..., V) from hidden states (..., D) and a (V, D) table, in float32."""
-    logits = F.linear(hidden, table.weight).float()
+def output_logits(hidden: Tensor, table_VD: Tensor, softcap: float | None) -> Tensor:
+    """Logits (..., V) of hidden states (..., D), in float32."""
+    logits = F.linear(hidden, table_VD).float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

@@ -3,21 +3,64 @@
 It reads the thoughts of one step group as a prefix of input vectors and must write the group's calculator step. It is
 trained with the model, so that its loss shapes the thoughts; inference does without it; probing loads it again.
 
-Shapes: N step groups, C thoughts a group, L tokens of a step with its end token, D width, V vocabulary.
+Shapes: N step groups, C thoughts a group, L input tokens of all groups (see `packing`), M = N + L tokens to predict,
+D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, GPTConfig, Transformer, output_logits
+from simcot_latent.model.packing import Packing
+
+
+@dataclass(frozen=True)
+class PackedSteps:
+    """What N groups are to say, as the decoder reads and predicts it.
+
+    Attributes:
+        ids_L: the tokens of each group's step, group by group; the end token is only predicted.
+        packing: how they lie behind the groups' thoughts.
+        label_M: what is to be predicted: the first token of every group, then the others, group by group.
+        group_M: the group of each label.
+    """
+
+    ids_L: Tensor
+    packing: Packing
+    label_M: Tensor
+    group_M: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[int]], end_id: int, latents_per_step: int) -> PackedSteps:
+        """From the token ids of each group's step, without end token."""
+        first = [[*ids, end_id][0] for ids in groups]
+        others = [[*ids, end_id][1:] for ids in groups]
+        lengths = torch.tensor(list(map(len, groups)), dtype=torch.long)
+        group_N = torch.arange(len(groups))
+        return cls(
+            ids_L=torch.tensor(list(chain.from_iterable(groups)), dtype=torch.long),
+            # Every group's first thought, every group's second, .., then the tokens.
+            packing=Packing.of(*[[1] * len(groups)] * latents_per_step, lengths.tolist()),
+            label_M=torch.tensor([*first, *chain.from_iterable(others)], dtype=torch.long),
+            group_M=torch.cat((group_N, group_N.repeat_interleave(lengths))),
+        )
+
+    def to(self, device: torch.device) -> PackedSteps:
+        """The same on another device."""
+        return PackedSteps(
+            self.ids_L.to(device), self.packing.to(device), self.label_M.to(device), self.group_M.to(device)
+        )
 
 
 class StepDecoder(nn.Module):
@@ -63,18 +106,21 @@ class StepDecoder(nn.Module):
 
         return require_decoder(load_checkpoint(path, device=device))
 
-    def forward(self, thoughts_NCD: Tensor, ids_NL: Tensor) -> Tensor:
-        """Teacher forcing: the hidden states (N, L, D) from which each of the L tokens is to be predicted.
+    def forward(self, thoughts_NCD: Tensor, steps_LD: Tensor, packing: Packing) -> Tensor:
+        """Teacher forcing: the hidden states (M, D) from which the labels of `PackedSteps` are to be predicted.
 
-        Padding of `ids_NL` is on the right, where causal attention alone keeps it from being seen.
+        Args:
+            thoughts_NCD: the thoughts of each group.
+            steps_LD: embeddings of the groups' tokens.
+            packing: of `PackedSteps`.
         """
-        C = thoughts_NCD.shape[1]
-        inputs = torch.cat((thoughts_NCD, self.embedding(ids_NL[:, :-1])), dim=1)
-        return self.transformer(inputs)[:, C - 1 :]
+        N, C, _ = thoughts_NCD.shape
+        x = torch.cat((rearrange(thoughts_NCD, "n c d -> (c n) d"), steps_LD))
+        return self.transformer(x, packing, read_out=slice((C - 1) * N, None))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""
-        return output_logits(hidden, self.embedding, self.config.logit_softcap)
+        return output_logits(hidden, self.embedding.weight, self.config.logit_softcap)
 
     @torch.no_grad()
     def decode(self, thoughts_NCD: Tensor, end_id: int, max_tokens: int = 64) -> tuple[list[list[int]], list[float]]:
@@ -91,6 +137,7 @@ class StepDecoder(nn.Module):
         ids_per_step: list[Tensor] = []
         log_prob_N = torch.zeros(N, device=thoughts_NCD.device)
         done_N = torch.zeros(N, dtype=torch.bool, device=thoughts_NCD.device)
+        one_each = Packing.grid(N, 1, thoughts_NCD.device)
         for _ in range(max_tokens):
             log_probs_NV = self.logits(hidden_ND).log_softmax(-1)
             best_N, ids_N = log_probs_NV.max(-1)
@@ -100,6 +147,6 @@ class StepDecoder(nn.Module):
             done_N |= ids_N == end_id
             if done_N.all():
                 break
-            hidden_ND = self.transformer(self.embedding(ids_N).unsqueeze(1), cache=cache)[:, -1]
+            hidden_ND = self.transformer(self.embedding(ids_N), one_each, cache)
         rows = torch.stack(ids_per_step, dim=1).tolist()
         return [row[: row.index(end_id)] if end_id in row else row for row in rows], log_prob_N.exp().tolist()

@@ -5,7 +5,8 @@ z_{k+1} is the hidden state at the position where z_k was fed as the input embed
 https://arxiv.org/abs/2412.06769, section 3; SIM-CoT, https://arxiv.org/abs/2509.20317, section 3). Nothing is sampled,
 positions keep counting.
 
-Shapes: B rows, T question tokens with `<bot>`, K thoughts, A tokens from `<eot>` on, D width.
+Shapes: B rows, P tokens of all questions with `<bot>`, A of all texts from `<eot>` on (see `packing`), K thoughts,
+D width.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -56,37 +58,32 @@ class Thoughts:
         return self.latents_BKD
 
 
-def think(
-    model: GPT, question_ids_BT: Tensor, question_mask_BT: Tensor, n_latents: int, cache: KVCache | None = None
-) -> Thoughts:
-    """Reads questions that end in `<bot>` and thinks `n_latents` (at least 1) thoughts about each.
+def think(model: GPT, questions_PD: Tensor, packing: Packing, n_latents: int, room: int) -> Thoughts:
+    """Reads questions and thinks `n_latents` (at least 1) thoughts about each.
 
     Args:
-        question_mask_BT: True at real tokens; padding may lie on either side.
-        cache: an empty cache to fill; default: one that autograd can follow.
+        questions_PD: their embeddings; the last B tokens are the rows' `<bot>`, in the order of the rows.
+        packing: how they lie.
+        room: positions to reserve for what a row reads after its thoughts, `<eot>` included.
     """
-    cache = KVCache() if cache is None else cache
-    hidden_BTD = model(question_ids_BT, mask_BT=question_mask_BT, cache=cache)
-    thought_B1D = last_real(hidden_BTD, question_mask_BT).unsqueeze(1)
-    thoughts = [thought_B1D]
+    B = packing.rows
+    cache = KVCache(packing.longest + n_latents + room)
+    thoughts = [model.transformer(questions_PD, packing, cache, read_out=slice(-B, None))]
+    one_each = Packing.grid(B, 1, questions_PD.device)
     for _ in range(n_latents - 1):
-        thought_B1D = model(embeddings_BTD=thought_B1D, cache=cache)
-        thoughts.append(thought_B1D)
-    return Thoughts(torch.cat(thoughts, dim=1), cache)
+        thoughts.append(model.transformer(thoughts[-1], one_each, cache))
+    return Thoughts(torch.stack(thoughts, dim=1), cache)
 
 
-def go_on(model: GPT, thoughts: Thoughts, ids_BA: Tensor, mask_BA: Tensor | None = None) -> Tensor:
-    """Feeds the last thought and then token ids; returns the hidden states at those tokens (B, A, D)."""
-    embeddings = torch.cat((thoughts.latents_BKD[:, -1:], model.embedding(ids_BA)), dim=1)
-    if mask_BA is not None:
-        mask_BA = torch.cat((torch.ones_like(mask_BA[:, :1]), mask_BA), dim=1)
-    return model(embeddings_BTD=embeddings, mask_BT=mask_BA, cache=thoughts.cache)[:, 1:]
+def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing) -> Tensor:
+    """Feeds the last thought and then what follows it; returns the hidden states at that (A, D).
 
-
-def last_real(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """The hidden state (B, D) at each row's last real position."""
-    last_B = (mask_BT * torch.arange(mask_BT.shape[1], device=mask_BT.device)).argmax(dim=1)
-    return hidden_BTD[torch.arange(len(hidden_BTD), device=hidden_BTD.device), last_B]
+    Args:
+        texts_AD: embeddings of the tokens from `<eot>` on.
+        packing: how thought and text lie: the thoughts of all rows first, in the order of the rows.
+    """
+    x = torch.cat((thoughts.latents_BKD[:, -1], texts_AD))
+    return model.transformer(x, packing, thoughts.cache, read_out=slice(packing.rows, None))
 
 
 def geometry(latents_BKD: Tensor, embedding_VD: Tensor) -> dict[str, float]:

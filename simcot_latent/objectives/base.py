@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from simcot_latent.config import RunConfig
-from simcot_latent.data.batch import pad_right
-from simcot_latent.data.format import Example, TaggedIds, encode_problem
+from simcot_latent.data.format import Example, TaggedIds, concatenate, encode_problem
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.losses import Targets, cross_entropy, share
+from simcot_latent.losses import Labelled, Targets, at_least_tiny, cross_entropy, share
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.packing import Packing
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 
@@ -26,12 +27,15 @@ class WrittenBatch:
     """Rows `prompt + text`, every token of the text a label.
 
     Attributes:
-        ids_BT: token ids, padded on the right.
-        targets: the labels, over (B, T).
+        ids_P: token ids of all rows but each one's last: first the tokens that predict nothing (prompts without their
+            last token), then those that predict a text.
+        packing: how they lie.
+        targets: the labels, in the order of the latter.
         totals: what the shares of this batch are divided by, once summed over the whole optimizer step.
     """
 
-    ids_BT: Tensor
+    ids_P: Tensor
+    packing: Packing
     targets: Targets
     totals: dict[str, Tensor]
 
@@ -95,17 +99,18 @@ class Objective(nn.Module, ABC):
 
     def collate_written(self, prompts: Sequence[list[int]], texts: Sequence[TaggedIds]) -> WrittenBatch:
         """Prompts without loss, then texts in which the tokens of steps weigh `step_weight_multiplier`."""
-        rows = [prompt + text.ids for prompt, text in zip(prompts, texts, strict=True)]
-        ids_BT, mask_BT = pad_right(rows, self.tokenizer.pad_id)
-        # The hidden state *before* a token predicts it.
-        targets = Targets.from_rows(
-            [
-                (len(prompt) - 1, text.ids, self.weigh(text), text.in_step)
-                for prompt, text in zip(prompts, texts, strict=True)
-            ],
-            ids_BT,
+        silent = [prompt[:-1] for prompt in prompts]
+        predicting = [[prompt[-1], *text.ids[:-1]] for prompt, text in zip(prompts, texts, strict=True)]
+        packing = Packing.of(list(map(len, silent)), list(map(len, predicting)))
+        targets = self.text_targets(texts)
+        return WrittenBatch(
+            flat_ids(silent, predicting), packing, targets, target_totals(targets) | position_totals(packing)
         )
-        return WrittenBatch(ids_BT, targets, target_totals(targets) | position_totals(mask_BT))
+
+    def text_targets(self, texts: Sequence[TaggedIds]) -> Targets:
+        """Every token of every text, one text after the other."""
+        text = concatenate(texts)
+        return Targets.of(text.ids, self.weigh(text), text.in_step)
 
     def weigh(self, text: TaggedIds) -> list[float]:
         """The loss weight of each token of a text."""
@@ -113,31 +118,36 @@ class Objective(nn.Module, ABC):
 
     def written_shares(self, batch: WrittenBatch, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weighted cross-entropy sum(w * ce) / sum(w) of a written batch, and the accuracy on its step tokens."""
-        # Padding is on the right, so causal attention alone keeps it out of sight.
-        hidden_BTD = self.model(batch.ids_BT)
-        return self.answer_shares(hidden_BTD, batch.targets, totals)
-
-    def answer_shares(self, hidden: Tensor, targets: Targets, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Shares of `loss` and, where tracked, `step_accuracy` of the labels in `targets`."""
-        loss_M, correct_M = cross_entropy(hidden, targets, self.model.logits)
-        shares = {"loss": share(loss_M * targets.weight_M, totals["weights"])}
+        targets = batch.targets
+        hidden_MD = self.model(batch.ids_P, batch.packing, read_out=slice(len(batch.ids_P) - len(targets), None))
+        scale_M = targets.weight_M / at_least_tiny(totals["weights"])
+        found = cross_entropy(
+            Labelled(hidden_MD, self.model.output_table, targets.label_M, scale_M),
+            softcap=self.model.config.logit_softcap,
+        )
+        shares = {"loss": found.loss}
         if self.run.track_step_accuracy:
-            shares["step_accuracy"] = share((correct_M & targets.step_M).float(), totals["step_tokens"])
+            shares["step_accuracy"] = share((found.correct_M & targets.step_M).float(), totals["step_tokens"])
         return shares
+
+
+def flat_ids(*parts: Iterable[Sequence[int]]) -> Tensor:
+    """Token ids of rows, one after the other."""
+    return torch.tensor(list(chain.from_iterable(chain.from_iterable(parts))), dtype=torch.long)
 
 
 def target_totals(targets: Targets) -> dict[str, Tensor]:
     """Labels, their weights, and the labels that are tokens of steps."""
     return {
-        "tokens": torch.tensor(float(len(targets.label_M))),
+        "tokens": torch.tensor(float(len(targets))),
         "weights": targets.weight_M.sum(dtype=torch.float32),
         "step_tokens": targets.step_M.sum(dtype=torch.float32),
     }
 
 
-def position_totals(*masks: Tensor) -> dict[str, Tensor]:
-    """Positions computed, padding included, and those that are real."""
+def position_totals(*packings: Packing) -> dict[str, Tensor]:
+    """Tokens that are read, and the slots of the rectangles in which attention lays them out."""
     return {
-        "positions": torch.tensor(float(sum(mask.numel() for mask in masks))),
-        "real_positions": torch.tensor(float(sum(int(mask.sum()) for mask in masks))),
+        "positions": torch.tensor(float(sum(map(len, packings)))),
+        "slots": torch.tensor(float(sum(packing.rows * packing.longest for packing in packings))),
     }

@@ -3,8 +3,8 @@
 L = answer_weight * L_ans + step_weight * L_step (https://arxiv.org/abs/2509.20317, section 4): L_ans is the
 cross-entropy of what follows `<|eot|>`, L_step the decoder's over all steps, reaching the model through the thoughts.
 
-Shapes: B rows, T question tokens with `<|bot|>`, A tokens from `<|eot|>` on, K thoughts, G step groups of C thoughts,
-N groups that are taught something, L tokens of a step, M labels, D width.
+Shapes: B rows, P tokens of all questions with `<|bot|>`, A of all texts from `<|eot|>` on, K thoughts, G step groups of
+C thoughts, N groups that are taught something, L tokens of all steps that the decoder reads, M labels, D width.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from einops import rearrange
 from torch import Tensor
 
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
-from simcot_latent.data.batch import pad_right
 from simcot_latent.data.format import Example, TaggedIds, align_steps, concatenate, join, lines, untagged
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.losses import Targets, cross_entropy, share
+from simcot_latent.losses import Labelled, Targets, at_least_tiny, cross_entropy, share
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.step_decoder import StepDecoder
+from simcot_latent.model.linear import gathered_gradients
+from simcot_latent.model.packing import Packing, take
+from simcot_latent.model.step_decoder import PackedSteps, StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat, go_on, think
-from simcot_latent.objectives.base import Objective, WrittenBatch, position_totals, target_totals
+from simcot_latent.objectives.base import Objective, WrittenBatch, flat_ids, position_totals, target_totals
 
 
 @dataclass
@@ -44,26 +45,24 @@ class LatentBatch:
     """Questions to think about, what follows the thoughts, and what each thought group must say.
 
     Attributes:
-        question_ids_BT, question_mask_BT: questions with `<|bot|>`, padded on the right.
-        answer_ids_BA, answer_mask_BA: `<|eot|>` and the text after it, without the last token.
-        targets: labels over (B, A).
+        question_ids_P, questions: questions, `<|bot|>` of all rows last; how they lie.
+        text_ids_A, texts: `<|eot|>` and the text after it, without the last token; how they lie behind a thought.
+        targets: the text after `<|eot|>`.
         n_latents: K, thoughts of every row.
         row_N: which of the B * G groups each taught group is.
-        step_ids_NL: each taught group's tokens, end token included.
-        step_targets: labels over (N, L).
-        step_group_M: the group (0 to G - 1) of each of those labels.
+        steps: what these are taught.
+        step_group_M: the group (0 to G - 1) of each of its labels.
         totals: see `losses`.
     """
 
-    question_ids_BT: Tensor
-    question_mask_BT: Tensor
-    answer_ids_BA: Tensor
-    answer_mask_BA: Tensor
+    question_ids_P: Tensor
+    questions: Packing
+    text_ids_A: Tensor
+    texts: Packing
     targets: Targets
     n_latents: int
     row_N: Tensor
-    step_ids_NL: Tensor
-    step_targets: Targets
+    steps: PackedSteps
     step_group_M: Tensor
     totals: dict[str, Tensor]
 
@@ -111,48 +110,43 @@ class LatentObjective(Objective):
             prompts = [[*example.question, tokenizer.eot_id] for example in examples]
             return self.collate_written(prompts, [concatenate([e.rationale, e.answer]) for e in examples])
 
-        question_ids_BT, question_mask_BT = pad_right([example.question for example in examples], tokenizer.pad_id)
+        B = len(examples)
+        silent, bots = [e.question[:-1] for e in examples], [e.question[-1:] for e in examples]
+        questions = Packing.of(list(map(len, silent)), [1] * B)
         # Steps that no thought has replaced yet follow <|eot|> as text.
         remaining = [example.steps[groups:] if groups < self.config.latent.groups else [] for example in examples]
         texts = [
             concatenate([lines(steps, self.newline), example.answer])
             for example, steps in zip(examples, remaining, strict=True)
         ]
-        answer_ids_BA, answer_mask_BA = pad_right(
-            [[tokenizer.eot_id, *text.ids[:-1]] for text in texts], tokenizer.pad_id
-        )
-        targets = Targets.from_rows([(0, text.ids, self.weigh(text), text.in_step) for text in texts], answer_ids_BA)
+        packed_texts = Packing.of([1] * B, list(map(len, texts)))
+        targets = self.text_targets(texts)
 
         taught = [
-            (row * groups + group, group, [*ids, tokenizer.end_id])
+            (row * groups + group, group, ids)
             for row, example in enumerate(examples)
             for group, ids in enumerate(self.group_texts(example, groups))
             if ids is not None
         ]
-        step_ids_NL, step_mask_NL = pad_right([ids for _, _, ids in taught], tokenizer.pad_id)
-        step_targets = Targets.from_rows(
-            [(0, ids, [1.0] * len(ids), [True] * len(ids)) for _, _, ids in taught], step_ids_NL
-        )
-        step_group_M = torch.tensor([group for _, group, ids in taught for _ in ids], dtype=torch.long)
+        steps = PackedSteps.of([ids for _, _, ids in taught], tokenizer.end_id, thoughts.latents_per_step)
         group_N = torch.tensor([group for _, group, _ in taught], dtype=torch.long)
-        thought_mask_BK = torch.ones(len(examples), thoughts.n_latents, dtype=torch.bool)
+        step_group_M = group_N[steps.group_M]
         totals = target_totals(targets) | position_totals(
-            question_mask_BT, thought_mask_BK, answer_mask_BA, step_mask_NL
+            questions, Packing.grid(B, thoughts.n_latents - 1), packed_texts, steps.packing
         )
         # In this mode the steps are the decoder's to say; those still written are part of the answer loss.
         totals["step_tokens"] = torch.tensor(float(len(step_group_M)))
         totals["group_tokens_G"] = torch.bincount(step_group_M, minlength=groups).float()
         totals["group_problems_G"] = torch.bincount(group_N, minlength=groups).float()
         return LatentBatch(
-            question_ids_BT=question_ids_BT,
-            question_mask_BT=question_mask_BT,
-            answer_ids_BA=answer_ids_BA,
-            answer_mask_BA=answer_mask_BA,
+            question_ids_P=flat_ids(silent, bots),
+            questions=questions,
+            text_ids_A=flat_ids([tokenizer.eot_id, *text.ids[:-1]] for text in texts),
+            texts=packed_texts,
             targets=targets,
             n_latents=thoughts.n_latents,
             row_N=torch.tensor([row for row, _, _ in taught], dtype=torch.long),
-            step_ids_NL=step_ids_NL,
-            step_targets=step_targets,
+            steps=steps,
             step_group_M=step_group_M,
             totals=totals,
         )
@@ -171,22 +165,30 @@ class LatentObjective(Objective):
             shares = self.written_shares(batch, totals)
             return shares | {"loss": weights.answer_weight * shares["loss"], "answer_loss": shares["loss"].detach()}
 
-        thoughts = think(self.model, batch.question_ids_BT, batch.question_mask_BT, batch.n_latents)
-        hidden_BAD = go_on(self.model, thoughts, batch.answer_ids_BA, batch.answer_mask_BA)
-        answer_loss_M, _ = cross_entropy(hidden_BAD, batch.targets, self.model.logits)
-        answer_loss = share(answer_loss_M * batch.targets.weight_M, totals["weights"])
+        model, decoder, c = self.model, self.step_decoder, self.config.latent.latents_per_step
+        ids = (batch.question_ids_P, batch.text_ids_A, batch.steps.ids_L)
+        questions_PD, texts_AD, steps_LD = model.embedding(torch.cat(ids)).split([len(part) for part in ids])
+        with gathered_gradients(model, decoder):
+            thoughts = think(model, questions_PD, batch.questions, batch.n_latents, room=batch.texts.longest)
+            hidden_AD = go_on(model, thoughts, texts_AD, batch.texts)
+            groups_NCD = rearrange(thoughts.latents_BKD, "b (g c) d -> (b g) c d", c=c)
+            hidden_MD = decoder(take(groups_NCD, batch.row_N), steps_LD, batch.steps.packing)
 
-        prefix = rearrange(thoughts.latents_BKD, "b (g c) d -> (b g) c d", c=self.config.latent.latents_per_step)
-        hidden_NLD = self.step_decoder(prefix[batch.row_N], batch.step_ids_NL)
-        step_loss_M, correct_M = cross_entropy(hidden_NLD, batch.step_targets, self.step_decoder.logits)
-        step_loss = (step_loss_M * label_scale_G(self.config.loss.step_reduction, totals)[batch.step_group_M]).sum()
-
+        answer_scale_M = batch.targets.weight_M / at_least_tiny(totals["weights"])
+        step_scale_M = label_scale_G(weights.step_reduction, totals)[batch.step_group_M]
+        found = cross_entropy(
+            Labelled(hidden_AD, model.output_table, batch.targets.label_M, weights.answer_weight * answer_scale_M),
+            Labelled(hidden_MD, decoder.embedding.weight, batch.steps.label_M, weights.step_weight * step_scale_M),
+            softcap=model.config.logit_softcap,
+        )
+        answer_nll_M, step_nll_M = found.nll_M.split((len(batch.targets), len(step_scale_M)))
         shares = {
-            "loss": weights.answer_weight * answer_loss + weights.step_weight * step_loss,
-            "answer_loss": answer_loss.detach(),
-            "step_loss": step_loss.detach(),
+            "loss": found.loss,
+            "answer_loss": (answer_nll_M * answer_scale_M).sum(),
+            "step_loss": (step_nll_M * step_scale_M).sum(),
         }
         if self.run.track_step_accuracy:
+            correct_M = found.correct_M[len(batch.targets) :]
             shares["step_accuracy"] = share(correct_M.float(), totals["step_tokens"])
         return shares
 

@@ -1,0 +1,99 @@
+"""Linear layers whose weight gradients over many small passes are gathered into one product.
+
+A backward pass through a linear layer reads the whole weight, and writes and adds up a whole weight gradient, be it for
+a thousand tokens or for the handful that a thought is. K thoughts would do so K times. Within `gathered_gradients`
+every call only leaves its input and its output's gradient behind; when all of them have been through, their products
+are taken at once: the same sum, in another order.
+
+Shapes: P tokens, I numbers in, O numbers out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, whose gradients can be gathered."""
+
+    gathering: Gathering | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        gathering = self.gathering
+        if gathering is None:
+            return super().forward(input)
+        return _Call.apply(input, gathering.anchor, gathering)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def gathered_gradients(*modules: nn.Module) -> Iterator[None]:
+    """Within it every `Linear` of these modules gathers its gradients. Without gradients it does nothing."""
+    layers = [m for module in modules for m in module.modules() if isinstance(m, Linear)]
+    if not torch.is_grad_enabled():
+        layers = []
+    try:
+        for layer in layers:
+            layer.gathering = Gathering(layer)
+        yield
+    finally:
+        for layer in layers:
+            layer.gathering = None
+
+
+class Gathering:
+    """A weight in use: the weight in the number format of its products, and what calls have left behind.
+
+    Autograd runs a node when all that depends on it has run. Every call depends on the anchor, so the anchor's backward
+    is the one that finds all of them done.
+    """
+
+    def __init__(self, layer: Linear) -> None:
+        device = layer.weight.device.type
+        self.weight, self.bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            self.weight, self.bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        self.anchor: Tensor = _Anchor.apply(layer.weight, layer.bias, self.calls)  # type: ignore[assignment]
+
+
+class _Anchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, bias_O: Tensor | None, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.calls, ctx.has_bias, ctx.dtype = calls, bias_O is not None, weight_OI.dtype
+        return weight_OI.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        if not ctx.calls:
+            return None, None, None
+        x_PI, grad_PO = (torch.cat(parts) for parts in zip(*ctx.calls, strict=True))
+        ctx.calls.clear()
+        grad_bias_O = grad_PO.sum(0).to(ctx.dtype) if ctx.has_bias else None
+        return (grad_PO.T @ x_PI).to(ctx.dtype), grad_bias_O, None
+
+
+class _Call(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_PI: Tensor, anchor: Tensor, gathering: Gathering) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gathering, ctx.dtype = gathering, x_PI.dtype
+        x_PI = x_PI.to(gathering.weight.dtype)
+        ctx.save_for_backward(x_PI)
+        return F.linear(x_PI, gathering.weight, gathering.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PO: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        if grad_PO is None:
+            return None, None, None
+        (x_PI,) = ctx.saved_tensors
+        gathering = ctx.gathering
+        gathering.calls.append((x_PI, grad_PO))
+        return (grad_PO @ gathering.weight).to(ctx.dtype), None, None
