@@ -18,6 +18,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from simcot_latent.model.packing import Packing
+from simcot_latent.model.rotary import Rotary
 
 
 class KVCache:
@@ -31,8 +32,9 @@ class KVCache:
         self.capacity = capacity
         self.longest = 0  # an upper bound that is known without asking the device
         self.length_B: Tensor | None = None
-        self._kv: list[Tensor] = []  # (2, B, G, C, E) a layer
-        self._tokens: list[Tensor] = []  # what links the passes of a layer for autograd
+        self._layers: list[_Layer] = []
+        # What links the passes of each layer for autograd; apart from the layers, which the graph refers to.
+        self._tokens: list[Tensor] = []
 
     @property
     def is_empty(self) -> bool:
@@ -49,29 +51,47 @@ class KVCache:
         self.length_B = packing.length_B if self.length_B is None else self.length_B + packing.length_B
         self.longest += packing.longest
 
-    def fill(self, layer: int, k_BGTE: Tensor, v_BGTE: Tensor) -> None:
+    def fill(self, layer: int, k_BTGE: Tensor, v_BTGE: Tensor) -> None:
         """Takes the keys and values of a first pass; columns beyond a row's length hold nothing of meaning."""
-        B, G, _, E = k_BGTE.shape
-        kv = k_BGTE.new_zeros(2, B, G, self.capacity, E)
-        self._kv.append(kv)
-        self._tokens.append(_Fill.apply(k_BGTE, v_BGTE, kv))  # type: ignore[arg-type]
-        assert len(self._kv) == layer + 1
+        assert layer == len(self._layers)
+        B, _, G, E = k_BTGE.shape
+        kept = _Layer(k_BTGE.new_zeros(2, B, G, self.capacity, E))
+        self._layers.append(kept)
+        self._tokens.append(_Fill.apply(k_BTGE, v_BTGE, kept.kv))  # type: ignore[arg-type]
 
-    def attend(self, layer: int, q_BHTE: Tensor, k_PGE: Tensor, v_PGE: Tensor, view: CacheView) -> Tensor:
-        """Writes a later pass's keys and values and lets its queries see all that they may; (B, H, T, E).
+    def attend(self, layer: int, qkv_PXE: Tensor, view: CacheView) -> Tensor:
+        """Attention of a later pass (P, H * E): writes its keys and values, and its queries see all that they may.
 
         The gradient of the cache is one buffer a layer. It is handed from the last pass back to the first along a
         chain of tokens (tensors without storage that only tell autograd the order); each pass adds to it what its
         queries saw, and takes out the gradient of its own columns, which is complete by then.
+
+        Args:
+            qkv_PXE: queries, keys and values, not rotated yet; X = H + 2G.
         """
-        out_BHTE, self._tokens[layer] = _Attend.apply(q_BHTE, k_PGE, v_PGE, self._tokens[layer], self._kv[layer], view)  # type: ignore[misc]
-        return out_BHTE
+        out_PD, self._tokens[layer] = _Attend.apply(  # type: ignore[misc]
+            qkv_PXE, self._tokens[layer], self._layers[layer], view
+        )
+        return out_PD
 
     def keep(self, rows_N: Tensor) -> None:
         """Keeps only the rows with these indices (N,), in their order. For generation: gradients end here."""
         assert self.length_B is not None
         self.length_B = self.length_B[rows_N]
-        self._kv = [kv[:, rows_N] for kv in self._kv]
+        self._layers = [_Layer(layer.kv[:, rows_N]) for layer in self._layers]
+
+
+class _Layer:
+    """One layer's keys and values (2, B, G, C, E), and views of them."""
+
+    def __init__(self, kv: Tensor) -> None:
+        self.kv = kv
+        self.k, self.v = (rearrange(half, "b g c e -> (b g) c e") for half in kv)
+        self.k_rows, self.v_rows = (rearrange(half, "b g c e -> (b g c) e") for half in kv)
+
+    def token(self) -> Tensor:
+        """Of the shape of `kv`, since its gradient is that of `kv`; without storage."""
+        return self.kv.new_empty(1).expand(self.kv.shape)
 
 
 class CacheView:
@@ -81,11 +101,20 @@ class CacheView:
         cache: not empty.
         packing: the new tokens.
         position_P: their positions.
-        heads: G.
+        rotary: their angles; None: no rotation.
+        heads: H and G.
     """
 
-    def __init__(self, cache: KVCache, packing: Packing, position_P: Tensor, heads: int, repeats: int) -> None:
-        C, G, device = cache.capacity, heads, position_P.device
+    def __init__(
+        self,
+        cache: KVCache,
+        packing: Packing,
+        position_P: Tensor,
+        rotary: Rotary | None,
+        heads: tuple[int, int],
+    ) -> None:
+        self.packing, self.rotary, self.heads = packing, rotary, heads
+        (H, G), C, device = heads, cache.capacity, position_P.device
         end = cache.longest + packing.longest
         if end > C:
             raise ValueError(f"a cache of {C} positions cannot hold {end}")
@@ -94,78 +123,69 @@ class CacheView:
         self.end = C if torch.is_grad_enabled() else end
         head_G = torch.arange(G, device=device)
         self.slot_N = rearrange((packing.row_P.unsqueeze(1) * G + head_G) * C + position_P.unsqueeze(1), "p g -> (p g)")
-        position_BT = packing.pad(position_P)
-        hidden_BTC = torch.arange(self.end, device=device) > position_BT.unsqueeze(2)
+        hidden_BTC = torch.arange(self.end, device=device) > packing.pad(position_P).unsqueeze(2)
         bias_BTC = torch.zeros(hidden_BTC.shape, device=device).masked_fill_(hidden_BTC, -math.inf)
-        self.bias = repeat(bias_BTC, "b t c -> (b g) (r t) c", g=G, r=repeats)
+        self.bias = repeat(bias_BTC, "b t c -> (b g) (r t) c", g=G, r=H // G)
 
 
 class _Fill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k_BGTE: Tensor, v_BGTE: Tensor, kv: Tensor) -> Tensor:
+    def forward(ctx: Any, k_BTGE: Tensor, v_BTGE: Tensor, kv: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.length = T = k_BGTE.shape[2]
-        kv[0, :, :, :T], kv[1, :, :, :T] = k_BGTE, v_BGTE
-        return kv.new_empty(1).expand(kv.shape)
+        ctx.length = T = k_BTGE.shape[1]
+        kv[0, :, :, :T] = k_BTGE.transpose(1, 2)
+        kv[1, :, :, :T] = v_BTGE.transpose(1, 2)
+        return _Layer(kv).token()
 
     @staticmethod
     def backward(ctx: Any, grad_kv: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         if grad_kv is None:
             return None, None, None
-        return grad_kv[0, :, :, : ctx.length], grad_kv[1, :, :, : ctx.length], None
+        grad_k, grad_v = grad_kv[:, :, :, : ctx.length].transpose(2, 3)
+        return grad_k, grad_v, None
 
 
 class _Attend(torch.autograd.Function):
     """softmax(q k^T / sqrt(E) + bias) v over a cache that is written in place (https://arxiv.org/abs/1706.03762)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q_BHTE: Tensor, k_PGE: Tensor, v_PGE: Tensor, token: Tensor, kv: Tensor, view: CacheView
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, qkv_PXE: Tensor, token: Tensor, layer: _Layer, view: CacheView) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        half = kv[0].numel()
-        flat = kv.view(-1, kv.shape[-1])
-        rows = half // kv.shape[-1]
-        flat[:rows].index_copy_(0, view.slot_N, k_PGE.flatten(0, 1))
-        flat[rows:].index_copy_(0, view.slot_N, v_PGE.flatten(0, 1))
-        q, k, v, scale = _grouped(q_BHTE, kv), *_columns(kv, view.end), q_BHTE.shape[-1] ** -0.5
+        H, G = view.heads
+        qk_PXE, v_PGE = qkv_PXE[:, : H + G], qkv_PXE[:, H + G :]
+        if view.rotary is not None:
+            qk_PXE = view.rotary.turn(qk_PXE)
+        layer.k_rows.index_copy_(0, view.slot_N, qk_PXE[:, H:].flatten(0, 1))
+        layer.v_rows.index_copy_(0, view.slot_N, v_PGE.flatten(0, 1))
+        # Query heads beside the key/value head that they share.
+        q = rearrange(view.packing.pad(qk_PXE[:, :H]), "b t (g r) e -> (b g) (r t) e", g=G)
+        k, v, scale = layer.k[:, : view.end], layer.v[:, : view.end], q.shape[-1] ** -0.5
         weights = torch.baddbmm(view.bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+        out_BTD = rearrange(torch.bmm(weights, v), "(b g) (r t) e -> b t (g r e)", g=G, t=view.packing.longest)
         ctx.save_for_backward(q, weights)
-        ctx.kv, ctx.slot_N, ctx.shape, ctx.scale = kv, view.slot_N, q_BHTE.shape, scale
-        return _ungrouped(torch.bmm(weights, v), q_BHTE.shape), kv.new_empty(1).expand(kv.shape)
+        ctx.layer, ctx.view, ctx.scale = layer, view, scale
+        return view.packing.unpad(out_BTD), layer.token()
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, grad_BHTE: Tensor | None, grad_kv: Tensor | None
+        ctx: Any, grad_PD: Tensor | None, grad_kv: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        kv, scale = ctx.kv, ctx.scale
-        if grad_kv is None:
-            grad_kv = torch.zeros_like(kv)
-        grad_q_BHTE = None
-        if grad_BHTE is not None:  # None: nothing came of these queries, only of the keys beside them
+        layer, view = ctx.layer, ctx.view
+        (H, G), E = view.heads, layer.kv.shape[-1]
+        grads = _Layer(torch.zeros_like(layer.kv) if grad_kv is None else grad_kv)
+        grad_PXE = layer.kv.new_zeros(len(view.packing), H + 2 * G, E)
+        if grad_PD is not None:  # None: nothing came of these queries, only of the keys beside them
             q, weights = ctx.saved_tensors
-            k, v = _columns(kv, kv.shape[3])
-            grad_k, grad_v = _columns(grad_kv, kv.shape[3])
-            grad_out = _grouped(grad_BHTE, kv)
-            grad_v.baddbmm_(weights.transpose(1, 2), grad_out)
-            grad_weights = torch.bmm(grad_out, v.transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_k.baddbmm_(grad_scores.transpose(1, 2), q, alpha=scale)
-            grad_q_BHTE = _ungrouped(torch.bmm(grad_scores, k).mul_(scale), ctx.shape)
-        new = [part.view(-1, kv.shape[-1]).index_select(0, ctx.slot_N) for part in grad_kv.unbind(0)]
-        grad_k_PGE, grad_v_PGE = (rearrange(x, "(p g) e -> p g e", g=kv.shape[2]) for x in new)
-        return grad_q_BHTE, grad_k_PGE, grad_v_PGE, grad_kv, None, None
-
-
-def _columns(kv: Tensor, end: int) -> tuple[Tensor, Tensor]:
-    """The first columns of keys and of values, (B * G, end, E) each, without a copy."""
-    return tuple(part.flatten(0, 1)[:, :end] for part in kv.unbind(0))  # type: ignore[return-value]
-
-
-def _grouped(x_BHTE: Tensor, kv: Tensor) -> Tensor:
-    """Query heads beside the key/value head that they share, (B * G, R * T, E)."""
-    return rearrange(x_BHTE, "b (g r) t e -> (b g) (r t) e", g=kv.shape[2])
-
-
-def _ungrouped(x: Tensor, shape: torch.Size) -> Tensor:
-    return rearrange(x, "(b g) (r t) e -> b (g r) t e", b=shape[0], t=shape[2])
+            grad_out = rearrange(view.packing.pad(grad_PD), "b t (g r e) -> (b g) (r t) e", g=G, e=E)
+            grads.v.baddbmm_(weights.transpose(1, 2), grad_out)
+            grad_weights = torch.bmm(grad_out, layer.v.transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grads.k.baddbmm_(grad_scores.transpose(1, 2), q, alpha=ctx.scale)
+            grad_q = torch.bmm(grad_scores, layer.k).mul_(ctx.scale)
+            grad_q_BTHE = rearrange(grad_q, "(b g) (r t) e -> b t (g r) e", g=G, t=view.packing.longest)
+            grad_PXE[:, :H] = view.packing.unpad(grad_q_BTHE)
+        grad_PXE[:, H : H + G] = grads.k_rows.index_select(0, view.slot_N).unflatten(0, (-1, G))
+        grad_PXE[:, H + G :] = grads.v_rows.index_select(0, view.slot_N).unflatten(0, (-1, G))
+        if view.rotary is not None:
+            grad_PXE[:, : H + G] = view.rotary.turn_back(grad_PXE[:, : H + G])
+        return grad_PXE, grads.kv, None, None

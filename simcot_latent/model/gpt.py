@@ -17,6 +17,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.model.cache import CacheView, KVCache
 from simcot_latent.model.linear import Linear
 from simcot_latent.model.packing import Packing
+from simcot_latent.model.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class GPTConfig:
         bias: biases in norms and in all linear layers of the blocks.
         qkv_bias: biases of the query/key/value projection. None: as `bias`.
         norm_scale: whether norms carry a learned scale.
-        qk_norm: RMS-normalise queries and keys, without a learned scale, after the rotation.
+        qk_norm: RMS-normalise queries and keys, without a learned scale.
         logit_softcap: c in c * tanh(logits / c). None: none.
         tie_head: the output head is the embedding table.
     """
@@ -118,20 +119,6 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.RMSNorm(config.n_embd, config.norm_eps, elementwise_affine=config.norm_scale)
 
 
-def rotary_angles(positions_P: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, (P, 1, E) each (https://arxiv.org/abs/2104.09864, equation 34)."""
-    exponents_E = torch.arange(0, head_width, 2, device=positions_P.device, dtype=torch.float32) / head_width
-    angles_PE = positions_P.float().unsqueeze(-1) * base**-exponents_E
-    angles_P1E = torch.cat((angles_PE, angles_PE), dim=-1).unsqueeze(1)
-    return angles_P1E.cos(), angles_P1E.sin()
-
-
-def rotate(x_PHE: Tensor, cos_P1E: Tensor, sin_P1E: Tensor) -> Tensor:
-    """Applies rotary angles to queries or keys."""
-    left, right = x_PHE.chunk(2, dim=-1)
-    return x_PHE * cos_P1E + torch.cat((-right, left), dim=-1) * sin_P1E
-
-
 class Sight:
     """What the tokens of one pass see, worked out once for all layers: their own row, up to themselves.
 
@@ -143,28 +130,35 @@ class Sight:
 
     def __init__(self, packing: Packing, cache: KVCache | None, config: GPTConfig) -> None:
         self.packing, self.cache = packing, cache
+        self.heads = H, G = config.n_head, config.kv_heads
         self.position_P = packing.offset_P if cache is None else cache.positions(packing)
         self.rotary = None
         if config.positions == "rotary":
-            self.rotary = rotary_angles(self.position_P, config.head_width, config.rope_base)
+            self.rotary = Rotary.at(self.position_P, config.head_width, config.rope_base)
         self.view = None
         if cache is not None and not cache.is_empty:
-            self.view = CacheView(cache, packing, self.position_P, config.kv_heads, config.n_head // config.kv_heads)
+            self.view = CacheView(cache, packing, self.position_P, self.rotary, (H, G))
+        # Attention on a CPU stays in float32: its fused kernel's bfloat16 backward is 4x slower.
+        self.leaves_autocast = packing.row_P.device.type == "cpu" and torch.is_autocast_enabled("cpu")
 
-    def attend(self, layer: int, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor) -> Tensor:
-        """Scaled dot-product attention, (P, H * E). The only place where rows are padded to a rectangle."""
-        pad = self.packing.pad
-        q_BHTE = rearrange(pad(q_PHE), "b t h e -> b h t e")
+    def attend(self, layer: int, qkv_PXE: Tensor) -> Tensor:
+        """Scaled dot-product attention, (P, H * E). The only place where rows are padded to a rectangle.
+
+        Args:
+            qkv_PXE: queries, keys and values, not rotated yet; X = H + 2G.
+        """
         if self.cache is not None and self.view is not None:
-            out_BHTE = self.cache.attend(layer, q_BHTE, k_PGE, v_PGE, self.view)
-        else:
-            k_BGTE, v_BGTE = (rearrange(pad(x), "b t g e -> b g t e") for x in (k_PGE, v_PGE))
-            if self.cache is not None:
-                self.cache.fill(layer, k_BGTE, v_BGTE)
-            # Padding is on the right, where causality alone keeps it from being seen.
-            out_BHTE = F.scaled_dot_product_attention(
-                q_BHTE, k_BGTE, v_BGTE, is_causal=True, enable_gqa=q_BHTE.shape[1] != k_BGTE.shape[1]
-            )
+            return self.cache.attend(layer, qkv_PXE, self.view)
+        (H, G), pad = self.heads, self.packing.pad
+        qk_PXE, v_PGE = qkv_PXE.split((H + G, G), dim=1)
+        qk_BTXE, v_BTGE = pad(qk_PXE if self.rotary is None else self.rotary(qk_PXE)), pad(v_PGE)
+        q_BTHE, k_BTGE = qk_BTXE.split((H, G), dim=2)
+        if self.cache is not None:
+            self.cache.fill(layer, k_BTGE, v_BTGE)
+        # Padding is on the right, where causality alone keeps it from being seen.
+        out_BHTE = F.scaled_dot_product_attention(
+            *(rearrange(x, "b t h e -> b h t e") for x in (q_BTHE, k_BTGE, v_BTGE)), is_causal=True, enable_gqa=H != G
+        )
         return self.packing.unpad(rearrange(out_BHTE, "b h t e -> b t (h e)"))
 
 
@@ -181,23 +175,19 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, qkv_width, bias=qkv_bias)
         self.out = Linear(config.n_head * config.head_width, config.n_embd, bias=config.bias)
 
-    def forward(self, x_PD: Tensor, sight: Sight, read_out: slice) -> Tensor:
+    def forward(self, x_PD: Tensor, sight: Sight, read_out: slice | None) -> Tensor:
         H, G = self.n_head, self.kv_heads
-        qkv = self.qkv(x_PD)
-        on_cpu = qkv.device.type == "cpu"
-        if on_cpu:
-            qkv = qkv.float()
-        qkv = rearrange(qkv, "p (h e) -> p h e", h=H + 2 * G)
-        qk, v = qkv.split((H + G, G), dim=1)
-        if sight.rotary is not None:
-            qk = rotate(qk, *sight.rotary).to(v.dtype)
+        qkv_PXE = self.qkv(x_PD).unflatten(-1, (H + 2 * G, -1))
         if self.qk_norm:
-            qk = F.rms_norm(qk, (qk.shape[-1],))
-        q, k = qk.split((H, G), dim=1)
-        # Attention on a CPU stays in float32: its fused kernel's bfloat16 backward is 4x slower.
-        with torch.autocast("cpu", enabled=False):
-            seen_PD = sight.attend(self.layer, q, k, v)
-        return self.out(seen_PD[read_out])
+            qk_PXE, v_PGE = qkv_PXE.split((H + G, G), dim=1)
+            # Before the rotation rather than after it, as published: rotating changes no length.
+            qkv_PXE = torch.cat((F.rms_norm(qk_PXE, (qk_PXE.shape[-1],)), v_PGE), dim=1)
+        if sight.leaves_autocast:
+            with torch.autocast(qkv_PXE.device.type, enabled=False):
+                seen_PD = sight.attend(self.layer, qkv_PXE.float())
+        else:
+            seen_PD = sight.attend(self.layer, qkv_PXE)
+        return self.out(seen_PD if read_out is None else seen_PD[read_out])
 
 
 class MLP(nn.Module):
@@ -224,9 +214,10 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_PD: Tensor, sight: Sight, read_out: slice = slice(None)) -> Tensor:
+    def forward(self, x_PD: Tensor, sight: Sight, read_out: slice | None = None) -> Tensor:
         """(M, D): only what is to be read out is computed beyond keys and values."""
-        x_MD = x_PD[read_out] + self.attention(self.attention_norm(x_PD), sight, read_out)
+        seen_MD = self.attention(self.attention_norm(x_PD), sight, read_out)
+        x_MD = (x_PD if read_out is None else x_PD[read_out]) + seen_MD
         return x_MD + self.mlp(self.mlp_norm(x_MD))
 
 
@@ -251,7 +242,7 @@ class Transformer(nn.Module):
         x: Tensor,
         packing: Packing | None = None,
         cache: KVCache | None = None,
-        read_out: slice = slice(None),
+        read_out: slice | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -260,7 +251,7 @@ class Transformer(nn.Module):
             packing: how P tokens of ragged rows lie.
             cache: what the rows have read before; the new tokens are added to it.
             read_out: the tokens whose hidden states are wanted, for instance `slice(-M, None)`: the last block computes
-                no others. Only with a packing.
+                no others. Only with a packing. None: all.
 
         Returns:
             (M, D), or (B, T, D) for rows of equal length.
@@ -300,7 +291,7 @@ class GPT(nn.Module):
         ids: Tensor,
         packing: Packing | None = None,
         cache: KVCache | None = None,
-        read_out: slice = slice(None),
+        read_out: slice | None = None,
     ) -> Tensor:
         """Hidden states after the final norm for token ids, (P,) with a packing or (B, T); see `Transformer.forward`.
 

@@ -19,16 +19,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+# Up to how many tokens a weight is multiplied the other way round on a CPU.
+FEW = 64
+
+
 class Linear(nn.Linear):
     """`nn.Linear`, whose gradients can be gathered."""
 
     gathering: Gathering | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        gathering = self.gathering
-        if gathering is None:
-            return super().forward(input)
-        return _Call.apply(input, gathering.anchor, gathering)  # type: ignore[no-any-return]
+        if self.gathering is not None:
+            return _Call.apply(input, self.gathering.anchor, self.gathering)  # type: ignore[no-any-return]
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(input.device.type):
+            return product(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+def product(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x W^T + b, for autograd to look away from."""
+    if x_PI.device.type == "cpu" and 1 < len(x_PI) <= FEW:
+        # What takes the time is to read the weight, which MKL does 1.3 to 1.6 times as fast this way round.
+        x_IP = x_PI.T.contiguous()
+        y_OP = weight_OI @ x_IP if bias_O is None else torch.addmm(bias_O.unsqueeze(1), weight_OI, x_IP)
+        return y_OP.T.contiguous()
+    return F.linear(x_PI, weight_OI, bias_O)
 
 
 @contextmanager
@@ -67,27 +82,35 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_OI: Tensor, bias_O: Tensor | None, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.calls, ctx.has_bias, ctx.dtype = calls, bias_O is not None, weight_OI.dtype
+        ctx.calls, ctx.has_bias = calls, bias_O is not None
         return weight_OI.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         if not ctx.calls:
             return None, None, None
-        x_PI, grad_PO = (torch.cat(parts) for parts in zip(*ctx.calls, strict=True))
+        # The large call as it is, the many small ones as one: joining copies them.
+        large, *small = sorted(ctx.calls, key=lambda call: len(call[0]), reverse=True)
         ctx.calls.clear()
-        grad_bias_O = grad_PO.sum(0).to(ctx.dtype) if ctx.has_bias else None
-        return (grad_PO.T @ x_PI).to(ctx.dtype), grad_bias_O, None
+        grad_OI = torch.mm(large[1].T, large[0])
+        grad_O = large[1].sum(0) if ctx.has_bias else None
+        if small:
+            x_PI, grad_PO = (torch.cat(parts) for parts in zip(*small, strict=True))
+            grad_OI.addmm_(grad_PO.T, x_PI)
+            if grad_O is not None:
+                grad_O += grad_PO.sum(0)
+        return grad_OI, grad_O, None  # in the weight's format: autograd sees to it
 
 
 class _Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PI: Tensor, anchor: Tensor, gathering: Gathering) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.gathering, ctx.dtype = gathering, x_PI.dtype
-        x_PI = x_PI.to(gathering.weight.dtype)
+        ctx.gathering = gathering
+        if x_PI.dtype != gathering.weight.dtype:
+            x_PI = x_PI.to(gathering.weight.dtype)
         ctx.save_for_backward(x_PI)
-        return F.linear(x_PI, gathering.weight, gathering.bias)
+        return product(x_PI, gathering.weight, gathering.bias)
 
     @staticmethod
     def backward(ctx: Any, grad_PO: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
@@ -96,4 +119,4 @@ class _Call(torch.autograd.Function):
         (x_PI,) = ctx.saved_tensors
         gathering = ctx.gathering
         gathering.calls.append((x_PI, grad_PO))
-        return (grad_PO @ gathering.weight).to(ctx.dtype), None, None
+        return torch.mm(grad_PO, gathering.weight), None, None  # in the input's format: autograd sees to it

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 
@@ -81,11 +80,11 @@ class Packing:
         """Tokens (P, ...) as a rectangle (B, T, ...), zeros where there is none."""
         if not self.is_grid:
             x_PN = x_PN.new_zeros(self.rows * self.longest, *x_PN.shape[1:]).index_copy(0, self.slot_P, x_PN)
-        return rearrange(x_PN, "(b t) ... -> b t ...", b=self.rows)
+        return x_PN.unflatten(0, (self.rows, self.longest))
 
     def unpad(self, x_BTN: Tensor) -> Tensor:
         """A rectangle (B, T, ...) as tokens (P, ...)."""
-        x_SN = rearrange(x_BTN, "b t ... -> (b t) ...")
+        x_SN = x_BTN.flatten(0, 1)
         return x_SN if self.is_grid else take(x_SN, self.slot_P)
 
 
