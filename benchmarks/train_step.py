@@ -24,7 +24,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
 
 from simcot_latent.config import LatentConfig, LossConfig, RunConfig, as_plain, config_dir
 from simcot_latent.data.batch import BatchOrder
@@ -33,7 +32,7 @@ from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
-from simcot_latent.optimizer import make_optimizers
+from simcot_latent.optimizer import make_optimizers, update
 
 SIZES = {
     "S": GPTConfig(vocab_size=8192, n_layer=4, n_head=4, n_embd=256),
@@ -125,7 +124,8 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
 
     def ours() -> None:
         loss = objective(batch, batch.totals)["loss"]
-        update(loss, objective, optimizers)
+        loss.backward()
+        update(objective.parameters(), optimizers, max_norm=1.0)
 
     bound, tokens = make_bound(objective, batch, optimizers)
     seconds: dict[str, list[float]] = {"ours": [], "bound": []}
@@ -176,18 +176,10 @@ def make_bound(
         step_hidden = decoder.transformer(model.embedding(ids_NL)).flatten(0, 1)[-step_labels:]
         loss = weights.answer_weight * F.cross_entropy(model.logits(answer_hidden), answer_labels)
         loss = loss + weights.step_weight * F.cross_entropy(decoder.logits(step_hidden), step_label_M)
-        update(loss, objective, optimizers)
+        loss.backward()
+        update(objective.parameters(), optimizers, max_norm=1.0)
 
     return step, {"base_tokens": ids_BT.numel(), "decoder_tokens": ids_NL.numel()}
-
-
-def update(loss: Tensor, objective: LatentObjective, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Backward and optimizer step, as the trainer takes them; the same on both sides."""
-    loss.backward()
-    nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
 
 def processor() -> str:

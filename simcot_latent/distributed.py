@@ -29,7 +29,10 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums of float32 CPU or device tensors over all ranks, in one message; every rank has the same keys."""
+        """Sums of float32 tensors over all ranks, in one message; every rank has the same keys.
+
+        All of them are on the CPU, or all on the device.
+        """
         if self.world == 1 or not values:
             return values
         flat = torch.cat([value.reshape(-1) for value in values.values()])
@@ -60,7 +63,8 @@ def ranks_on(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        # Both: what is known on the CPU is summed there, so that no step waits for its device.
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
     try:

@@ -106,7 +106,7 @@ class _CrossEntropy(torch.autograd.Function):
         hidden, table = hidden_MD.to(dtype), table_VD.to(dtype)
         wants_hidden, wants_table = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_table = torch.zeros_like(table) if wants_table else None
+        grad_table = torch.empty_like(table) if wants_table else None
         nll_M = torch.empty_like(scale_M)
         correct_M = torch.empty_like(label_M, dtype=torch.bool)
         size = max(1, CHUNK_NUMBERS // len(table))
@@ -136,19 +136,24 @@ class _CrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     torch.mm(grad_CV, table, out=grad_hidden[part])
                 if grad_table is not None:
-                    grad_table.addmm_(grad_CV.T, hidden[part])
+                    torch.addmm(grad_table, grad_CV.T, hidden[part], beta=float(begin > 0), out=grad_table)
         ctx.mark_non_differentiable(nll_M, correct_M)
         ctx.dtypes = hidden_MD.dtype, table_VD.dtype
-        ctx.save_for_backward(grad_hidden, grad_table)
+        if grad_table is not None and len(label_M) == 0:
+            grad_table.zero_()
+        ctx.grads = grad_hidden, grad_table
         return (nll_M * scale_M).sum(), nll_M, correct_M
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = (
-            None if grad is None else (grad * grad_loss.to(grad.dtype)).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of a cross_entropy have been handed out already: backward only once")
+        grads, ctx.grads = ctx.grads, None  # scaled in place, as they are as large as the table
+        hidden, table = (
+            None if grad is None else grad.mul_(grad_loss).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None
+        return hidden, table, None, None, None
 
 
 def at_least_tiny(total: Tensor) -> Tensor:

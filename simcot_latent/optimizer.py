@@ -8,7 +8,7 @@ lack it, and one matrix at a time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from einops import rearrange
@@ -112,3 +112,12 @@ def make_optimizers(module: nn.Module, run: RunConfig) -> list[torch.optim.Optim
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def update(parameters: Iterable[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> Tensor:
+    """Clips the gradients to a norm, takes every optimizer's step and drops the gradients; their norm before."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm

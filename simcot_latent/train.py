@@ -32,7 +32,7 @@ from simcot_latent.checkpoint import (
     save_checkpoint,
 )
 from simcot_latent.config import RunConfig, as_plain, instantiate, parse
-from simcot_latent.data.batch import BatchOrder, micro_batches, to_device
+from simcot_latent.data.batch import BatchOrder, Prefetch, micro_batches, pin, to_device
 from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources import LoadedSplit, Source, Split
@@ -45,8 +45,9 @@ from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.base import Objective
-from simcot_latent.optimizer import make_optimizers
+from simcot_latent.optimizer import make_optimizers, update
 from simcot_latent.probe import probe_problems, probe_table
+from simcot_latent.profiling import PROFILED, SKIPPED, WARMUP, StepProfile, part
 from simcot_latent.validation import COLLAPSE_RATIO, HeldOut, have_collapsed, validate, validation_table
 
 
@@ -61,6 +62,14 @@ class Job:
     dtype: torch.dtype
     ranks: Ranks
     console: Console
+
+
+@dataclass
+class PreparedStep:
+    """What an optimizer step trains on: this rank's micro-batches, and their totals."""
+
+    batches: list[Any]
+    totals: dict[str, Tensor]
 
 
 class StopSignal:
@@ -123,6 +132,9 @@ class Trainer:
         self.order = BatchOrder([e.length for e in examples], run.target_examples_per_step, run.seed)
         steps_of_epochs = math.ceil(run.num_epochs * len(examples) / run.target_examples_per_step)
         self.num_steps = steps_of_epochs if run.num_iterations == -1 else run.num_iterations
+        needed = SKIPPED + WARMUP + PROFILED
+        if run.profile and self.num_steps < needed:
+            raise UserError(f"profile=true: takes {needed} steps, this run has {self.num_steps}; raise num_iterations")
         self.optimizers = make_optimizers(objective, run)
         self.step = 0
         if run.resume:
@@ -159,14 +171,20 @@ class Trainer:
         stop = StopSignal()
         self.announce()
         began, began_step = time.perf_counter(), self.step
+        prefetch = Prefetch(self.prepare, self.num_steps)
+        profiler = StepProfile(job.out_dir / "profile", self.console) if run.profile and self.ranks.is_main else None
         interval = Interval()
         metrics: dict[str, float] = {}
         with make_progress(self.console) as progress:
             bar = progress.add_task(run.mode, total=self.num_steps, completed=self.step)
             while self.step < self.num_steps:
-                shares, totals, grad_norm, stopping = self.train_step(stop)
+                with part("data"):
+                    prepared = prefetch.get(self.step)
+                shares, totals, grad_norm, stopping = self.train_step(prepared, stop)
                 self.step += 1
-                interval.add(totals)
+                if profiler is not None:
+                    profiler.step()
+                interval.add(totals, prefetch)
                 progress.update(bar, completed=self.step)
                 last = self.step == self.num_steps
                 if self.step % run.log_every == 0 or last or self.step == 1:
@@ -181,6 +199,9 @@ class Trainer:
                     self.save()
                     interval = Interval()
         seconds = time.perf_counter() - began
+        prefetch.close()
+        if profiler is not None:
+            profiler.close()
         folder = self.save()
         log.close()
         if self.step < self.num_steps:
@@ -191,34 +212,42 @@ class Trainer:
             self.report(metrics)
         self.ranks.barrier()
 
-    def train_step(self, stop: StopSignal) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, bool]:
+    def prepare(self, step: int) -> PreparedStep:
+        """The batches of a step; a function of nothing but its number."""
+        run, ranks = self.run, self.ranks
+        thoughts = self.objective.thoughts_at(step / self.num_steps)
+        indices = micro_batches(self.order.batch(step), run.device_batch_size, ranks.rank, ranks.world)
+        batches = [self.objective.collate([self.examples[i] for i in piece], thoughts) for piece in indices]
+        totals = add_up([batch.totals for batch in batches])
+        return PreparedStep([pin(b) for b in batches] if self.job.device.type == "cuda" else batches, totals)
+
+    def train_step(
+        self, prepared: PreparedStep, stop: StopSignal
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, bool]:
         """One optimizer step: its shares and totals, the gradient norm, and whether any rank was told to stop."""
         run, job, ranks = self.run, self.job, self.ranks
         thoughts = self.objective.thoughts_at(self.step / self.num_steps)
         if thoughts != self.thoughts_now():
             self.begin_stage(thoughts)
-        indices = micro_batches(self.order.batch(self.step), run.device_batch_size, ranks.rank, ranks.world)
-        batches = [self.objective.collate([self.examples[i] for i in piece], thoughts) for piece in indices]
-        totals = add_up([batch.totals for batch in batches]) | {"stop": torch.tensor(float(stop.received is not None))}
-        totals = ranks.sum({key: value.to(job.device) for key, value in totals.items()})
+        totals = ranks.sum(prepared.totals | {"stop": torch.tensor(float(stop.received is not None))})
         stopping = bool(totals.pop("stop") > 0)
+        device_totals = {key: value.to(job.device, non_blocking=True) for key, value in totals.items()}
         lrm = lr_multiplier(run, self.step, self.num_steps)
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = group["peak_lr"] * lrm
 
         pieces: list[dict[str, Tensor]] = []
-        for i, batch in enumerate(batches):
-            synchronise = i == len(batches) - 1 or not isinstance(self.module, DistributedDataParallel)
+        for i, batch in enumerate(prepared.batches):
+            synchronise = i == len(prepared.batches) - 1 or not isinstance(self.module, DistributedDataParallel)
             with nullcontext() if synchronise else self.module.no_sync():  # type: ignore[union-attr, operator]
-                with autocast(job.device, job.dtype):
-                    shares = self.module(to_device(batch, job.device), totals)
-                # DDP averages gradients over ranks; shares add up.
-                (shares["loss"] * ranks.world).backward()
+                with part("forward"), autocast(job.device, job.dtype):
+                    shares = self.module(to_device(batch, job.device), device_totals)
+                with part("backward"):
+                    # DDP averages gradients over ranks; shares add up.
+                    (shares["loss"] * ranks.world).backward()
             pieces.append({key: value.detach() for key, value in shares.items()})
-        grad_norm = nn.utils.clip_grad_norm_(self.objective.parameters(), run.max_grad_norm or math.inf)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with part("update"):
+            grad_norm = update(self.objective.parameters(), self.optimizers, run.max_grad_norm or math.inf)
         return add_up(pieces), totals, grad_norm, stopping
 
     def begin_stage(self, thoughts: ThoughtFormat) -> None:
@@ -248,6 +277,7 @@ class Trainer:
             "lr": run.learning_rate * lrm,
             "grad_norm": grad_norm.item(),
             "tokens_per_s": interval.tokens_per_s(),
+            "data_wait": interval.data_wait(),
             "padding": 1 - (totals["positions"] / totals["slots"]).item(),
             "n_latents": self.thoughts_now().n_latents,
         }
@@ -381,17 +411,26 @@ class Trainer:
 
 
 class Interval:
-    """Tokens a second, since it was made."""
+    """What the steps since it was made came to."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
-        self.positions: list[Tensor] = []
+        self.tokens = 0.0
+        self.waited = 0.0
 
-    def add(self, totals: dict[str, Tensor]) -> None:
-        self.positions.append(totals["positions"])
+    def add(self, totals: dict[str, Tensor], prefetch: Prefetch[PreparedStep]) -> None:
+        """Counts a step."""
+        self.tokens += totals["positions"].item()
+        self.waited += prefetch.waited
+        prefetch.waited = 0.0
 
     def tokens_per_s(self) -> float:
-        return float(sum(p.item() for p in self.positions)) / (time.perf_counter() - self.began)
+        """Tokens a second, those of all ranks."""
+        return self.tokens / (time.perf_counter() - self.began)
+
+    def data_wait(self) -> float:
+        """Share of the time in which this rank waited for its data."""
+        return self.waited / (time.perf_counter() - self.began)
 
 
 def lr_multiplier(run: RunConfig, step: int, num_steps: int) -> float:

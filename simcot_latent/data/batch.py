@@ -1,10 +1,12 @@
 """From examples to batches: which examples make a step."""
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 POOL_BATCHES = 16
 
 DataclassT = TypeVar("DataclassT")
+T = TypeVar("T")
 
 
 class BatchOrder:
@@ -73,14 +76,53 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def to_device(value: DataclassT, device: torch.device) -> DataclassT:
     """A (nested) dataclass of tensors on another device; what is no tensor stays as it is."""
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def pin(value: DataclassT) -> DataclassT:
+    """The same in page-locked memory, from which a copy to a GPU makes nobody wait."""
+    return _map_tensors(value, Tensor.pin_memory)
+
+
+def _map_tensors(value: DataclassT, change: Callable[[Tensor], Tensor]) -> DataclassT:
     if not is_dataclass(value):
         raise TypeError(f"{type(value).__name__} is no dataclass")
-    moved: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
-            item = item.to(device, non_blocking=True)
+            item = change(item)
         elif is_dataclass(item) and not isinstance(item, type):
-            item = to_device(item, device)
-        moved[field.name] = item
-    return type(value)(**moved)  # type: ignore[return-value]
+            item = _map_tensors(item, change)
+        changed[field.name] = item
+    return type(value)(**changed)  # type: ignore[return-value]
+
+
+class Prefetch(Generic[T]):
+    """Makes what a step needs in a thread of its own, while the step before it is still running.
+
+    Args:
+        make: from a step's number to what it needs; it must not depend on when it is called.
+        end: the step after the last.
+    """
+
+    def __init__(self, make: Callable[[int], T], end: int) -> None:
+        self.make, self.end = make, end
+        self.waited = 0.0
+        """Seconds that `get` has spent waiting, in all."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._ahead: tuple[int, Future[T]] | None = None
+
+    def get(self, step: int) -> T:
+        """What a step needs; the next one's is begun."""
+        began = time.perf_counter()
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = step, self._thread.submit(self.make, step)
+        made = self._ahead[1].result()
+        self._ahead = (step + 1, self._thread.submit(self.make, step + 1)) if step + 1 < self.end else None
+        self.waited += time.perf_counter() - began
+        return made
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(cancel_futures=True)

@@ -156,9 +156,8 @@ class Sight:
         if self.cache is not None:
             self.cache.fill(layer, k_BTGE, v_BTGE)
         # Padding is on the right, where causality alone keeps it from being seen.
-        out_BHTE = F.scaled_dot_product_attention(
-            *(rearrange(x, "b t h e -> b h t e") for x in (q_BTHE, k_BTGE, v_BTGE)), is_causal=True, enable_gqa=H != G
-        )
+        q_BHTE, k_BGTE, v_BGTE = (rearrange(x, "b t h e -> b h t e") for x in (q_BTHE, k_BTGE, v_BTGE))
+        out_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BGTE, v_BGTE, is_causal=True, enable_gqa=H != G)
         return self.packing.unpad(rearrange(out_BHTE, "b h t e -> b t (h e)"))
 
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # Up to how many tokens a weight is multiplied the other way round on a CPU.
 FEW = 64
 

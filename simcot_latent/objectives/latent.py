@@ -29,6 +29,7 @@ from simcot_latent.model.packing import Packing, take
 from simcot_latent.model.step_decoder import PackedSteps, StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat, go_on, think
 from simcot_latent.objectives.base import Objective, WrittenBatch, flat_ids, position_totals, target_totals
+from simcot_latent.profiling import part
 
 
 @dataclass
@@ -169,18 +170,22 @@ class LatentObjective(Objective):
         ids = (batch.question_ids_P, batch.text_ids_A, batch.steps.ids_L)
         questions_PD, texts_AD, steps_LD = model.embedding(torch.cat(ids)).split([len(part) for part in ids])
         with gathered_gradients(model, decoder):
-            thoughts = think(model, questions_PD, batch.questions, batch.n_latents, room=batch.texts.longest)
-            hidden_AD = go_on(model, thoughts, texts_AD, batch.texts)
-            groups_NCD = rearrange(thoughts.latents_BKD, "b (g c) d -> (b g) c d", c=c)
-            hidden_MD = decoder(take(groups_NCD, batch.row_N), steps_LD, batch.steps.packing)
+            with part("think"):
+                thoughts = think(model, questions_PD, batch.questions, batch.n_latents, room=batch.texts.longest)
+            with part("go on"):
+                hidden_AD = go_on(model, thoughts, texts_AD, batch.texts)
+            with part("decode steps"):
+                groups_NCD = rearrange(thoughts.latents_BKD, "b (g c) d -> (b g) c d", c=c)
+                hidden_MD = decoder(take(groups_NCD, batch.row_N), steps_LD, batch.steps.packing)
 
         answer_scale_M = batch.targets.weight_M / at_least_tiny(totals["weights"])
         step_scale_M = label_scale_G(weights.step_reduction, totals)[batch.step_group_M]
-        found = cross_entropy(
-            Labelled(hidden_AD, model.output_table, batch.targets.label_M, weights.answer_weight * answer_scale_M),
-            Labelled(hidden_MD, decoder.embedding.weight, batch.steps.label_M, weights.step_weight * step_scale_M),
-            softcap=model.config.logit_softcap,
-        )
+        with part("head and loss"):
+            found = cross_entropy(
+                Labelled(hidden_AD, model.output_table, batch.targets.label_M, weights.answer_weight * answer_scale_M),
+                Labelled(hidden_MD, decoder.embedding.weight, batch.steps.label_M, weights.step_weight * step_scale_M),
+                softcap=model.config.logit_softcap,
+            )
         answer_nll_M, step_nll_M = found.nll_M.split((len(batch.targets), len(step_scale_M)))
         shares = {
             "loss": found.loss,
