@@ -153,7 +153,7 @@ def generate(
         opening = [tokenizer.eot_id] if thoughts.thinks else []
         ids_P, packing = pack_prompts([ids + opening for ids in prompts], device)
         cache = KVCache(packing.longest + room)
-        hidden_ND = model(ids_P, packing, cache, read_out=slice(-B, None))
+        hidden_ND = model(ids_P, packing, cache, read_out=B)
 
     written: list[list[int]] = [[] for _ in prompts]
     finished = [False] * B

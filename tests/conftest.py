@@ -85,6 +85,27 @@ def model(request: pytest.FixtureRequest) -> GPT:
     return build_model(request.param)
 
 
+def equal_gradients(ours: Tensor, theirs: Tensor, module: nn.Module, tolerance: float = 1e-4) -> None:
+    """Asserts that two scalars have the same gradient, to rounding, in every parameter that they may depend on.
+
+    That is all of them but an output head of its own, which hidden states do not know.
+    """
+    named = {name: parameter for name, parameter in module.named_parameters() if not name.startswith("head.")}
+    gradients = [torch.autograd.grad(scalar, list(named.values())) for scalar in (ours, theirs)]
+    for name, our, their in zip(named, *gradients, strict=True):
+        scale = their.abs().max().item()
+        assert scale > 0, f"{name} has no gradient: the comparison would be empty"
+        torch.testing.assert_close(
+            our, their, atol=tolerance * scale, rtol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture(scope="session")
+def assert_equal_gradients() -> Callable[..., None]:
+    """`assert_equal_gradients(ours, theirs, module, tolerance=1e-4)`; see `equal_gradients`."""
+    return equal_gradients
+
+
 def gpt2_weights_by_our_names(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """GPT-2's weights (or gradients) under Hugging Face's names, by ours. Their linear weights are (in, out)."""
     parts = {"wte": "embedding", "wpe": "transformer.positions", "ln_f": "transformer.norm"}

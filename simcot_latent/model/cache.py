@@ -51,9 +51,8 @@ class KVCache:
         self.length_B = packing.length_B if self.length_B is None else self.length_B + packing.length_B
         self.longest += packing.longest
 
-    def fill(self, layer: int, k_BTGE: Tensor, v_BTGE: Tensor) -> None:
-        """Takes the keys and values of a first pass; columns beyond a row's length hold nothing of meaning."""
-        assert layer == len(self._layers)
+    def fill(self, k_BTGE: Tensor, v_BTGE: Tensor) -> None:
+        """Takes the next layer's keys and values of a first pass; columns beyond a row's length hold nothing."""
         B, _, G, E = k_BTGE.shape
         kept = _Layer(k_BTGE.new_zeros(2, B, G, self.capacity, E))
         self._layers.append(kept)

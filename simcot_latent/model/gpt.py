@@ -135,38 +135,46 @@ class Sight:
         self.rotary = None
         if config.positions == "rotary":
             self.rotary = Rotary.at(self.position_P, config.head_width, config.rope_base)
+        self.layer = 0  # layers attend one after the other
         self.view = None
         if cache is not None and not cache.is_empty:
             self.view = CacheView(cache, packing, self.position_P, self.rotary, (H, G))
         # Attention on a CPU stays in float32: its fused kernel's bfloat16 backward is 4x slower.
         self.leaves_autocast = packing.row_P.device.type == "cpu" and torch.is_autocast_enabled("cpu")
 
-    def attend(self, layer: int, qkv_PXE: Tensor) -> Tensor:
-        """Scaled dot-product attention, (P, H * E). The only place where rows are padded to a rectangle.
+    def attend(self, qkv_PXE: Tensor) -> Tensor:
+        """Scaled dot-product attention of the next layer, (P, H * E).
+
+        The only place where rows are padded to a rectangle.
 
         Args:
             qkv_PXE: queries, keys and values, not rotated yet; X = H + 2G.
         """
         if self.cache is not None and self.view is not None:
-            return self.cache.attend(layer, qkv_PXE, self.view)
+            self.layer += 1
+            return self.cache.attend(self.layer - 1, qkv_PXE, self.view)
         (H, G), pad = self.heads, self.packing.pad
         qk_PXE, v_PGE = qkv_PXE.split((H + G, G), dim=1)
         qk_BTXE, v_BTGE = pad(qk_PXE if self.rotary is None else self.rotary(qk_PXE)), pad(v_PGE)
         q_BTHE, k_BTGE = qk_BTXE.split((H, G), dim=2)
         if self.cache is not None:
-            self.cache.fill(layer, k_BTGE, v_BTGE)
+            self.cache.fill(k_BTGE, v_BTGE)
         # Padding is on the right, where causality alone keeps it from being seen.
         q_BHTE, k_BGTE, v_BGTE = (rearrange(x, "b t h e -> b h t e") for x in (q_BTHE, k_BTGE, v_BTGE))
         out_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BGTE, v_BGTE, is_causal=True, enable_gqa=H != G)
         return self.packing.unpad(rearrange(out_BHTE, "b h t e -> b t (h e)"))
 
 
+def last(x_PD: Tensor, count: int | None) -> Tensor:
+    """The last tokens; None: all."""
+    return x_PD if count is None else x_PD[len(x_PD) - count :]
+
+
 class Attention(nn.Module):
     """Grouped-query causal self-attention."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.n_head, self.kv_heads = config.n_head, config.kv_heads
         self.qk_norm = config.qk_norm
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
@@ -174,7 +182,7 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, qkv_width, bias=qkv_bias)
         self.out = Linear(config.n_head * config.head_width, config.n_embd, bias=config.bias)
 
-    def forward(self, x_PD: Tensor, sight: Sight, read_out: slice | None) -> Tensor:
+    def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None) -> Tensor:
         H, G = self.n_head, self.kv_heads
         qkv_PXE = self.qkv(x_PD).unflatten(-1, (H + 2 * G, -1))
         if self.qk_norm:
@@ -183,10 +191,10 @@ class Attention(nn.Module):
             qkv_PXE = torch.cat((F.rms_norm(qk_PXE, (qk_PXE.shape[-1],)), v_PGE), dim=1)
         if sight.leaves_autocast:
             with torch.autocast(qkv_PXE.device.type, enabled=False):
-                seen_PD = sight.attend(self.layer, qkv_PXE.float())
+                seen_PD = sight.attend(qkv_PXE.float())
         else:
-            seen_PD = sight.attend(self.layer, qkv_PXE)
-        return self.out(seen_PD if read_out is None else seen_PD[read_out])
+            seen_PD = sight.attend(qkv_PXE)
+        return self.out(last(seen_PD, read_out))
 
 
 class MLP(nn.Module):
@@ -206,17 +214,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_PD: Tensor, sight: Sight, read_out: slice | None = None) -> Tensor:
+    def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None = None) -> Tensor:
         """(M, D): only what is to be read out is computed beyond keys and values."""
         seen_MD = self.attention(self.attention_norm(x_PD), sight, read_out)
-        x_MD = (x_PD if read_out is None else x_PD[read_out]) + seen_MD
+        x_MD = last(x_PD, read_out) + seen_MD
         return x_MD + self.mlp(self.mlp_norm(x_MD))
 
 
@@ -227,7 +235,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.positions = nn.Embedding(config.context_length, config.n_embd) if config.positions == "learned" else None
-        blocks = [Block(config, layer) for layer in range(config.n_layer)]
+        blocks = [Block(config) for _ in range(config.n_layer)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = make_norm(config)
         self.apply(_init)
@@ -241,7 +249,7 @@ class Transformer(nn.Module):
         x: Tensor,
         packing: Packing | None = None,
         cache: KVCache | None = None,
-        read_out: slice | None = None,
+        read_out: int | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -249,8 +257,8 @@ class Transformer(nn.Module):
             x: input embeddings (P, D) with a packing, or (B, T, D) without: rows of equal length.
             packing: how P tokens of ragged rows lie.
             cache: what the rows have read before; the new tokens are added to it.
-            read_out: the tokens whose hidden states are wanted, for instance `slice(-M, None)`: the last block computes
-                no others. Only with a packing. None: all.
+            read_out: M, how many of the last tokens' hidden states are wanted: the last block computes no others. Only
+                with a packing. None: all.
 
         Returns:
             (M, D), or (B, T, D) for rows of equal length.
@@ -290,7 +298,7 @@ class GPT(nn.Module):
         ids: Tensor,
         packing: Packing | None = None,
         cache: KVCache | None = None,
-        read_out: slice | None = None,
+        read_out: int | None = None,
     ) -> Tensor:
         """Hidden states after the final norm for token ids, (P,) with a packing or (B, T); see `Transformer.forward`.
 

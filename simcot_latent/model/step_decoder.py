@@ -114,9 +114,9 @@ class StepDecoder(nn.Module):
             steps_LD: embeddings of the groups' tokens.
             packing: of `PackedSteps`.
         """
-        N, C, _ = thoughts_NCD.shape
+        N = len(thoughts_NCD)
         x = torch.cat((rearrange(thoughts_NCD, "n c d -> (c n) d"), steps_LD))
-        return self.transformer(x, packing, read_out=slice((C - 1) * N, None))
+        return self.transformer(x, packing, read_out=N + len(steps_LD))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""

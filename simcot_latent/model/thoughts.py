@@ -68,7 +68,7 @@ def think(model: GPT, questions_PD: Tensor, packing: Packing, n_latents: int, ro
     """
     B = packing.rows
     cache = KVCache(packing.longest + n_latents + room)
-    thoughts = [model.transformer(questions_PD, packing, cache, read_out=slice(-B, None))]
+    thoughts = [model.transformer(questions_PD, packing, cache, read_out=B)]
     one_each = Packing.grid(B, 1, questions_PD.device)
     for _ in range(n_latents - 1):
         thoughts.append(model.transformer(thoughts[-1], one_each, cache))
@@ -83,7 +83,7 @@ def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing) ->
         packing: how thought and text lie: the thoughts of all rows first, in the order of the rows.
     """
     x = torch.cat((thoughts.latents_BKD[:, -1], texts_AD))
-    return model.transformer(x, packing, thoughts.cache, read_out=slice(packing.rows, None))
+    return model.transformer(x, packing, thoughts.cache, read_out=len(texts_AD))
 
 
 def geometry(latents_BKD: Tensor, embedding_VD: Tensor) -> dict[str, float]:

@@ -119,7 +119,7 @@ class Objective(nn.Module, ABC):
     def written_shares(self, batch: WrittenBatch, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weighted cross-entropy sum(w * ce) / sum(w) of a written batch, and the accuracy on its step tokens."""
         targets = batch.targets
-        hidden_MD = self.model(batch.ids_P, batch.packing, read_out=slice(len(batch.ids_P) - len(targets), None))
+        hidden_MD = self.model(batch.ids_P, batch.packing, read_out=len(targets))
         scale_M = targets.weight_M / at_least_tiny(totals["weights"])
         found = cross_entropy(
             Labelled(hidden_MD, self.model.output_table, targets.label_M, scale_M),

@@ -1,152 +1,325 @@
-"""Reading in pieces through a cache, and padding wherever it lies, change nothing."""
+"""Reading in pieces through a cache changes nothing: neither hidden states nor, in training, gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simcot_latent.model.cache import KVCache
-from simcot_latent.model.gpt import GPT, causal_mask
+from simcot_latent.model.cache import CacheView, KVCache
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.packing import Packing
 
-VOCAB, LENGTH = 61, 12
+FAMILIES = ["gpt2", "llama", "nanochat"]
+VOCAB, LENGTH, WIDTH = 61, 12, 32
 
 
 def random_ids(rows: int, length: int = LENGTH, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def read_in_pieces(model: GPT, ids_BT: Tensor, mask_BT: Tensor | None, cuts: Sequence[int], cache: KVCache) -> Tensor:
-    """Hidden states of all positions, read piece by piece."""
-    return torch.cat(
-        [
-            model(ids_BT[:, a:b], mask_BT=None if mask_BT is None else mask_BT[:, a:b], cache=cache)
-            for a, b in pairwise([0, *cuts, ids_BT.shape[1]])
-        ],
-        dim=1,
-    )
+def random_weights(*shape: int, seed: int = 0) -> Tensor:
+    """What each number of a hidden state counts in a scalar, each differently."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("capacity", [None, LENGTH, LENGTH + 5], ids=["appending", "exact", "roomy"])
+def read_in_pieces(model: GPT, ids_BT: Tensor, cuts: Sequence[int], cache: KVCache) -> Tensor:
+    """Hidden states of all positions of rows of equal length, read piece by piece."""
+    return torch.cat([model(ids_BT[:, a:b], cache=cache) for a, b in pairwise([0, *cuts, ids_BT.shape[1]])], dim=1)
+
+
+def read_ragged(model: GPT, ids_BT: Tensor, pieces: Sequence[Sequence[int]], cache: KVCache) -> list[list[Tensor]]:
+    """Hidden states of rows that are read in pieces of any lengths (a list a piece): for each piece, of each row."""
+    begins = [0] * len(ids_BT)
+    found = []
+    for lengths in pieces:
+        ids = [row[begin : begin + length] for row, begin, length in zip(ids_BT, begins, lengths, strict=True)]
+        found.append(list(model(torch.cat(ids), Packing.of(lengths), cache).split(list(lengths))))
+        begins = [begin + length for begin, length in zip(begins, lengths, strict=True)]
+    return found
+
+
+def room_for(pieces: Sequence[Sequence[int]]) -> int:
+    """A capacity that does for these pieces."""
+    return sum(map(max, pieces))
+
+
+@pytest.mark.parametrize("capacity", [LENGTH, LENGTH + 5], ids=["exact", "roomy"])
 @pytest.mark.parametrize("cuts", [range(1, LENGTH), [5], [1, 4, 11], []], ids=["tokens", "two", "four", "one"])
 @torch.no_grad()
-def test_cached_equals_uncached(model: GPT, cuts: Sequence[int], capacity: int | None) -> None:
+def test_cached_equals_uncached(model: GPT, cuts: Sequence[int], capacity: int) -> None:
     ids_BT = random_ids(3)
     cache = KVCache(capacity)
-    hidden_BTD = read_in_pieces(model, ids_BT, None, cuts, cache)
-    assert cache.length == LENGTH
+    assert cache.is_empty
+    hidden_BTD = read_in_pieces(model, ids_BT, cuts, cache)
+    assert not cache.is_empty
+    assert cache.longest == LENGTH
+    assert cache.length_B is not None
+    assert cache.length_B.tolist() == [LENGTH] * 3
     torch.testing.assert_close(hidden_BTD, model(ids_BT), atol=1e-5, rtol=1e-5)
 
 
 def test_who_may_see_whom() -> None:
-    """Real keys at or before the query; a padding position sees itself alone, so that its softmax is defined."""
-    seen_BS = torch.tensor([[0, 1, 1, 0, 1]]).bool()
-    expected_TS = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 0, 1]]).bool()
-    assert torch.equal(causal_mask(seen_BS, T=3), expected_TS[None, None])
-    assert causal_mask(seen_BS, T=5)[0, 0, 0].tolist() == [True, False, False, False, False]
+    """A row's own columns up to the query's position; where there is no token, something, so softmax is defined."""
+    cache, first, second = KVCache(capacity=5), Packing.of([1, 3, 2]), Packing.of([2, 1, 0])
+    cache.advance(first)
+    position_P = cache.positions(second)
+    assert position_P.tolist() == [1, 2, 3]
+    view = CacheView(cache, second, position_P, rotary=None, heads=(4, 2))
+    seen_BTC = torch.tensor(
+        [[[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], [[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]], [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]]
+    )
+    assert set(view.bias.unique().tolist()) == {-torch.inf, 0.0}
+    # Two key/value heads a row, and for each of them the two query heads that share it.
+    for key_head in range(2):
+        for query_head in range(2):
+            found_BTC = (view.bias == 0)[key_head::2, 2 * query_head : 2 * query_head + 2]
+            assert torch.equal(found_BTC, seen_BTC.bool())
 
 
-@pytest.mark.parametrize("side", ["left", "right", "middle", "both"])
-@torch.no_grad()
-def test_padded_equals_unpadded(model: GPT, side: str) -> None:
-    """A padded row, its padding filled with tokens that would matter, beside a row without padding."""
-    real = {"left": range(4, 12), "right": range(8), "middle": [0, 1, 2, 7, 8, 9, 10, 11], "both": range(2, 10)}[side]
-    mask_BT = torch.zeros(2, LENGTH, dtype=torch.bool)
-    mask_BT[0, list(real)] = True
-    mask_BT[1] = True
-    ids_BT = random_ids(2)
-    hidden_BTD = model(ids_BT, mask_BT=mask_BT)
-    assert hidden_BTD.isfinite().all()
-    for row in range(2):
-        alone_TD = model(ids_BT[row : row + 1, mask_BT[row]])[0]
-        torch.testing.assert_close(hidden_BTD[row, mask_BT[row]], alone_TD, atol=1e-5, rtol=1e-5)
+# Ragged rows in ragged pieces
 
 
 class Reading(NamedTuple):
-    """Rows with padding anywhere, read in pieces."""
+    """Rows that are read in ragged pieces, some of which enter a scalar."""
 
-    masks: list[list[bool]]
-    cuts: list[int]
-    capacity: int | None
+    pieces: list[list[int]]
+    counts: list[bool]
+    spare: int
     seed: int
 
 
-readings = st.builds(
-    Reading,
-    masks=st.lists(st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH), min_size=1, max_size=3),
-    cuts=st.lists(st.integers(1, LENGTH - 1), unique=True).map(sorted),
-    capacity=st.sampled_from([None, LENGTH, LENGTH + 3]),
-    seed=st.integers(0, 1000),
-)
+@st.composite
+def readings(draw: st.DrawFn) -> Reading:
+    """No piece is without any token: nobody reads one."""
+    rows = draw(st.integers(1, 3))
+    pieces = draw(st.lists(st.lists(st.integers(0, 4), min_size=rows, max_size=rows), min_size=1, max_size=4))
+    assume(all(any(piece) for piece in pieces))
+    counts = draw(st.lists(st.booleans(), min_size=len(pieces), max_size=len(pieces)))
+    return Reading(pieces, counts, draw(st.integers(0, 3)), draw(st.integers(0, 1000)))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
-@given(reading=readings)
-@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("family", FAMILIES)
+@given(reading=readings())
+@settings(deadline=None, max_examples=40)
 @torch.no_grad()
-def test_any_padding_read_in_any_pieces(make_model: Callable[..., GPT], family: str, reading: Reading) -> None:
-    """All at once: padding anywhere, pieces anywhere (some of them all padding), either cache; each row as if alone."""
+def test_any_rows_read_in_any_pieces(make_model: Callable[..., GPT], family: str, reading: Reading) -> None:
+    """All at once: rows of any lengths, pieces anywhere, some of them nothing for some rows; each row as if alone."""
     model = make_model(family)
-    mask_BT = torch.tensor(reading.masks)
-    ids_BT = random_ids(len(mask_BT), seed=reading.seed)
-    cache = KVCache(reading.capacity)
-    hidden_BTD = read_in_pieces(model, ids_BT, mask_BT, reading.cuts, cache)
-    assert hidden_BTD.isfinite().all()
-    assert cache.mask_BS is not None
-    assert torch.equal(cache.mask_BS, mask_BT)
-    for hidden_TD, ids_T, mask_T in zip(hidden_BTD, ids_BT, mask_BT, strict=True):
-        if mask_T.any():
-            alone_TD = model(ids_T[mask_T].unsqueeze(0))[0]
-            torch.testing.assert_close(hidden_TD[mask_T], alone_TD, atol=2e-5, rtol=2e-5)
+    lengths = [sum(row) for row in zip(*reading.pieces, strict=True)]
+    ids_BT = random_ids(len(lengths), max(lengths), reading.seed)
+    cache = KVCache(room_for(reading.pieces) + reading.spare)
+    found = read_ragged(model, ids_BT, reading.pieces, cache)
+    assert cache.length_B is not None
+    assert cache.length_B.tolist() == lengths
+    assert max(lengths) <= cache.longest <= cache.capacity
+    for ids_T, length, pieces in zip(ids_BT, lengths, zip(*found, strict=True), strict=True):
+        if length > 0:
+            alone_TD = model(ids_T[:length].unsqueeze(0))[0]
+            torch.testing.assert_close(torch.cat(pieces), alone_TD, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("capacity", [None, LENGTH], ids=["appending", "preallocated"])
+@pytest.mark.parametrize("family", FAMILIES)
+@given(reading=readings())
+@example(reading=Reading([[3, 1], [2, 4], [1, 2]], [False, False, True], 0, 0)).via("only what is read last counts")
+@example(reading=Reading([[3, 1], [2, 4], [1, 2]], [True, False, False], 0, 0)).via("only what is read first counts")
+@example(reading=Reading([[3, 1], [2, 4], [1, 2]], [False, True, False], 0, 0)).via("only the middle counts")
+@example(reading=Reading([[3, 1], [2, 0], [0, 4], [1, 0]], [True, False, False, True], 2, 0)).via("with gaps")
+@settings(deadline=None, max_examples=40)
+def test_gradients_of_any_pieces(
+    make_model: Callable[..., GPT], assert_equal_gradients: Callable[..., None], family: str, reading: Reading
+) -> None:
+    """Training reads in pieces: hidden states and gradients are those of each row alone, read at once.
+
+    Whichever pieces a scalar is made of: the others' gradient comes through keys and values alone, or is none.
+    """
+    assume(any(any(piece) for piece, counts in zip(reading.pieces, reading.counts, strict=True) if counts))
+    model = make_model(family)
+    lengths = [sum(row) for row in zip(*reading.pieces, strict=True)]
+    ids_BT = random_ids(len(lengths), max(lengths), reading.seed)
+    weight_BTD = random_weights(*ids_BT.shape, WIDTH, seed=reading.seed)
+    found = read_ragged(model, ids_BT, reading.pieces, KVCache(room_for(reading.pieces) + reading.spare))
+    scalar, expected = torch.zeros(()), torch.zeros(())
+    for row, length in enumerate(lengths):
+        if length == 0:
+            continue
+        weights = weight_BTD[row, :length].split([piece[row] for piece in reading.pieces])
+        alone = model(ids_BT[row : row + 1, :length])[0].split([piece[row] for piece in reading.pieces])
+        for piece, counts, weight_TD, alone_TD in zip(found, reading.counts, weights, alone, strict=True):
+            torch.testing.assert_close(piece[row], alone_TD, atol=2e-5, rtol=2e-5)
+            if counts:
+                scalar = scalar + (piece[row] * weight_TD).sum()
+                expected = expected + (alone_TD * weight_TD).sum()
+    assert_equal_gradients(scalar, expected, model)
+
+
+@pytest.mark.parametrize("cuts", [range(1, LENGTH), [5], [1, 4, 11]], ids=["tokens", "two", "four"])
+def test_gradients_reach_input_embeddings(model: GPT, cuts: Sequence[int]) -> None:
+    """Thoughts are inputs: what a later piece sees of them must reach them."""
+    weight_BTD = random_weights(2, LENGTH, WIDTH)
+    gradients = []
+    for pieces in (cuts, []):
+        x_BTD = model.embedding(random_ids(2)).detach().requires_grad_()
+        cache = KVCache(LENGTH)
+        hidden = [model.transformer(x_BTD[:, a:b], cache=cache) for a, b in pairwise([0, *pieces, LENGTH])]
+        gradients.append(torch.autograd.grad((torch.cat(hidden, dim=1) * weight_BTD).sum(), x_BTD)[0])
+    torch.testing.assert_close(*gradients, atol=1e-4 * gradients[1].abs().max().item(), rtol=1e-4)
+
+
+def test_the_order_of_tokens_does_not_matter(model: GPT, assert_equal_gradients: Callable[..., None]) -> None:
+    """A later piece whose tokens lie in any order, rows mixed: hidden states and gradients are the same."""
+    first, second = Packing.of([4, 1, 2]), Packing.of([2, 3, 1])
+    order_P = torch.tensor([4, 0, 5, 3, 1, 2])
+    mixed = Packing(*(x[order_P] for x in (second.row_P, second.offset_P, second.slot_P)), second.length_B, 3, False)
+    ids_P, more_P, weight_PD = random_ids(1, 7)[0], random_ids(1, 6, seed=1)[0], random_weights(6, WIDTH)
+    hidden = []
+    for packing, more in ((second, more_P), (mixed, more_P[order_P])):
+        cache = KVCache(7)
+        model(ids_P, first, cache)
+        hidden.append(model(more, packing, cache))
+    torch.testing.assert_close(hidden[1], hidden[0][order_P], atol=1e-5, rtol=1e-5)
+    assert_equal_gradients((hidden[1] * weight_PD[order_P]).sum(), (hidden[0] * weight_PD).sum(), model)
+
+
+# Several graphs
+
+
+def two_scalars(model: GPT) -> list[Tensor]:
+    """Of two different texts, each read in pieces through a cache of its own."""
+    return [
+        (
+            read_in_pieces(model, random_ids(2, seed=seed), cuts, KVCache(LENGTH)) * random_weights(2, LENGTH, WIDTH)
+        ).sum()
+        for seed, cuts in ((1, [4, 9]), (2, [3, 4, 5]))
+    ]
+
+
+def test_two_caches_in_one_graph(model: GPT, assert_equal_gradients: Callable[..., None]) -> None:
+    """Two micro batches in one backward pass have the sum of their gradients."""
+    weight_BTD = random_weights(2, LENGTH, WIDTH)
+    uncached = sum(((model(random_ids(2, seed=seed)) * weight_BTD).sum() for seed in (1, 2)), torch.zeros(()))
+    first, second = two_scalars(model)
+    assert_equal_gradients(first + second, uncached, model)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_backward_passes_do_not_disturb_each_other(model: GPT, order: tuple[int, int]) -> None:
+    """Two graphs that stand side by side, whichever goes first; and one that is gone through twice."""
+    weight = model.embedding.weight
+    expected = [torch.autograd.grad(scalar, weight)[0] for scalar in two_scalars(model)]
+    scalars = two_scalars(model)
+    for which in (*order, *order):
+        (gradient,) = torch.autograd.grad(scalars[which], weight, retain_graph=True)
+        assert torch.equal(gradient, expected[which])
+
+
+# The buffers
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_writes_in_place(model: GPT, trains: bool) -> None:
+    """What is there is neither moved nor copied, and a pass writes to its own columns alone."""
+    cache = KVCache(LENGTH)
+    lengths = torch.zeros(2, dtype=torch.long)
+    with torch.set_grad_enabled(trains):
+        read_ragged(model, random_ids(2), [[3, 1]], cache)
+        buffers = [layer.kv for layer in cache._layers]
+        for piece in ([1, 4], [0, 2], [2, 1]):
+            lengths = cache.length_B
+            assert lengths is not None
+            before = [kv.clone() for kv in buffers]
+            read_ragged(model, random_ids(2, seed=1), [piece], cache)
+            assert all(layer.kv is kv for layer, kv in zip(cache._layers, buffers, strict=True))
+            for kv, kv_before in zip(buffers, before, strict=True):
+                for row, (length, new) in enumerate(zip(lengths.tolist(), piece, strict=True)):
+                    is_new = torch.zeros(LENGTH, dtype=torch.bool)
+                    is_new[length : length + new] = True
+                    changed_C = (kv != kv_before)[:, row].any(dim=-1).flatten(0, 1).any(0)
+                    assert torch.equal(changed_C, is_new)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_full_cache_says_so(model: GPT, trains: bool) -> None:
+    """Rather than writing into the next row, which lies right behind in memory."""
+    with torch.set_grad_enabled(trains):
+        cache = KVCache(capacity=5)
+        model(random_ids(2, 4), cache=cache)
+        with pytest.raises(ValueError, match="a cache of 5 positions cannot hold 6"):
+            model(random_ids(2, 2), cache=cache)
+        model(random_ids(2, 1), cache=cache)
+        assert cache.longest == 5
+
+
+def test_a_first_pass_too_long_for_its_cache(model: GPT) -> None:
+    with pytest.raises(ValueError, match="a cache of 5 positions cannot hold 6"):
+        model(random_ids(2, 6), cache=KVCache(capacity=5))
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What is freed is freed by reference counts alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_buffers_go_with_the_results(model: GPT, goes_back: bool) -> None:
+    """The cache of a training step is as large as all its activations: nothing may hold on to it, not even a cycle."""
+
+    def read() -> tuple[Tensor, list[weakref.ref]]:
+        cache = KVCache(LENGTH)
+        scalar = read_in_pieces(model, random_ids(2), [3, 4, 9], cache).square().cumsum(-1).sum()
+        return scalar, [weakref.ref(x) for layer in cache._layers for x in (layer, layer.kv)]
+
+    scalar, buffers = read()
+    assert len(buffers) == 4
+    assert all(buffer() is not None for buffer in buffers), "the graph must hold them until it has gone back"
+    if goes_back:
+        scalar.backward()
+    del scalar
+    assert all(buffer() is None for buffer in buffers)
+
+
+# Fewer rows
+
+
 @pytest.mark.parametrize("rows", [[2, 0], [1], [3, 2, 1, 0]])
 @torch.no_grad()
-def test_keep_goes_on_with_those_rows(model: GPT, rows: list[int], capacity: int | None) -> None:
-    """Rows taken out of a padded batch, in a new order, read on as if they had been alone all along."""
+def test_keep_goes_on_with_those_rows(model: GPT, rows: list[int]) -> None:
+    """Rows taken out of a ragged batch, in a new order, read on as if they had been alone all along."""
     ids_BT = random_ids(4)
-    mask_BT = torch.ones(4, LENGTH, dtype=torch.bool)
-    for row in range(4):
-        mask_BT[row, 3 : 3 + row] = False  # another padding a row, before the cut
-    cache = KVCache(capacity)
-    model(ids_BT[:, :8], mask_BT=mask_BT[:, :8], cache=cache)
+    before, after = [8, 2, 1, 5], [1, 3, 0, 4]
+    cache = KVCache(LENGTH)
+    read_ragged(model, ids_BT, [before], cache)
     cache.keep(torch.tensor(rows))
-    hidden_NTD = model(ids_BT[rows, 8:], mask_BT=mask_BT[rows, 8:], cache=cache)
-    for kept, row in enumerate(rows):
-        alone_TD = model(ids_BT[row : row + 1, mask_BT[row]])[0, -4:]
-        torch.testing.assert_close(hidden_NTD[kept], alone_TD, atol=1e-5, rtol=1e-5)
+    assert cache.length_B is not None
+    assert cache.length_B.tolist() == [before[row] for row in rows]
+    remaining_BT = torch.stack([ids_BT[row].roll(-before[row]) for row in rows])
+    (found,) = read_ragged(model, remaining_BT, [[after[row] for row in rows]], cache)
+    for row, hidden_TD in zip(rows, found, strict=True):
+        alone_TD = model(ids_BT[row : row + 1, : before[row] + after[row]])[0, before[row] :]
+        torch.testing.assert_close(hidden_TD, alone_TD, atol=1e-5, rtol=1e-5)
 
 
-def test_a_preallocated_cache_writes_in_place() -> None:
-    """Keys and values of earlier positions are neither moved nor copied, and only what was written comes back."""
-    cache = KVCache(capacity=6)
-    pieces = torch.arange(2 * 3 * 5 * 4.0).view(2, 3, 5, 4).split((2, 1, 2), dim=2)
-    addresses = set()
-    for i, piece in enumerate(pieces, start=1):
-        cache.extend_mask(torch.ones(2, piece.shape[2], dtype=torch.bool))
-        k, v = cache.append(0, piece, -piece)
-        assert torch.equal(k, torch.cat(pieces[:i], dim=2))
-        assert torch.equal(v, -torch.cat(pieces[:i], dim=2))
-        addresses.add((k.data_ptr(), v.data_ptr()))
-    assert len(addresses) == 1
-    assert cache.length == 5
-
-
-def test_gradients_go_through_an_appending_cache(model: GPT) -> None:
-    """Training reads questions and thoughts through the cache: its gradients are those of one pass."""
-    ids_BT = random_ids(2)
-    weight_BTD = torch.randn(2, LENGTH, 32, generator=torch.Generator().manual_seed(1))
-    parameters = [p for name, p in model.named_parameters() if not name.startswith("head.")]
-    gradients = [
-        torch.autograd.grad((hidden_BTD * weight_BTD).sum(), parameters)
-        for hidden_BTD in (model(ids_BT), read_in_pieces(model, ids_BT, None, [1, 4, 9], KVCache()))
-    ]
-    for one_pass, in_pieces in zip(*gradients, strict=True):
-        torch.testing.assert_close(in_pieces, one_pass, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("rows", [[1, 0], [1]], ids=["reordered", "fewer"])
+def test_gradients_end_where_rows_are_kept(model: GPT, rows: list[int]) -> None:
+    """As `keep` says: none, rather than another row's."""
+    x_BTD = model.embedding(random_ids(2)).detach().requires_grad_()
+    cache = KVCache(LENGTH)
+    model.transformer(x_BTD[:, :8], cache=cache)
+    cache.keep(torch.tensor(rows))
+    model.transformer(x_BTD[rows, 8:], cache=cache).square().cumsum(-1).sum().backward()
+    assert x_BTD.grad is not None
+    assert not x_BTD.grad[:, :8].any()
+    assert x_BTD.grad[rows, 8:].any(dim=-1).all()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from simcot_latent.config import config_dir
 from simcot_latent.errors import UserError
-from simcot_latent.model import gpt as gpt_module
-from simcot_latent.model.gpt import GPT, MLP, Block, GPTConfig, attend, make_norm, rotary_angles, rotate
+from simcot_latent.model.cache import KVCache
+from simcot_latent.model.gpt import GPT, MLP, Block, GPTConfig, make_norm
+from simcot_latent.model.linear import gathered_gradients
 
 BATCH, LENGTH = 3, 17
 
@@ -171,19 +171,6 @@ def test_plain_gelu() -> None:
     torch.testing.assert_close(mlp(x), expected, atol=1e-5, rtol=1e-5)
 
 
-@given(st.integers(0, 100), st.integers(0, 100))
-@settings(deadline=None, max_examples=20)
-def test_rotary_sees_distances_only(first: int, shift: int) -> None:
-    """What a query finds in a key depends on how far apart they are, not on where they stand."""
-    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-
-    def score(at_query: int, at_key: int) -> Tensor:
-        angles = [rotary_angles(torch.tensor([[at]]), 8, 10_000.0) for at in (at_query, at_key)]
-        return (rotate(q, *angles[0]) * rotate(k, *angles[1])).sum()
-
-    torch.testing.assert_close(score(first + 5, first), score(first + shift + 5, first + shift), atol=1e-4, rtol=1e-4)
-
-
 def test_future_tokens_are_not_seen(model: GPT) -> None:
     ids_BT = random_ids(61)
     changed_BT = ids_BT.clone()
@@ -194,33 +181,49 @@ def test_future_tokens_are_not_seen(model: GPT) -> None:
     assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-2)
 
 
-def test_takes_embeddings_in_place_of_ids(model: GPT) -> None:
+def test_the_transformer_takes_embeddings_in_place_of_ids(model: GPT) -> None:
+    """What has no id, a thought, goes in beside what has one."""
     ids_BT = random_ids(61)
     with torch.no_grad():
-        assert torch.equal(model(ids_BT), model(embeddings_BTD=model.embedding(ids_BT)))
-    for both_or_neither in ({}, {"ids_BT": ids_BT, "embeddings_BTD": model.embedding(ids_BT)}):
-        with pytest.raises(ValueError, match="either"):
-            model(**both_or_neither)
+        assert torch.equal(model(ids_BT), model.transformer(model.embedding(ids_BT)))
 
 
-def test_bfloat16_autocast_is_near_float32(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def read_twice(model: GPT, ids_BT: Tensor) -> tuple[Tensor, KVCache]:
+    """Logits, with and without cache at work, and the cache."""
+    cache = KVCache(LENGTH)
+    hidden = [model(ids_BT[:, :9], cache=cache), model(ids_BT[:, 9:], cache=cache)]
+    return model.logits(torch.cat(hidden, dim=1)), cache
+
+
+@pytest.mark.parametrize("gathers", [False, True], ids=["ordinary", "gathered"])
+def test_bfloat16_autocast_is_near_float32(model: GPT, gathers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention runs in float32 on a CPU whatever the autocast, and the rest loses no more than bfloat16 must."""
     seen = set()
+    attend = F.scaled_dot_product_attention
 
-    def spy(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-        seen.update((q_BHTE.dtype, k_BGSE.dtype, v_BGSE.dtype))
-        return attend(q_BHTE, k_BGSE, v_BGSE, mask_B1TS)
+    def spy(*qkv: Tensor, **options: Any) -> Tensor:
+        seen.update(x.dtype for x in qkv)
+        return attend(*qkv, **options)
 
     ids_BT = random_ids(61)
-    with torch.no_grad():
-        exact = model.logits(model(ids_BT))
-        monkeypatch.setattr(gpt_module, "attend", spy)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            rounded = model.logits(model(ids_BT))
-    assert seen == {torch.float32}
+    parameters = list(model.parameters())
+    exact, _ = read_twice(model, ids_BT)
+    exact_gradients = torch.autograd.grad(exact.log_softmax(-1)[..., 0].mean(), parameters)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with gathered_gradients(model) if gathers else nullcontext():
+            rounded, cache = read_twice(model, ids_BT)
+        with torch.no_grad():
+            silent, _ = read_twice(model, ids_BT)
+    gradients = torch.autograd.grad(rounded.log_softmax(-1)[..., 0].mean(), parameters)
+    assert seen | {layer.kv.dtype for layer in cache._layers} == {torch.float32}
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact), "autocast was not at work"
     assert F.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.995
+    assert F.cosine_similarity(exact.flatten(), silent.flatten(), dim=0) > 0.995
+    for exact_gradient, gradient in zip(exact_gradients, gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert F.cosine_similarity(exact_gradient.flatten(), gradient.flatten(), dim=0) > 0.98
 
 
 def test_initial_residual_branches_shrink_with_depth() -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.thoughts import ThoughtFormat, geometry, go_on, last_real, think
+from simcot_latent.model.linear import gathered_gradients
+from simcot_latent.model.packing import Packing
+from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, geometry, go_on, think
 
-QUESTIONS = [[7, 3, 22, 9, 41, 60], [5, 60], [50, 11, 8, 60]]
-ANSWERS = [[59, 1, 2], [59, 13, 40, 6, 2], [59]]
+QUESTIONS = [[7, 3, 22, 9, 41, 60], [5, 60], [60], [50, 11, 8, 60]]
+ANSWERS = [[59, 1, 2], [59, 13, 40, 6, 2], [59], [59, 4]]
+
+gatherings = pytest.mark.parametrize("gathers", [False, True], ids=["ordinary", "gathered"])
 
 
 def naive(model: GPT, question: Sequence[int], n_latents: int, after: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -28,7 +34,7 @@ def naive(model: GPT, question: Sequence[int], n_latents: int, after: Sequence[i
     """
 
     def read(vectors: list[Tensor]) -> Tensor:
-        return model(embeddings_BTD=torch.stack(vectors).unsqueeze(0))[0]
+        return model.transformer(torch.stack(vectors).unsqueeze(0))[0]
 
     vectors = [model.embedding.weight[i] for i in question]
     for _ in range(n_latents):
@@ -37,16 +43,27 @@ def naive(model: GPT, question: Sequence[int], n_latents: int, after: Sequence[i
     return torch.stack(vectors[len(question) : len(question) + n_latents]), read(vectors)[-len(after) :]
 
 
-def padded(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
-    """Rows of ids with padding that would matter, were it seen; and their mask."""
-    length = max(map(len, rows))
-    ids_BT = torch.full((len(rows), length), 17)
-    mask_BT = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids_BT[i, where] = torch.tensor(row)
-        mask_BT[i, where] = True
-    return ids_BT, mask_BT
+def embed(model: GPT, *sections: Sequence[Sequence[int]]) -> Tensor:
+    """Embeddings of all rows' first section, row by row, then of all rows' second."""
+    return model.embedding(torch.tensor([i for rows in sections for row in rows for i in row], dtype=torch.long))
+
+
+def think_about(model: GPT, questions: Sequence[Sequence[int]], n_latents: int, room: int) -> Thoughts:
+    """Questions packed as `think` wants them: what stands before `<bot>`, then the `<bot>` of every row."""
+    before, bots = [question[:-1] for question in questions], [question[-1:] for question in questions]
+    packing = Packing.of(list(map(len, before)), [1] * len(questions))
+    return think(model, embed(model, before, bots), packing, n_latents, room)
+
+
+def go_on_with(model: GPT, thoughts: Thoughts, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The hidden states of each row."""
+    lengths = list(map(len, texts))
+    packing = Packing.of([1] * len(texts), lengths)
+    return list(go_on(model, thoughts, embed(model, texts), packing).split(lengths))
+
+
+def room_for(texts: Sequence[Sequence[int]]) -> int:
+    return max(map(len, texts))
 
 
 def probe_loss(latents_KD: Tensor, hidden_AD: Tensor) -> Tensor:
@@ -54,64 +71,97 @@ def probe_loss(latents_KD: Tensor, hidden_AD: Tensor) -> Tensor:
     return (latents_KD.cumsum(0).cos() * latents_KD).sum() + (hidden_AD.cumsum(0).sin() * hidden_AD).sum()
 
 
-def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    """Gradients by name, of the parameters that the loss depends on; the output head is none of them."""
-    named = {name: p for name, p in model.named_parameters() if not name.startswith("head.")}
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+def probe_losses(model: GPT, questions: list[list[int]], n_latents: int, answers: list[list[int]]) -> Tensor:
+    """That of all rows of a batch."""
+    thoughts = think_about(model, questions, n_latents, room_for(answers))
+    hidden = go_on_with(model, thoughts, answers)
+    losses = [probe_loss(*row) for row in zip(thoughts.latents, hidden, strict=True)]
+    return torch.stack(losses).sum()
 
 
-def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    for name, expected in theirs.items():
-        scale = expected.abs().max().item()
-        assert scale > 0, f"{name} has no gradient: the comparison would be empty"
-        torch.testing.assert_close(
-            ours[name], expected, atol=1e-4 * scale, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+def naive_losses(model: GPT, questions: list[list[int]], n_latents: int, answers: list[list[int]]) -> Tensor:
+    """The same, row by row, the naive way."""
+    rows = zip(questions, answers, strict=True)
+    return torch.stack([probe_loss(*naive(model, question, n_latents, after)) for question, after in rows]).sum()
 
 
+@gatherings
 @pytest.mark.parametrize("n_latents", [1, 2, 5])
 @pytest.mark.parametrize(("question", "after"), list(zip(QUESTIONS, ANSWERS, strict=True)))
-def test_one_row_equals_the_naive_way(model: GPT, question: list[int], after: list[int], n_latents: int) -> None:
+def test_one_row_equals_the_naive_way(
+    model: GPT,
+    assert_equal_gradients: Callable[..., None],
+    question: list[int],
+    after: list[int],
+    n_latents: int,
+    gathers: bool,
+) -> None:
     """Thoughts, what follows them, and the gradients of both into every parameter."""
-    thoughts = think(model, torch.tensor([question]), torch.ones(1, len(question), dtype=torch.bool), n_latents)
-    assert thoughts.latents.shape == (1, n_latents, 32)
-    assert thoughts.cache.length == len(question) + n_latents - 1, "the last thought is not read before go_on"
-    hidden_BAD = go_on(model, thoughts, torch.tensor([after]))
+    with gathered_gradients(model) if gathers else nullcontext():
+        thoughts = think_about(model, [question], n_latents, len(after))
+        assert thoughts.latents.shape == (1, n_latents, 32)
+        assert thoughts.cache.longest == len(question) + n_latents - 1, "the last thought is not read before go_on"
+        (hidden_AD,) = go_on_with(model, thoughts, [after])
+    assert thoughts.cache.longest == thoughts.cache.capacity, "room is for what follows the thoughts, to a position"
     expected_latents, expected_hidden = naive(model, question, n_latents, after)
     torch.testing.assert_close(thoughts.latents[0], expected_latents, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(hidden_BAD[0], expected_hidden, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(
-        gradients(probe_loss(thoughts.latents[0], hidden_BAD[0]), model),
-        gradients(probe_loss(expected_latents, expected_hidden), model),
+    torch.testing.assert_close(hidden_AD, expected_hidden, atol=1e-5, rtol=1e-5)
+    assert_equal_gradients(
+        probe_loss(thoughts.latents[0], hidden_AD), probe_loss(expected_latents, expected_hidden), model
     )
 
 
+@gatherings
 @pytest.mark.parametrize("n_latents", [1, 4])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_a_padded_batch_equals_its_rows(model: GPT, side: str, n_latents: int) -> None:
-    """Questions padded on either side, texts after the thoughts padded on the right: forward and gradients."""
-    thoughts = think(model, *padded(QUESTIONS, side), n_latents)
-    ids_BA, mask_BA = padded(ANSWERS, "right")
-    hidden_BAD = go_on(model, thoughts, ids_BA, mask_BA)
-    loss, expected_loss = torch.zeros(()), torch.zeros(())
-    for row, (question, after) in enumerate(zip(QUESTIONS, ANSWERS, strict=True)):
+def test_a_ragged_batch_equals_its_rows(
+    model: GPT, assert_equal_gradients: Callable[..., None], n_latents: int, gathers: bool
+) -> None:
+    """Questions and texts of different lengths, packed: forward and gradients."""
+    with gathered_gradients(model) if gathers else nullcontext():
+        thoughts = think_about(model, QUESTIONS, n_latents, room_for(ANSWERS))
+        hidden = go_on_with(model, thoughts, ANSWERS)
+    for latents_KD, hidden_AD, question, after in zip(thoughts.latents, hidden, QUESTIONS, ANSWERS, strict=True):
         expected_latents, expected_hidden = naive(model, question, n_latents, after)
-        torch.testing.assert_close(thoughts.latents[row], expected_latents, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(hidden_BAD[row, : len(after)], expected_hidden, atol=1e-5, rtol=1e-5)
-        loss = loss + probe_loss(thoughts.latents[row], hidden_BAD[row, : len(after)])
-        expected_loss = expected_loss + probe_loss(expected_latents, expected_hidden)
-    assert_same_gradients(gradients(loss, model), gradients(expected_loss, model))
+        torch.testing.assert_close(latents_KD, expected_latents, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(hidden_AD, expected_hidden, atol=1e-5, rtol=1e-5)
+    loss = torch.stack([probe_loss(*row) for row in zip(thoughts.latents, hidden, strict=True)]).sum()
+    assert_equal_gradients(loss, naive_losses(model, QUESTIONS, n_latents, ANSWERS), model)
+
+
+@gatherings
+@pytest.mark.parametrize("what", ["first thought", "last thought", "last row's text"])
+def test_gradients_of_a_part(model: GPT, assert_equal_gradients: Callable[..., None], what: str, gathers: bool) -> None:
+    """Of the thoughts of some groups or the texts of some rows alone: passes that lead nowhere change nothing."""
+    with gathered_gradients(model) if gathers else nullcontext():
+        thoughts = think_about(model, QUESTIONS, 4, room_for(ANSWERS))
+        hidden = go_on_with(model, thoughts, ANSWERS)
+    alone = [naive(model, question, 4, after) for question, after in zip(QUESTIONS, ANSWERS, strict=True)]
+    ours, theirs = {
+        "first thought": (thoughts.latents[:, 0], torch.stack([latents_KD[0] for latents_KD, _ in alone])),
+        "last thought": (thoughts.latents[:, -1], torch.stack([latents_KD[-1] for latents_KD, _ in alone])),
+        "last row's text": (hidden[-1], alone[-1][1]),
+    }[what]
+    assert_equal_gradients((ours * ours.cumsum(1)).sum(), (theirs * theirs.cumsum(1)).sum(), model)
 
 
 @torch.no_grad()
-def test_a_preallocated_cache_thinks_the_same(model: GPT) -> None:
-    """Generation's way of thinking is training's."""
-    ids_BT, mask_BT = padded(QUESTIONS, "right")
-    training = think(model, ids_BT, mask_BT, 3)
-    generating = think(model, ids_BT, mask_BT, 3, KVCache(capacity=ids_BT.shape[1] + 3 + 1))
+def test_thinking_without_gradients_is_the_same(model: GPT) -> None:
+    """Generation's way of thinking, which looks at fewer columns and multiplies the other way round, is training's."""
+    generating = think_about(model, QUESTIONS, 3, room=1)
+    with torch.enable_grad():
+        training = think_about(model, QUESTIONS, 3, room=7)
+    assert training.latents.requires_grad
+    assert not generating.latents.requires_grad
     torch.testing.assert_close(generating.latents, training.latents, atol=1e-5, rtol=1e-5)
-    eot_B1 = torch.full((len(QUESTIONS), 1), 59)
-    torch.testing.assert_close(go_on(model, generating, eot_B1), go_on(model, training, eot_B1), atol=1e-5, rtol=1e-5)
+    eots = [[59]] * len(QUESTIONS)
+    found, expected = go_on_with(model, generating, eots), go_on_with(model, training, eots)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_more_text_than_room(model: GPT) -> None:
+    thoughts = think_about(model, QUESTIONS, 2, room=room_for(ANSWERS) - 1)
+    with pytest.raises(ValueError, match="a cache of 12 positions cannot hold 13"):
+        go_on_with(model, thoughts, ANSWERS)
 
 
 def test_equals_the_published_coconut(
@@ -120,30 +170,96 @@ def test_equals_the_published_coconut(
     """Thoughts, logits, loss and all gradients as the public Coconut code computed them (its fixtures' README.md)."""
     folder = shared / "fixtures"
     expected = load_file(folder / "coconut_final_stage.safetensors")
-    model = make_model("gpt2", vocab_size=128, n_head=2)
-    model.load_state_dict(from_hf_gpt2(load_file(folder / "weights_base.safetensors")))
+    weights = from_hf_gpt2(load_file(folder / "weights_base.safetensors"))
+    gradients = from_hf_gpt2(expected, prefix="grad.base.")
 
     ids_BT, mask_BT, labels_BT = expected["input_ids"], expected["attention_mask"].bool(), expected["labels"]
     is_thought_T = ids_BT[0] == 127  # they pad on the left, so thoughts stand in the same place in all rows
     first, last = is_thought_T.nonzero()[[0, -1], 0].tolist()
-    thoughts = think(model, ids_BT[:, :first], mask_BT[:, :first], n_latents=last + 1 - first)
-    logits_BAV = model.logits(go_on(model, thoughts, ids_BT[:, last + 1 :]))
-    torch.testing.assert_close(thoughts.latents, expected["latent_vectors"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits_BAV, expected["logits"][:, last + 1 :], atol=1e-5, rtol=1e-5)
-    loss = F.cross_entropy(logits_BAV[:, :-1].flatten(0, 1), labels_BT[:, last + 2 :].flatten())
-    torch.testing.assert_close(loss, expected["loss"][0], atol=1e-5, rtol=1e-5)
-    loss.backward()
-    for name, gradient in from_hf_gpt2(expected, prefix="grad.base.").items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-6, rtol=1e-4)
+    questions = [ids_T[:first][mask_T[:first]].tolist() for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)]
+    texts = ids_BT[:, last + 1 :].tolist()
+    assert len({len(question) for question in questions}) == 3, "questions must be ragged for this to prove anything"
+    for gathers in (False, True):
+        model = make_model("gpt2", vocab_size=128, n_head=2)
+        model.load_state_dict(weights)
+        with gathered_gradients(model) if gathers else nullcontext():
+            thoughts = think_about(model, questions, last + 1 - first, room_for(texts))
+            logits_BAV = model.logits(torch.stack(go_on_with(model, thoughts, texts)))
+        torch.testing.assert_close(thoughts.latents, expected["latent_vectors"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits_BAV, expected["logits"][:, last + 1 :], atol=1e-5, rtol=1e-5)
+        loss = F.cross_entropy(logits_BAV[:, :-1].flatten(0, 1), labels_BT[:, last + 2 :].flatten())
+        torch.testing.assert_close(loss, expected["loss"][0], atol=1e-5, rtol=1e-5)
+        loss.backward()
+        assert len(gradients) == len(list(model.parameters()))
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+# Several graphs
+
+
+@gatherings
+def test_two_micro_batches_in_one_graph(model: GPT, assert_equal_gradients: Callable[..., None], gathers: bool) -> None:
+    """Their sum has the sum of their gradients, whether one context gathers both or each has its own."""
+    first, second = (QUESTIONS[:2], 3, ANSWERS[:2]), (QUESTIONS[2:], 2, ANSWERS[2:])
+    together = naive_losses(model, *first) + naive_losses(model, *second)
+    with gathered_gradients(model) if gathers else nullcontext():
+        loss = probe_losses(model, *first) + probe_losses(model, *second)
+    assert_equal_gradients(loss, together, model)
+
+    apart = torch.zeros(())
+    for micro_batch in (first, second):
+        with gathered_gradients(model) if gathers else nullcontext():
+            apart = apart + probe_losses(model, *micro_batch)
+    assert_equal_gradients(apart, naive_losses(model, *first) + naive_losses(model, *second), model)
+
+
+@gatherings
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_backward_passes_do_not_disturb_each_other(model: GPT, order: tuple[int, int], gathers: bool) -> None:
+    """Two graphs that stand side by side, whichever goes first; what they leave in `grad` adds up."""
+    micro_batches = (QUESTIONS[:2], 3, ANSWERS[:2]), (QUESTIONS[2:], 2, ANSWERS[2:])
+    losses = []
+    for micro_batch in micro_batches:
+        with gathered_gradients(model) if gathers else nullcontext():
+            losses.append(probe_losses(model, *micro_batch))
+    for which in order:
+        losses[which].backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    expected_loss = torch.stack([naive_losses(model, *micro_batch) for micro_batch in micro_batches]).sum()
+    expected = torch.autograd.grad(expected_loss, [model.get_parameter(name) for name in found])
+    for gradient, expected_gradient in zip(found.values(), expected, strict=True):
+        scale = expected_gradient.abs().max().item()
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-4 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_nothing_of_a_training_step_stays(model: GPT, goes_back: bool) -> None:
+    """Thoughts, cache and gatherings are freed with the loss, without help of the garbage collector."""
+
+    def step() -> tuple[Tensor, list[weakref.ref]]:
+        with gathered_gradients(model):
+            thoughts = think_about(model, QUESTIONS, 3, room_for(ANSWERS))
+            hidden = go_on_with(model, thoughts, ANSWERS)
+            layers = [module for module in model.modules() if getattr(module, "gathering", None) is not None]
+            held = [layer.gathering for layer in layers] + [layer.kv for layer in thoughts.cache._layers]
+            loss = torch.cat(hidden).square().cumsum(-1).sum() + thoughts.latents.sum()
+            return loss, [weakref.ref(x) for x in (*held, thoughts.latents, thoughts.cache)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        loss, held = step()
+        assert len(held) == 2 * 4 + 2 + 2, "four linear layers and one buffer a block"
+        if goes_back:
+            loss.backward()
+        del loss
+        assert [reference() for reference in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 # Small parts
-
-
-def test_last_real_position() -> None:
-    hidden_BTD = torch.arange(4 * 3.0).view(4, 3, 1)
-    mask_BT = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 1], [0, 1, 0]]).bool()
-    assert last_real(hidden_BTD, mask_BT).flatten().tolist() == [2, 3, 8, 10]
 
 
 def test_groups_of_a_thought_format() -> None:

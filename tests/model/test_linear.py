@@ -1,0 +1,249 @@
+"""Gathered weight gradients are the ordinary ones, whatever is called how often; the other way round, the same product.
+
+"Ordinary" are those of `torch.nn.Linear`, which a `Linear` is outside of `gathered_gradients`.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from simcot_latent.model.linear import Linear, gathered_gradients, product
+
+IN, OUT = 6, 5
+
+
+def random_numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_of(sizes: Sequence[int], seed: int = 0) -> list[Tensor]:
+    return [random_numbers(size, IN, seed=seed + i) for i, size in enumerate(sizes)]
+
+
+class Recurrent(nn.Module):
+    """Two layers that are called again and again, each time upon what came of the time before, as thoughts are."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.there, self.back = Linear(IN, OUT, bias=bias), Linear(OUT, IN, bias=bias)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data = 0.7 * torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """A scalar in which the last call's output is not used."""
+        state, total = torch.zeros(IN), torch.zeros(())
+        for x_PI in inputs:
+            total = total + state.sin().sum()
+            state = self.back(torch.tanh(self.there(x_PI + state))).sum(0) / (len(x_PI) + 1)
+        self.back(self.there(state.unsqueeze(0)))
+        return total + state.sin().sum()
+
+
+def gradients(scalar: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(scalar, wanted)
+
+
+def assert_near(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-5) -> None:
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype == their.dtype
+        scale = max([1e-6, *their.abs().flatten().tolist()])
+        torch.testing.assert_close(our, their, atol=tolerance * scale, rtol=tolerance)
+
+
+@pytest.fixture(params=[False, True], ids=["no bias", "bias"])
+def layers(request: pytest.FixtureRequest) -> Recurrent:
+    """Two layers with and without bias."""
+    return Recurrent(request.param)
+
+
+# Gathered gradients
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@given(sizes=st.lists(st.integers(0, 90), min_size=1, max_size=7), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_gathered_equal_ordinary_gradients(bias: bool, sizes: list[int], seed: int) -> None:
+    """Many calls of any sizes, one upon the other: values, gradients of weights, biases and inputs."""
+    layers = Recurrent(bias)
+    inputs = [x_PI.requires_grad_() for x_PI in inputs_of(sizes, seed)]
+    with gathered_gradients(layers):
+        gathered = layers(inputs)
+    ordinary = layers(inputs)
+    torch.testing.assert_close(gathered, ordinary, atol=1e-4, rtol=1e-4)
+    wanted = (*layers.parameters(), *inputs)
+    assert_near(gradients(gathered, *wanted), gradients(ordinary, *wanted), 1e-4)
+
+
+def test_backward_within_the_context(layers: Recurrent) -> None:
+    """It may go back before or after the context ends."""
+    with gathered_gradients(layers):
+        gathered = gradients(layers(inputs_of([4, 1, 1])), *layers.parameters())
+    assert_near(gathered, gradients(layers(inputs_of([4, 1, 1])), *layers.parameters()))
+
+
+def test_several_backward_passes(layers: Recurrent) -> None:
+    """Each over a part of what was called within one context, and one of them twice: every gradient is its own."""
+    parameters = list(layers.parameters())
+    first, second = inputs_of([3, 2, 1]), inputs_of([1, 70], seed=9)
+    expected = [gradients(layers(inputs), *parameters) for inputs in (first, second)]
+    with gathered_gradients(layers):
+        scalars = [layers(inputs) for inputs in (first, second)]
+        for which in (1, 0, 1):
+            found = torch.autograd.grad(scalars[which], parameters, retain_graph=True)
+            assert_near(found, expected[which])
+
+
+def test_several_contexts_in_one_graph(layers: Recurrent) -> None:
+    """Two micro batches, and calls outside of any context, add up in one backward pass and over several."""
+    first, second, third = inputs_of([3, 1, 1]), inputs_of([8, 1, 1, 1], seed=5), inputs_of([2], seed=20)
+    (layers(first) + layers(second) + 2 * layers(third)).backward()
+    expected = [parameter.grad for parameter in layers.parameters()]
+    layers.zero_grad()
+    with gathered_gradients(layers):
+        scalar = layers(first)
+    with gathered_gradients(layers):
+        scalar = scalar + layers(second)
+    (scalar + layers(third)).backward()
+    with gathered_gradients(layers):
+        layers(third).backward()
+    found = [parameter.grad for parameter in layers.parameters()]
+    assert_near([g for g in found if g is not None], [g for g in expected if g is not None])
+
+
+def test_a_call_without_gradient_counts_nothing(layers: Recurrent) -> None:
+    """Neither what is cut off from the scalar, nor what is taken out of autograd's sight within the context."""
+    x_PI = random_numbers(3, IN)
+    with gathered_gradients(layers):
+        with torch.no_grad():
+            silent = layers.there(x_PI)
+        cut_off = layers.there(x_PI).detach()
+        used = layers.there(2 * x_PI)
+    assert not silent.requires_grad
+    torch.testing.assert_close(silent, cut_off)
+    weight = layers.there.weight
+    expected = gradients((layers.there(2 * x_PI) * cut_off).sum(), weight)
+    assert_near(gradients((used * cut_off).sum(), weight), expected)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both"])
+def test_frozen_parameters(frozen: str) -> None:
+    """What is not to be trained gets no gradient, and hinders none."""
+    layers = Recurrent(bias=True)
+    for name, parameter in layers.named_parameters():
+        parameter.requires_grad = not (frozen == "both" or name.endswith(frozen))
+    inputs = [x_PI.requires_grad_() for x_PI in inputs_of([3, 1, 1])]
+    wanted = [parameter for parameter in layers.parameters() if parameter.requires_grad] + inputs
+    with gathered_gradients(layers):
+        gathered = layers(inputs)
+    assert_near(gradients(gathered, *wanted), gradients(layers(inputs), *wanted))
+
+
+@contextmanager
+def bfloat16() -> Iterator[None]:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+def test_bfloat16_autocast(layers: Recurrent) -> None:
+    """The same products in the same format: near the ordinary gradients under autocast, and as near to the exact."""
+    parameters, inputs = list(layers.parameters()), inputs_of([40, 1, 1, 5])
+    found = {}
+    for name, autocast, gathers in (("exact", False, False), ("ordinary", True, False), ("gathered", True, True)):
+        with bfloat16() if autocast else nullcontext(), gathered_gradients(layers) if gathers else nullcontext():
+            output = layers.there(inputs[0])
+            scalar = layers(inputs)
+        assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
+        found[name] = torch.cat([gradient.flatten() for gradient in gradients(scalar, *parameters)])
+    assert found["gathered"].dtype == torch.float32, "gradients are in the format of the parameters"
+    assert not torch.equal(found["gathered"], found["exact"]), "autocast was not at work"
+    error = {name: (found[name] - found["exact"]).norm() / found["exact"].norm() for name in found}
+    assert error["ordinary"] < 0.05
+    assert error["gathered"] < 1.5 * error["ordinary"], error
+
+
+# What a context leaves behind
+
+
+def test_nothing_is_left_on_the_layers(layers: Recurrent) -> None:
+    parts = [layers.there, layers.back]
+    with gathered_gradients(layers):
+        assert all(layer.gathering is not None for layer in parts)
+    assert all(layer.gathering is None for layer in parts)
+    with pytest.raises(RuntimeError, match="size"), gathered_gradients(layers):
+        layers([*inputs_of([2, 1]), torch.zeros(2, IN + 1)])
+    assert all(layer.gathering is None for layer in parts)
+    assert list(layers.state_dict()) == [name for name, _ in layers.named_parameters()]
+
+
+@torch.no_grad()
+def test_without_gradients_nothing_is_gathered(layers: Recurrent) -> None:
+    inputs = inputs_of([4, 1])
+    expected = layers(inputs)
+    with gathered_gradients(layers):
+        assert layers.there.gathering is None
+        assert torch.equal(layers(inputs), expected)
+
+
+def test_only_the_layers_of_the_given_modules() -> None:
+    ours, others, plain = Recurrent(bias=True), Recurrent(bias=True), nn.Linear(IN, OUT)
+    with gathered_gradients(ours.there, nn.ModuleList([plain])):
+        assert ours.there.gathering is not None
+        assert ours.back.gathering is None
+        assert others.there.gathering is None
+
+
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_a_gathering_goes_with_the_graph(layers: Recurrent, goes_back: bool) -> None:
+    """It holds copies of weights under autocast, and inputs: nothing may hold on to it, not even a cycle."""
+    gc.collect()
+    gc.disable()
+    try:
+        with gathered_gradients(layers):
+            scalar = layers(inputs_of([4, 1, 1]))
+            assert layers.there.gathering is not None
+            held = weakref.ref(layers.there.gathering)
+        if goes_back:
+            scalar.backward()
+        del scalar
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+# The product for few tokens
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_product_equals_linear(bias: bool) -> None:
+    """On either side of the number of tokens at which it is taken the other way round."""
+    weight_OI, bias_O = random_numbers(OUT, IN), random_numbers(OUT, seed=1) if bias else None
+    for tokens in range(0, 101):
+        x_PI = random_numbers(tokens, IN, seed=tokens)
+        y_PO = product(x_PI, weight_OI, bias_O)
+        torch.testing.assert_close(y_PO, F.linear(x_PI, weight_OI, bias_O))
+        assert y_PO.is_contiguous()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 64, 65])
+def test_without_gradients_the_output_is_the_same(layers: Recurrent, tokens: int) -> None:
+    """The way without autograd, with and without autocast."""
+    x_PI = random_numbers(tokens, IN)
+    for autocast in (False, True):
+        with bfloat16() if autocast else nullcontext():
+            expected = layers.there(x_PI)
+            with torch.no_grad():
+                found = layers.there(x_PI)
+        assert found.dtype == expected.dtype
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected)
