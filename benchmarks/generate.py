@@ -1,0 +1,141 @@
+"""python -m benchmarks.generate --data path/to/gsm8k: questions answered a second, against `transformers`.
+
+Latent: questions of GSM8K's test set, thoughts, then an answer of a fixed number of tokens, in batches of similar
+length; the peer is a batched, cached loop on `transformers`. Written: the same questions and a fixed number of tokens
+after them; the peer is `transformers.generate`. Both sides have random weights of the same shape and get the same
+batches. A question never ends early on either side, so that both do the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.common import SIZES, compare, make_parser, report, take_turns
+from benchmarks.peers import think_and_answer, transformers_model, write
+from simcot_latent.data.batch import by_length
+from simcot_latent.data.format import encode_question
+from simcot_latent.data.sources.gsm8k import GSM8K
+from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
+from simcot_latent.distributed import autocast, pick_dtype
+from simcot_latent.generate import generate
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.thoughts import ThoughtFormat
+
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    questions = [problem.question for problem in GSM8K(path=args.data).load("test").problems[: args.questions]]
+    rows = [
+        row
+        for size in track(args.sizes, "sizes", console=Console(stderr=True))
+        for row in measure(size, questions, args)
+    ]
+    table = Table("size", "way", "questions/s, ours", "questions/s, transformers", "same dtype", "each at its default")
+    for row in rows:
+        table.add_row(
+            row["size"],
+            row["way"],
+            f"{row['ours_per_s']:.1f}",
+            f"{row['peer_per_s']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['speedup_at_defaults']:.2f}x ({row['our_default']})",
+        )
+    latent_to_written = {
+        size: next(r["ours_per_s"] for r in rows if r["size"] == size and r["way"] == "latent")
+        / next(r["ours_per_s"] for r in rows if r["size"] == size and r["way"] == "written")
+        for size in args.sizes
+    }
+    tokens = args.written_tokens / (args.thoughts + args.answer_tokens)
+    report("generate", args, rows, table, latent_to_written=latent_to_written, written_to_latent_tokens=tokens)
+    for size, ratio in latent_to_written.items():
+        Console().print(
+            f"{size}: latent answers {ratio:.2f}x the questions/s of written steps, at 1/{tokens:.2f} of the tokens"
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["S"])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--questions", type=int, default=128)
+    parser.add_argument("--thoughts", type=int, default=6)
+    parser.add_argument("--answer-tokens", type=int, default=6)
+    parser.add_argument("--written-tokens", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=7)
+    return parser.parse_args()
+
+
+def measure(size: str, questions: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both ways of answering at one size."""
+    torch.manual_seed(args.seed)
+    config, tokenizer = SIZES[size], endless(default_tokenizer())
+    ours, peer = GPT(config).eval(), transformers_model(config)
+    prompts = [encode_question(tokenizer, question, thinks=True) for question in questions]
+    batches = by_length(list(map(len, prompts)), args.batch_size)
+    latent = ThoughtFormat(thinks=True, n_latents=args.thoughts)
+    default = pick_dtype("auto", CPU)
+
+    def answer(thoughts: ThoughtFormat, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
+        def run() -> None:
+            with autocast(CPU, dtype):
+                for batch in batches:
+                    generate(ours, tokenizer, thoughts, [questions[i] for i in batch], tokens)
+
+        return run
+
+    def peer_thinks() -> None:
+        for batch in batches:
+            think_and_answer(peer, [prompts[i] for i in batch], args.thoughts, tokenizer.eot_id, args.answer_tokens)
+
+    def peer_writes() -> None:
+        for batch in batches:
+            write(peer, [prompts[i] for i in batch], args.written_tokens)
+
+    ways = {
+        "latent": (latent, args.answer_tokens, peer_thinks),
+        "written": (ThoughtFormat(), args.written_tokens, peer_writes),
+    }
+    rows: list[dict[str, Any]] = []
+    for way, (thoughts, tokens, theirs) in ways.items():
+        sides = {"ours": answer(thoughts, tokens, torch.float32), "peer": theirs}
+        if default != torch.float32:
+            sides["default"] = answer(thoughts, tokens, default)
+        seconds = take_turns(sides, args.repeats, warmup=1)
+        fast = "default" if "default" in sides else "ours"
+        per_s = {name: len(questions) / statistics.median(values) for name, values in seconds.items()}
+        rows.append(
+            {
+                "size": size,
+                "way": way,
+                "ours_per_s": per_s["ours"],
+                "peer_per_s": per_s["peer"],
+                "speedup": compare(seconds, "peer", "ours")["ratio"],
+                "speedup_lowest": compare(seconds, "peer", "ours")["ratio_lowest"],
+                "speedup_highest": compare(seconds, "peer", "ours")["ratio_highest"],
+                "our_default": str(default).removeprefix("torch."),
+                "speedup_at_defaults": compare(seconds, "peer", fast)["ratio"],
+            }
+        )
+    return rows
+
+
+def endless(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer whose end token no model writes, and that leaves what was written as it is, as the peers do."""
+    tokenizer.end_id = -1
+    tokenizer.decode = lambda ids: ""
+    return tokenizer
+
+
+if __name__ == "__main__":
+    main()
