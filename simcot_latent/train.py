@@ -41,7 +41,7 @@ from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, 
 from simcot_latent.errors import UserError
 from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
 from simcot_latent.losses import add_up
-from simcot_latent.model.gpt import GPT, GPTConfig
+from simcot_latent.model.gpt import GPT, Block, GPTConfig
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.base import Objective
@@ -140,10 +140,8 @@ class Trainer:
         if run.resume:
             self.restore()
         if run.compile:
-            # In place, so that weights keep their names; dynamic, since every batch has a length of its own.
-            objective.model.transformer.compile(dynamic=True)
-            if objective.step_decoder is not None:
-                objective.step_decoder.transformer.compile(dynamic=True)
+            for block in (m for m in objective.modules() if isinstance(m, Block)):
+                block.compile_parts()
         self.module = self.wrap(self.thoughts_now())
         self.warned_weights = False
 

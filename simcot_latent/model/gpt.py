@@ -5,6 +5,7 @@ H query heads, G key/value heads, E head width, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import CacheView, KVCache
-from simcot_latent.model.linear import Linear
+from simcot_latent.model.linear import FEW, Linear
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.rotary import Rotary
 
@@ -139,17 +140,23 @@ class Sight:
         self.view = None
         if cache is not None and not cache.is_empty:
             self.view = CacheView(cache, packing, self.position_P, self.rotary, (H, G))
-        # Attention on a CPU stays in float32: its fused kernel's bfloat16 backward is 4x slower.
         self.leaves_autocast = packing.row_P.device.type == "cpu" and torch.is_autocast_enabled("cpu")
 
     def attend(self, qkv_PXE: Tensor) -> Tensor:
         """Scaled dot-product attention of the next layer, (P, H * E).
 
-        The only place where rows are padded to a rectangle.
+        The only place where rows are padded to a rectangle. Attention on a CPU stays in float32: its fused kernel's
+        bfloat16 backward is 4x slower.
 
         Args:
             qkv_PXE: queries, keys and values, not rotated yet; X = H + 2G.
         """
+        if self.leaves_autocast:
+            with torch.autocast(qkv_PXE.device.type, enabled=False):
+                return self._attend(qkv_PXE.float())
+        return self._attend(qkv_PXE)
+
+    def _attend(self, qkv_PXE: Tensor) -> Tensor:
         if self.cache is not None and self.view is not None:
             self.layer += 1
             return self.cache.attend(self.layer - 1, qkv_PXE, self.view)
@@ -182,19 +189,15 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, qkv_width, bias=qkv_bias)
         self.out = Linear(config.n_head * config.head_width, config.n_embd, bias=config.bias)
 
-    def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None) -> Tensor:
+    def project(self, x_PD: Tensor) -> Tensor:
+        """Queries, keys and values (P, H + 2G, E), not rotated yet."""
         H, G = self.n_head, self.kv_heads
-        qkv_PXE = self.qkv(x_PD).unflatten(-1, (H + 2 * G, -1))
-        if self.qk_norm:
-            qk_PXE, v_PGE = qkv_PXE.split((H + G, G), dim=1)
-            # Before the rotation rather than after it, as published: rotating changes no length.
-            qkv_PXE = torch.cat((F.rms_norm(qk_PXE, (qk_PXE.shape[-1],)), v_PGE), dim=1)
-        if sight.leaves_autocast:
-            with torch.autocast(qkv_PXE.device.type, enabled=False):
-                seen_PD = sight.attend(qkv_PXE.float())
-        else:
-            seen_PD = sight.attend(qkv_PXE)
-        return self.out(last(seen_PD, read_out))
+        qkv_PXE = rearrange(self.qkv(x_PD), "p (x e) -> p x e", x=H + 2 * G)
+        if not self.qk_norm:
+            return qkv_PXE
+        qk_PXE, v_PGE = qkv_PXE.split((H + G, G), dim=1)
+        # Before the rotation rather than after it, as published: rotating changes no length.
+        return torch.cat((F.rms_norm(qk_PXE, (qk_PXE.shape[-1],)), v_PGE), dim=1)
 
 
 class MLP(nn.Module):
@@ -220,12 +223,30 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
+        self.compiled: tuple[Callable[..., Tensor], ...] | None = None
 
     def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None = None) -> Tensor:
         """(M, D): only what is to be read out is computed beyond keys and values."""
-        seen_MD = self.attention(self.attention_norm(x_PD), sight, read_out)
-        x_MD = last(x_PD, read_out) + seen_MD
+        before, after = (self.before, self.after) if self.compiled is None or len(x_PD) <= FEW else self.compiled
+        seen_PD = sight.attend(before(x_PD))
+        return after(last(x_PD, read_out), last(seen_PD, read_out))
+
+    def before(self, x_PD: Tensor) -> Tensor:
+        """From the residual stream to queries, keys and values."""
+        return self.attention.project(self.attention_norm(x_PD))
+
+    def after(self, x_MD: Tensor, seen_MD: Tensor) -> Tensor:
+        """From what attention saw to the residual stream."""
+        x_MD = x_MD + self.attention.out(seen_MD)
         return x_MD + self.mlp(self.mlp_norm(x_MD))
+
+    def compile_parts(self) -> None:
+        """Compiles what lies before and after attention, for passes over many tokens and any number of them.
+
+        Passes over few, such as a thought's, spend their time on reading weights; their gradients are gathered, which
+        compilers do not see.
+        """
+        self.compiled = tuple(torch.compile(f, dynamic=True, fullgraph=True) for f in (self.before, self.after))
 
 
 class Transformer(nn.Module):

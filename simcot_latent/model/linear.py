@@ -28,7 +28,7 @@ class Linear(nn.Linear):
     gathering: Gathering | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.gathering is not None:
+        if self.gathering is not None and not torch.compiler.is_compiling():
             return _Call.apply(input, self.gathering.anchor, self.gathering)  # type: ignore[no-any-return]
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(input.device.type):
             return product(input, self.weight, self.bias)
