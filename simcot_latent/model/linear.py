@@ -28,7 +28,8 @@ class Linear(nn.Linear):
     gathering: Gathering | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.gathering is not None and not torch.compiler.is_compiling():
+        # Compilers do not see gathering (and must not ask for it first, which would make them compile twice).
+        if not torch.compiler.is_compiling() and self.gathering is not None:
             return _Call.apply(input, self.gathering.anchor, self.gathering)  # type: ignore[no-any-return]
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(input.device.type):
             return product(input, self.weight, self.bias)
