@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Logits are computed for as many labels at once as keep them under so many numbers (64 MB in float32).
-CHUNK_NUMBERS = 2**24
+# Logits are computed for as many labels at once as keep them under so many numbers (32 MB in float32).
+CHUNK_NUMBERS = 2**23
 
 
 @dataclass
@@ -86,7 +86,8 @@ def cross_entropy(*parts: Labelled, softcap: float | None = None) -> CrossEntrop
     if all(part.table_VD is parts[0].table_VD for part in parts):
         hidden, tables, labels, scales = zip(*parts, strict=True)
         parts = (Labelled(torch.cat(hidden), tables[0], torch.cat(labels), torch.cat(scales)),)
-    found = [CrossEntropy(*_CrossEntropy.apply(*part, softcap)) for part in parts]  # type: ignore[misc]
+    learns = torch.is_grad_enabled()  # within the function it never is
+    found = [CrossEntropy(*_CrossEntropy.apply(*part, softcap, learns)) for part in parts]  # type: ignore[misc]
     return CrossEntropy(
         torch.stack([each.loss for each in found]).sum(),
         torch.cat([each.nll_M for each in found]),
@@ -99,14 +100,21 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, table_VD: Tensor, label_M: Tensor, scale_M: Tensor, softcap: float | None
+        ctx: Any,
+        hidden_MD: Tensor,
+        table_VD: Tensor,
+        label_M: Tensor,
+        scale_M: Tensor,
+        softcap: float | None,
+        learns: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = table_VD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table_VD.dtype
         hidden, table = hidden_MD.to(dtype), table_VD.to(dtype)
-        wants_hidden, wants_table = ctx.needs_input_grad[:2]
+        wants_hidden, wants_table = (learns and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_table = torch.empty_like(table) if wants_table else None
+        # Float32 whatever the products are in: chunks add up.
+        grad_table = torch.empty_like(table, dtype=torch.float32) if wants_table else None
         nll_M = torch.empty_like(scale_M)
         correct_M = torch.empty_like(label_M, dtype=torch.bool)
         size = max(1, CHUNK_NUMBERS // len(table))
@@ -122,6 +130,7 @@ class _CrossEntropy(torch.autograd.Function):
                 else:
                     slope_CV = None
                 log_probs_CV = logits_CV.log_softmax(-1)
+                del logits_CV
                 label_log_prob_C = log_probs_CV.gather(1, label_C1).squeeze(1)
                 nll_M[part] = -label_log_prob_C
                 correct_M[part] = label_log_prob_C >= log_probs_CV.amax(-1)  # far cheaper than argmax
@@ -136,7 +145,7 @@ class _CrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     torch.mm(grad_CV, table, out=grad_hidden[part])
                 if grad_table is not None:
-                    torch.addmm(grad_table, grad_CV.T, hidden[part], beta=float(begin > 0), out=grad_table)
+                    _add_product(grad_table, grad_CV.T, hidden[part], first=begin == 0)
         ctx.mark_non_differentiable(nll_M, correct_M)
         ctx.dtypes = hidden_MD.dtype, table_VD.dtype
         if grad_table is not None and len(label_M) == 0:
@@ -153,7 +162,17 @@ class _CrossEntropy(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_loss).to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return hidden, table, None, None, None
+        return hidden, table, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a b for the first product, total += a b for those that follow; the total is in float32."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
 
 
 def at_least_tiny(total: Tensor) -> Tensor:

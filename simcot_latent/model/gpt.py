@@ -287,7 +287,7 @@ class Transformer(nn.Module):
         if packing is None:
             B, T, _ = x.shape
             grid = Packing.grid(B, T, x.device)
-            return rearrange(self.forward(rearrange(x, "b t d -> (b t) d"), grid, cache), "(b t) d -> b t d", b=B)
+            return rearrange(self.forward(rearrange(x, "b t d -> (b t) d"), grid, cache), "(b t) d -> b t d", b=B, t=T)
         sight = Sight(packing, cache, self.config)
         x_PD = x if self.positions is None else x + self.positions(sight.position_P)
         for block in self.blocks[:-1]:
