@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import pytest
@@ -14,9 +14,10 @@ from simcot_latent import generate as generate_module
 from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.generate import Generation, Sampling, answer, encode_prompts, generate, generate_all
+from simcot_latent.generate import Generation, Sampling, answer, encode_prompts, generate, generate_all, pack_prompts
 from simcot_latent.model.cache import KVCache
-from simcot_latent.model.gpt import GPT
+from simcot_latent.model.gpt import GPT, Transformer
+from simcot_latent.model.packing import Packing
 from simcot_latent.model.thoughts import ThoughtFormat
 
 FORMATS = {
@@ -82,7 +83,7 @@ def naive_generation(
     """
 
     def last_state() -> Tensor:
-        return model(embeddings_BTD=torch.stack(vectors).unsqueeze(0))[0, -1]
+        return model.transformer(torch.stack(vectors).unsqueeze(0))[0, -1]
 
     prompt = tokenizer.encode(question) + ([tokenizer.bot_id] if thoughts.thinks else tokenizer.encode("\n"))
     vectors = [model.embedding.weight[i] for i in prompt]
@@ -106,7 +107,7 @@ def naive_generation(
 
 @pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
 def test_equals_a_naive_loop(ending_model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat) -> None:
-    """All questions in one padded batch, each against its own loop; they end at different times, some not at all."""
+    """All questions in one packed batch, each against its own loop; they end at different times, some not at all."""
     generations = generate(ending_model, tokenizer, thoughts, QUESTIONS, MAX_NEW_TOKENS)
     expected = [naive_generation(ending_model, tokenizer, thoughts, q, MAX_NEW_TOKENS) for q in QUESTIONS]
     assert min(lead for _, lead in expected) > 1e-3, "so near a tie that rounding decides: take another seed"
@@ -127,21 +128,60 @@ def test_the_same_at_any_batch_size(
     assert generate_all(checkpoint, QUESTIONS, batch_size) == at_once
 
 
-def test_padding_makes_no_difference(ending_model: GPT, tokenizer: Tokenizer) -> None:
-    """A question beside others of its own length (no padding) and beside longer ones (much padding)."""
-    thoughts = FORMATS["four thoughts"]
-    short, same_length, long = "How many?", "How much?", QUESTIONS[3] * 2
-    unpadded = generate(ending_model, tokenizer, thoughts, [short, same_length], MAX_NEW_TOKENS)
+@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
+def test_lengths_make_no_difference(ending_model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat) -> None:
+    """A question alone, beside another of its own length, and beside longer ones, wherever it stands."""
+    short, same_length, long = "How many?", "How much?", QUESTIONS[3]
     assert len({len(tokenizer.encode(q)) for q in (short, same_length)}) == 1
-    padded = generate(ending_model, tokenizer, thoughts, [long, short, same_length], MAX_NEW_TOKENS)
-    assert padded[1:] == unpadded
+
+    def answers_to(*questions: str) -> dict[str, Generation]:
+        generations = generate(ending_model, tokenizer, thoughts, questions, MAX_NEW_TOKENS)
+        return dict(zip(questions, generations, strict=True))
+
+    alone = {question: answers_to(question)[question] for question in (short, same_length, long)}
+    for company in permutations(alone):
+        assert answers_to(*company) == alone
+    assert answers_to(short, same_length) == {question: alone[question] for question in (short, same_length)}
+
+
+@pytest.mark.parametrize("share", [0.0, generate_module.COMPACT_BELOW, 1.0])
+@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
+def test_nothing_is_read_in_vain(
+    ending_model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever rows are taken out: a batch reads as many tokens as its questions alone would, no padding and nothing
+    after a row has stopped. That is the prompt, the thoughts, `<|eot|>` and all that it writes but the last token."""
+    monkeypatch.setattr(generate_module, "COMPACT_BELOW", share)
+    read: list[int] = []
+    forward = Transformer.forward
+
+    def spy(transformer: Transformer, x: Tensor, packing: Packing, *args: Any, **kwargs: Any) -> Tensor:
+        read.append(len(x))
+        return forward(transformer, x, packing, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", spy)
+    generations = generate(ending_model, tokenizer, thoughts, QUESTIONS, MAX_NEW_TOKENS)
+    assert len({generation.n_tokens for generation in generations}) >= 4, "they must stop at different times"
+    prompts = encode_prompts(ending_model, tokenizer, thoughts, QUESTIONS)
+    after = sum(thoughts.thinks + generation.n_tokens - 1 for generation in generations)
+    assert sum(read) == sum(map(len, prompts)) + after
+
+
+def test_the_last_tokens_of_packed_prompts_are_theirs() -> None:
+    """Where thinking or writing starts, in the order of the rows."""
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    ids_P, packing = pack_prompts(prompts, torch.device("cpu"))
+    assert ids_P.tolist() == [5, 6, 9, 7, 8, 10]
+    places = zip(packing.row_P.tolist(), packing.offset_P.tolist(), strict=True)
+    assert [prompts[row][offset] for row, offset in places] == ids_P.tolist()
+    assert packing.row_P[-3:].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
 def test_taking_rows_out_makes_no_difference(
     ending_model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that have stopped stay as padding, leave when enough have stopped, or leave at once: all the same."""
+    """Rows that have stopped stay in the cache, leave when enough have stopped, or leave at once: all the same."""
     kept: list[int] = []
     keep = KVCache.keep
 

@@ -197,7 +197,8 @@ def test_gold_is_what_was_taught(
         assert isinstance(batch, LatentBatch)
         taught: list[str | None] = [None] * groups
         for group in range(groups):
-            labels = batch.step_targets.label_M[batch.step_group_M == group]
+            # The first label of every group comes before the others, so a group's are in order.
+            labels = batch.steps.label_M[batch.step_group_M == group]
             if len(labels):
                 taught[group] = whole.tokenizer.decode(labels.tolist())
         assert gold_groups(checkpoint, problem) == taught

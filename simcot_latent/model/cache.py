@@ -25,7 +25,7 @@ class KVCache:
     """Keys and values of everything that a batch of rows has read so far.
 
     Args:
-        capacity: C, the positions that the longest row may come to.
+        capacity: C, the sum over passes of what each one's longest row reads.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -41,7 +41,13 @@ class KVCache:
         return self.length_B is None
 
     def positions(self, packing: Packing) -> Tensor:
-        """The positions (P,) of new tokens."""
+        """The positions (P,) of new tokens.
+
+        Raises:
+            ValueError: they are more than the cache has room for.
+        """
+        if self.longest + packing.longest > self.capacity:
+            raise ValueError(f"a cache of {self.capacity} positions cannot hold {self.longest + packing.longest}")
         if self.length_B is None:
             return packing.offset_P
         return self.length_B[packing.row_P] + packing.offset_P
@@ -78,6 +84,7 @@ class KVCache:
         assert self.length_B is not None
         self.length_B = self.length_B[rows_N]
         self._layers = [_Layer(layer.kv[:, rows_N]) for layer in self._layers]
+        self._tokens = [layer.token() for layer in self._layers]
 
 
 class _Layer:
@@ -113,13 +120,11 @@ class CacheView:
         heads: tuple[int, int],
     ) -> None:
         self.packing, self.rotary, self.heads = packing, rotary, heads
+        self.sizes = {"b": packing.rows, "t": packing.longest, "r": heads[0] // heads[1]}  # none is told by a size of 0
         (H, G), C, device = heads, cache.capacity, position_P.device
-        end = cache.longest + packing.longest
-        if end > C:
-            raise ValueError(f"a cache of {C} positions cannot hold {end}")
         # Columns that nobody has reached yet are left out; in training the whole buffer is used, whose gradient
         # products want it contiguous.
-        self.end = C if torch.is_grad_enabled() else end
+        self.end = C if torch.is_grad_enabled() else cache.longest + packing.longest
         head_G = torch.arange(G, device=device)
         self.slot_N = rearrange((packing.row_P.unsqueeze(1) * G + head_G) * C + position_P.unsqueeze(1), "p g -> (p g)")
         hidden_BTC = torch.arange(self.end, device=device) > packing.pad(position_P).unsqueeze(2)
@@ -157,10 +162,10 @@ class _Attend(torch.autograd.Function):
         layer.k_rows.index_copy_(0, view.slot_N, qk_PXE[:, H:].flatten(0, 1))
         layer.v_rows.index_copy_(0, view.slot_N, v_PGE.flatten(0, 1))
         # Query heads beside the key/value head that they share.
-        q = rearrange(view.packing.pad(qk_PXE[:, :H]), "b t (g r) e -> (b g) (r t) e", g=G)
+        q = rearrange(view.packing.pad(qk_PXE[:, :H]), "b t (g r) e -> (b g) (r t) e", g=G, **view.sizes)
         k, v, scale = layer.k[:, : view.end], layer.v[:, : view.end], q.shape[-1] ** -0.5
         weights = torch.baddbmm(view.bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
-        out_BTD = rearrange(torch.bmm(weights, v), "(b g) (r t) e -> b t (g r e)", g=G, t=view.packing.longest)
+        out_BTD = rearrange(torch.bmm(weights, v), "(b g) (r t) e -> b t (g r e)", g=G, **view.sizes)
         ctx.save_for_backward(q, weights)
         ctx.layer, ctx.view, ctx.scale = layer, view, scale
         return view.packing.unpad(out_BTD), layer.token()
@@ -175,13 +180,13 @@ class _Attend(torch.autograd.Function):
         grad_PXE = layer.kv.new_zeros(len(view.packing), H + 2 * G, E)
         if grad_PD is not None:  # None: nothing came of these queries, only of the keys beside them
             q, weights = ctx.saved_tensors
-            grad_out = rearrange(view.packing.pad(grad_PD), "b t (g r e) -> (b g) (r t) e", g=G, e=E)
+            grad_out = rearrange(view.packing.pad(grad_PD), "b t (g r e) -> (b g) (r t) e", g=G, e=E, **view.sizes)
             grads.v.baddbmm_(weights.transpose(1, 2), grad_out)
             grad_weights = torch.bmm(grad_out, layer.v.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grads.k.baddbmm_(grad_scores.transpose(1, 2), q, alpha=ctx.scale)
             grad_q = torch.bmm(grad_scores, layer.k).mul_(ctx.scale)
-            grad_q_BTHE = rearrange(grad_q, "(b g) (r t) e -> b t (g r) e", g=G, t=view.packing.longest)
+            grad_q_BTHE = rearrange(grad_q, "(b g) (r t) e -> b t (g r) e", g=G, **view.sizes)
             grad_PXE[:, :H] = view.packing.unpad(grad_q_BTHE)
         grad_PXE[:, H : H + G] = grads.k_rows.index_select(0, view.slot_N).unflatten(0, (-1, G))
         grad_PXE[:, H + G :] = grads.v_rows.index_select(0, view.slot_N).unflatten(0, (-1, G))

@@ -48,7 +48,10 @@ def product(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 @contextmanager
 def gathered_gradients(*modules: nn.Module) -> Iterator[None]:
-    """Within it every `Linear` of these modules gathers its gradients. Without gradients it does nothing."""
+    """Within it every `Linear` of these modules gathers its gradients. Without gradients it does nothing.
+
+    Autocast, where there is any, is to be entered before it. Inputs are (P, I).
+    """
     layers = [m for module in modules for m in module.modules() if isinstance(m, Linear)]
     if not torch.is_grad_enabled():
         layers = []
@@ -118,5 +121,7 @@ class _Call(torch.autograd.Function):
             return None, None, None
         (x_PI,) = ctx.saved_tensors
         gathering = ctx.gathering
-        gathering.calls.append((x_PI, grad_PO))
+        anchor = gathering.anchor.grad_fn
+        if anchor is not None and torch._C._will_engine_execute_node(anchor):  # somebody asks for the weight's gradient
+            gathering.calls.append((x_PI, grad_PO))
         return torch.mm(grad_PO, gathering.weight), None, None  # in the input's format: autograd sees to it

@@ -1,7 +1,9 @@
-"""Which examples make a step, whatever the seed, the sizes and the number of ranks; and how they are padded."""
+"""Which examples make a step, whatever the seed, the sizes and the number of ranks; and how batches are made ready."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simcot_latent.data.batch import POOL_BATCHES, BatchOrder, by_length, micro_batches, pad_right, to_device
+from simcot_latent.data.batch import POOL_BATCHES, BatchOrder, Prefetch, by_length, micro_batches, pin, to_device
 
 no_deadline = settings(deadline=None)  # a busy machine is not a failure
 
@@ -21,7 +23,7 @@ seeds = st.integers(0, 2**31)
 
 
 def waste(lengths: list[int], batches: list[list[int]]) -> float:
-    """Share of padding where every batch is as long as its longest example."""
+    """Share of padding where every batch is as long as its longest example, as its rectangle in attention is."""
     longest = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     return 1 - sum(lengths[i] for batch in batches for i in batch) / longest
 
@@ -125,19 +127,7 @@ def test_by_length_partitions_longest_first(lengths: list[int], batch_size: int)
     assert by_length([], batch_size) == []
 
 
-# Padding
-
-
-@given(st.lists(st.lists(st.integers(0, 9), max_size=8), max_size=6))
-@no_deadline
-def test_pad_right(rows: list[list[int]]) -> None:
-    ids_BT, mask_BT = pad_right(rows, pad_id=77)
-    length = max(map(len, rows), default=0)
-    assert ids_BT.shape == mask_BT.shape == (len(rows), length)
-    assert (ids_BT.dtype, mask_BT.dtype) == (torch.long, torch.bool)
-    for row, ids_T, mask_T in zip(rows, ids_BT, mask_BT, strict=True):
-        assert ids_T.tolist() == row + [77] * (length - len(row))
-        assert mask_T.tolist() == [True] * len(row) + [False] * (length - len(row))
+# Making a batch ready
 
 
 @dataclass
@@ -161,3 +151,87 @@ def test_to_device_moves_nested_tensors_and_keeps_the_rest() -> None:
     assert moved.totals is totals, "totals are summed over ranks and handed over apart"
     with pytest.raises(TypeError, match="list is no dataclass"):
         to_device([1], torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_pinned_is_the_same() -> None:
+    batch = Outer(torch.arange(2), Inner(torch.zeros(3)), 5, {})
+    pinned = pin(batch)
+    assert pinned.ids.is_pinned()
+    assert pinned.inner.values.is_pinned()
+    assert torch.equal(pinned.ids, batch.ids)
+    assert pinned.count == 5
+
+
+# Made ahead
+
+
+def test_the_next_step_is_made_while_this_one_runs() -> None:
+    """Once a step has been handed over, the next one is under way without being asked for; each is made once, in
+    another thread, and none after the last."""
+    made = [threading.Event() for _ in range(4)]
+    order: list[int] = []
+
+    def make(step: int) -> tuple[int, int]:
+        order.append(step)
+        made[step].set()
+        return step, threading.get_ident()
+
+    prefetch = Prefetch(make, end=3)
+    for step in range(3):
+        found, thread = prefetch.get(step)
+        assert found == step
+        assert thread != threading.get_ident()
+        if step < 2:
+            assert made[step + 1].wait(timeout=60), "the next step should be under way"
+    assert order == [0, 1, 2]
+    prefetch.get(0)  # the thread works in order: what was begun before has been made by now
+    prefetch.close()
+    assert order[:4] == [0, 1, 2, 0]
+
+
+@given(st.lists(st.integers(0, 9), max_size=6))
+@settings(deadline=None, max_examples=20)
+def test_any_step_can_be_asked_of_it(steps: list[int]) -> None:
+    """Training resumes anywhere."""
+    prefetch = Prefetch(lambda step: step * 10, end=10)
+    assert [prefetch.get(step) for step in steps] == [step * 10 for step in steps]
+    prefetch.close()
+
+
+def test_an_error_comes_out_where_its_step_is_asked_for() -> None:
+    """Not in the thread, where nobody would see it, and not at the step before."""
+
+    def make(step: int) -> int:
+        if step == 1:
+            raise ValueError("step 1 cannot be made")
+        return step
+
+    prefetch = Prefetch(make, end=3)
+    assert prefetch.get(0) == 0
+    with pytest.raises(ValueError, match="step 1 cannot be made"):
+        prefetch.get(1)
+    prefetch.close()
+
+
+def test_closing_ends_the_thread() -> None:
+    """Whatever is still to be made."""
+
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+    assert threads() == []
+    prefetch = Prefetch(lambda step: step, end=100)
+    prefetch.get(0)
+    assert len(threads()) == 1
+    prefetch.close()
+    assert threads() == []
+
+
+def test_waiting_is_counted() -> None:
+    """`waited` grows by the time that a step takes to make if it is asked for at once."""
+    prefetch = Prefetch(lambda step: time.sleep(0.05) or step, end=1)
+    assert prefetch.waited == 0
+    assert prefetch.get(0) == 0
+    assert prefetch.waited > 0.04
+    prefetch.close()

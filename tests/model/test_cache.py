@@ -178,7 +178,8 @@ def test_the_order_of_tokens_does_not_matter(model: GPT, assert_equal_gradients:
     """A later piece whose tokens lie in any order, rows mixed: hidden states and gradients are the same."""
     first, second = Packing.of([4, 1, 2]), Packing.of([2, 3, 1])
     order_P = torch.tensor([4, 0, 5, 3, 1, 2])
-    mixed = Packing(*(x[order_P] for x in (second.row_P, second.offset_P, second.slot_P)), second.length_B, 3, False)
+    row_P, offset_P, slot_P = (x[order_P] for x in (second.row_P, second.offset_P, second.slot_P))
+    mixed = Packing(row_P, offset_P, slot_P, second.length_B, second.longest, is_grid=False)
     ids_P, more_P, weight_PD = random_ids(1, 7)[0], random_ids(1, 6, seed=1)[0], random_weights(6, WIDTH)
     hidden = []
     for packing, more in ((second, more_P), (mixed, more_P[order_P])):

@@ -201,9 +201,9 @@ def test_bfloat16_autocast_is_near_float32(model: GPT, gathers: bool, monkeypatc
     seen = set()
     attend = F.scaled_dot_product_attention
 
-    def spy(*qkv: Tensor, **options: Any) -> Tensor:
-        seen.update(x.dtype for x in qkv)
-        return attend(*qkv, **options)
+    def spy(q_BHTE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, **options: Any) -> Tensor:
+        seen.update((q_BHTE.dtype, k_BGTE.dtype, v_BGTE.dtype))
+        return attend(q_BHTE, k_BGTE, v_BGTE, **options)
 
     ids_BT = random_ids(61)
     parameters = list(model.parameters())

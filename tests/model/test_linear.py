@@ -104,6 +104,17 @@ def test_several_backward_passes(layers: Recurrent) -> None:
             assert_near(found, expected[which])
 
 
+def test_gradients_of_inputs_alone(layers: Recurrent) -> None:
+    """A backward pass that the weights are no part of leaves nothing behind for one that they are."""
+    inputs = [x_PI.requires_grad_() for x_PI in inputs_of([3, 2, 1])]
+    with gathered_gradients(layers):
+        gathered = layers(inputs)
+    ordinary = layers(inputs)
+    for wanted in (inputs, list(layers.parameters())):
+        found, expected = (torch.autograd.grad(x, wanted, retain_graph=True) for x in (gathered, ordinary))
+        assert_near(found, expected)
+
+
 def test_several_contexts_in_one_graph(layers: Recurrent) -> None:
     """Two micro batches, and calls outside of any context, add up in one backward pass and over several."""
     first, second, third = inputs_of([3, 1, 1]), inputs_of([8, 1, 1, 1], seed=5), inputs_of([2], seed=20)
@@ -201,6 +212,7 @@ def test_only_the_layers_of_the_given_modules() -> None:
         assert ours.there.gathering is not None
         assert ours.back.gathering is None
         assert others.there.gathering is None
+        assert not hasattr(plain, "gathering")
 
 
 @pytest.mark.parametrize("goes_back", [False, True])

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, TrainerState, save_checkpoint
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.step_decoder import StepDecoder
+from simcot_latent.model.linear import gathered_gradients
+from simcot_latent.model.packing import Packing, take
+from simcot_latent.model.step_decoder import PackedSteps, StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 
 MakeDecoder = Callable[..., StepDecoder]
 
 END, WIDTH = 60, 32
-TEXTS = [[5, 8, 13, 21, END], [1, END], [40, 2, 40, END], [END]]
+STEPS = [[5, 8, 13, 21], [1], [40, 2, 40], []]
 
 
 @pytest.fixture
@@ -46,19 +52,76 @@ def read(decoder: StepDecoder, thoughts_CD: Tensor, ids: list[int]) -> Tensor:
     return decoder.transformer(torch.stack(vectors).unsqueeze(0))[0]
 
 
+def teach(model: GPT, decoder: StepDecoder, thoughts_NCD: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Hidden states (M, D), as in training: the base's embedding looks the tokens up."""
+    steps = PackedSteps.of(groups, END, thoughts_NCD.shape[1])
+    return decoder(thoughts_NCD, model.embedding(steps.ids_L), steps.packing)
+
+
 @pytest.mark.parametrize("per_group", [1, 3])
-@torch.no_grad()
-def test_teacher_forcing_equals_each_group_alone(model: GPT, make_decoder: MakeDecoder, per_group: int) -> None:
-    """Thoughts as a prefix without labels, tokens shifted by one, padding of shorter texts unseen."""
+@given(st.lists(st.lists(st.integers(0, END - 1), max_size=4), max_size=5))
+@settings(deadline=None, max_examples=50)
+def test_every_token_is_predicted_from_what_is_before_it(per_group: int, groups: list[list[int]]) -> None:
+    """Packed steps, token by token: who reads what, in which order, and is to say what next."""
+    steps = PackedSteps.of(groups, END, per_group)
+    read: list[list[int | str]] = [[] for _ in groups]
+    inputs = [f"thought {i}" for i in range(per_group) for _ in groups] + steps.ids_L.tolist()
+    predicting = len(inputs) - len(steps.label_M)
+    places = zip(steps.packing.row_P.tolist(), steps.packing.offset_P.tolist(), inputs, strict=True)
+    said: list[list[int]] = [[] for _ in groups]
+    for place, (group, offset, word) in enumerate(places):
+        assert offset == len(read[group])
+        read[group].append(word)
+        if place >= predicting:
+            assert steps.group_M[place - predicting] == group
+            said[group].append(int(steps.label_M[place - predicting]))
+    thoughts = [f"thought {i}" for i in range(per_group)]
+    assert read == [thoughts + group for group in groups]
+    assert said == [[*group, END] for group in groups]
+
+
+def test_packed_steps_move_to_a_device_whole() -> None:
+    moved = PackedSteps.of(STEPS, END, 2).to(torch.device("meta"))
+    tensors = moved.ids_L, moved.packing.row_P, moved.label_M, moved.group_M
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("gathers", [False, True], ids=["ordinary", "gathered"])
+@pytest.mark.parametrize("per_group", [1, 3])
+def test_teacher_forcing_equals_each_group_alone(
+    model: GPT, make_decoder: MakeDecoder, assert_equal_gradients: Callable[..., None], per_group: int, gathers: bool
+) -> None:
+    """Thoughts as a prefix without labels, tokens shifted by one, steps of different lengths: forward and gradients."""
     decoder = make_decoder(model)
-    thoughts_NCD = random_thoughts(len(TEXTS), per_group)
-    length = max(map(len, TEXTS))
-    ids_NL = torch.tensor([text + [17] * (length - len(text)) for text in TEXTS])
-    hidden_NLD = decoder(thoughts_NCD, ids_NL)
-    assert hidden_NLD.shape == (len(TEXTS), length, WIDTH)
-    for row, text in enumerate(TEXTS):
-        expected_LD = read(decoder, thoughts_NCD[row], text[:-1])[per_group - 1 :]
-        torch.testing.assert_close(hidden_NLD[row, : len(text)], expected_LD, atol=1e-5, rtol=1e-5)
+    thoughts_NCD = torch.nn.Parameter(random_thoughts(len(STEPS), per_group))
+    both = torch.nn.ModuleList([decoder])
+    both.register_parameter("thoughts", thoughts_NCD)
+    with gathered_gradients(decoder) if gathers else nullcontext():
+        hidden_MD = teach(model, decoder, thoughts_NCD, STEPS)
+    first_ND, others_LD = hidden_MD.split((len(STEPS), sum(map(len, STEPS))))
+    expected = []
+    for row, (step, others) in enumerate(zip(STEPS, others_LD.split(list(map(len, STEPS))), strict=True)):
+        expected_D, *expected_others = read(decoder, thoughts_NCD[row], step)[per_group - 1 :]
+        torch.testing.assert_close(first_ND[row], expected_D, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(list(others), expected_others, atol=1e-5, rtol=1e-5)
+        expected.append((expected_D, expected_others))
+    expected_MD = torch.stack([first for first, _ in expected] + [x for _, others in expected for x in others])
+    weight_MD = random_thoughts(1, len(hidden_MD), seed=1)[0]
+    scalars = [(x_MD * weight_MD).sum() for x_MD in (hidden_MD, expected_MD)]
+    assert_equal_gradients(*scalars, both)
+
+
+@pytest.mark.parametrize("gathers", [False, True], ids=["ordinary", "gathered"])
+def test_nothing_to_teach(model: GPT, make_decoder: MakeDecoder, gathers: bool) -> None:
+    """A batch without any step: a loss of nothing, which goes back without harm."""
+    decoder = make_decoder(model)
+    latents = random_thoughts(3, 2).requires_grad_()
+    with gathered_gradients(decoder) if gathers else nullcontext():
+        hidden_MD = teach(model, decoder, take(latents, torch.zeros(0, dtype=torch.long)), [])
+    assert hidden_MD.shape == (0, WIDTH)
+    hidden_MD.sum().backward()
+    gradients = [p.grad for p in (latents, *decoder.parameters())]
+    assert not any(gradient is not None and gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("per_group", [1, 3])
@@ -116,9 +179,11 @@ def test_init_base_copies_the_first_blocks(model: GPT, n_layer: int) -> None:
 def test_init_base_with_every_block_is_the_base(model: GPT) -> None:
     decoder = StepDecoder.from_base(model, 2, "base")
     thoughts_NCD = random_thoughts(2, 1)
-    ids_NL = torch.tensor([[5, 6, END], [7, 8, END]])
-    inputs = torch.cat((thoughts_NCD, model.embedding(ids_NL[:, :-1])), dim=1)
-    assert torch.equal(decoder(thoughts_NCD, ids_NL), model(embeddings_BTD=inputs))
+    ids_NL = torch.tensor([[5, 6], [7, 8]])
+    expected_NLD = model.transformer(torch.cat((thoughts_NCD, model.embedding(ids_NL)), dim=1))
+    packing = Packing.of([1, 1], [2, 2])  # first labels first, as in `PackedSteps`
+    hidden_MD = teach(model, decoder, thoughts_NCD, ids_NL.tolist())
+    torch.testing.assert_close(packing.pad(hidden_MD), expected_NLD, atol=1e-6, rtol=1e-6)
 
 
 def test_init_random_is_not_the_base(model: GPT) -> None:
@@ -141,15 +206,14 @@ def test_the_embedding_is_the_base_models(model: GPT, make_decoder: MakeDecoder)
     both = torch.nn.ModuleList([model, decoder])
     shared = [name for name, p in both.named_parameters() if p is model.embedding.weight]
     assert len(shared) == 1
-    ids_NL = torch.tensor([[5, 8, END]])
-    logits_NLV = decoder.logits(decoder(random_thoughts(1, 1), ids_NL))
-    torch.nn.functional.cross_entropy(logits_NLV.flatten(0, 1), ids_NL.flatten()).backward()
+    logits_MV = decoder.logits(teach(model, decoder, random_thoughts(1, 1), [[5, 8]]))
+    F.cross_entropy(logits_MV, torch.tensor([5, 8, END])).backward()
     gradient = model.embedding.weight.grad
     assert gradient is not None
     assert (gradient.abs().sum(-1) > 0).all(), "as output table every row is reached"
     # As input table rows 5 and 8 are reached, END is not: it is the last label.
     model.embedding.weight.grad = None
-    decoder(random_thoughts(1, 1), ids_NL).square().cumsum(-1).sum().backward()
+    teach(model, decoder, random_thoughts(1, 1), [[5, 8]]).square().cumsum(-1).sum().backward()
     assert model.embedding.weight.grad is not None
     assert model.embedding.weight.grad.abs().sum(-1).nonzero().flatten().tolist() == [5, 8]
 

@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
 from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.losses import Targets, add_up
+from simcot_latent.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.packing import Packing
 from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, think
 from simcot_latent.objectives import latent as latent_module
 from simcot_latent.objectives.base import WrittenBatch
@@ -143,7 +144,7 @@ def sum_of(values: Iterable[Tensor]) -> Tensor:
 
 
 def reference(objective: LatentObjective, problems: Sequence[Problem]) -> Reference:
-    """Recomputes everything from scratch for each problem, without cache, padding or batches."""
+    """Recomputes everything from scratch for each problem, without cache, packing or batches."""
     model, decoder, tokenizer = objective.model, objective.step_decoder, objective.tokenizer
     latent = objective.config.latent
     table = model.embedding.weight
@@ -152,11 +153,11 @@ def reference(objective: LatentObjective, problems: Sequence[Problem]) -> Refere
         vectors = [table[i] for i in [*tokenizer.encode(problem.question), tokenizer.bot_id]]
         thoughts = []
         for _ in range(latent.n_latents):
-            thoughts.append(model(embeddings_BTD=torch.stack(vectors).unsqueeze(0))[0, -1])
+            thoughts.append(model.transformer(torch.stack(vectors).unsqueeze(0))[0, -1])
             vectors.append(thoughts[-1])
         after = [tokenizer.eot_id, *tokenizer.encode(f"#### {problem.answer}"), tokenizer.end_id]
         vectors += [table[i] for i in after[:-1]]
-        logits_TV = model.logits(model(embeddings_BTD=torch.stack(vectors).unsqueeze(0))[0])
+        logits_TV = model.logits(model.transformer(torch.stack(vectors).unsqueeze(0))[0])
         first = len(vectors) - len(after) + 1
         found.answers += [F.cross_entropy(logits_TV[first + i], torch.tensor(t)) for i, t in enumerate(after[1:])]
         row: list[list[Tensor]] = []
@@ -165,7 +166,7 @@ def reference(objective: LatentObjective, problems: Sequence[Problem]) -> Refere
             ids = [] if text is None else [*tokenizer.encode(text), tokenizer.end_id]
             c = latent.latents_per_step
             prefix = [*thoughts[group * c : (group + 1) * c], *(table[i] for i in ids[:-1])]
-            logits_LV = decoder.transformer(torch.stack(prefix).unsqueeze(0))[0] @ table.T
+            logits_LV = decoder.logits(decoder.transformer(torch.stack(prefix).unsqueeze(0))[0])
             row.append([F.cross_entropy(logits_LV[c - 1 + i], torch.tensor(t)) for i, t in enumerate(ids)])
         found.steps.append(row)
     return found
@@ -187,6 +188,22 @@ def test_the_loss_equals_the_reference(
     torch.testing.assert_close(shares["answer_loss"], expected.answer_loss().detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(shares["step_loss"], expected.step_loss(reduction).detach(), atol=1e-5, rtol=1e-5)
     total = 0.7 * expected.answer_loss() + 1.3 * expected.step_loss(reduction)
+    torch.testing.assert_close(shares["loss"], total.detach(), atol=1e-5, rtol=1e-5)
+    objective.zero_grad()
+    total.backward()
+    assert_same_gradients(gradients, {name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "nanochat"])
+def test_the_loss_equals_the_reference_in_other_families(
+    make_objective: MakeObjective, problems: list[Problem], family: str
+) -> None:
+    """Where answers and steps share one output table, with biases and learned positions, or with soft-capped logits."""
+    latent = {"n_latents": 2 * GROUPS, "latents_per_step": 2}
+    objective = make_objective(latent=latent, loss={"answer_weight": 0.7, "step_weight": 1.3}, family=family)
+    shares, gradients = run_step(objective, [collate(objective, problems)])
+    expected = reference(objective, problems)
+    total = 0.7 * expected.answer_loss() + 1.3 * expected.step_loss("token")
     torch.testing.assert_close(shares["loss"], total.detach(), atol=1e-5, rtol=1e-5)
     objective.zero_grad()
     total.backward()
@@ -230,6 +247,112 @@ def test_any_cut_into_micro_batches_is_the_same_step(
     assert_same_gradients(cut_gradients, gradients)
 
 
+# Label by label
+
+
+@dataclass
+class SeenLabels:
+    """What one batch asks of `cross_entropy`, and what it finds."""
+
+    answers: Labelled
+    steps: Labelled
+    found: CrossEntropy
+
+
+def watch_labels(monkeypatch: pytest.MonkeyPatch) -> list[SeenLabels]:
+    """From now on keeps the labels of every batch in the list it returns."""
+    seen: list[SeenLabels] = []
+
+    def spy(answers: Labelled, steps: Labelled, softcap: float | None) -> CrossEntropy:
+        found = cross_entropy(answers, steps, softcap=softcap)
+        seen.append(SeenLabels(answers, steps, found))
+        return found
+
+    monkeypatch.setattr(latent_module, "cross_entropy", spy)
+    return seen
+
+
+@pytest.mark.parametrize("missing", ["mask", "answer"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_what_each_label_counts(
+    make_objective: MakeObjective,
+    problems: list[Problem],
+    monkeypatch: pytest.MonkeyPatch,
+    reduction: str,
+    missing: str,
+) -> None:
+    """In a stage in which steps are still written: answer_weight * w / sum(w) and step_weight * what `step_reduction`
+    says, over the labels of the whole optimizer step, here of two batches."""
+    seen = watch_labels(monkeypatch)
+    objective = make_objective(
+        latent={"missing": missing},
+        loss={"answer_weight": 0.7, "step_weight": 1.3, "step_reduction": reduction},
+        step_weight_multiplier=2.0,
+    )
+    encoder, stage = objective.tokenizer, 2
+    batches = [
+        objective.collate(encode(objective, piece), ThoughtFormat(True, stage, 1))
+        for piece in (problems[:2], problems[2:])
+    ]
+    run_step(objective, batches)
+
+    # Of every text token, and of every group's step token.
+    weights = [
+        [w for step in p.steps[stage:] for w in [2.0] * len(encoder.encode(step.text)) + [1.0]]
+        + [1.0] * (len(encoder.encode(f"#### {p.answer}")) + 1)
+        for p in problems
+    ]
+    lengths = [
+        [
+            0 if text is None else len(encoder.encode(text)) + 1
+            for text in (group_text(p, g, "merge", missing) for g in range(stage))
+        ]
+        for p in problems
+    ]
+    by_group = [[row[group] for row in lengths if row[group]] for group in range(stage)]
+    of_group = {
+        "token": [1 / sum(map(sum, by_group))] * stage,
+        "coconut": [1 / (stage * len(filled)) for filled in by_group],
+        "codi": [1 / (stage * sum(filled)) for filled in by_group],
+    }[reduction]
+    for rows, batch in zip((range(2), range(2, 5)), seen, strict=True):
+        expected = [0.7 * w / sum(map(sum, weights)) for row in rows for w in weights[row]]
+        torch.testing.assert_close(batch.answers.scale_M, torch.tensor(expected))
+        taught = [(lengths[row][g], 1.3 * of_group[g]) for row in rows for g in range(stage) if lengths[row][g]]
+        # The first label of every group comes before the others.
+        expected = [scale for _, scale in taught] + [scale for n, scale in taught for _ in range(n - 1)]
+        torch.testing.assert_close(batch.steps.scale_M, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
+def test_no_problem_sees_another(
+    make_objective: MakeObjective, problems: list[Problem], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Another question in one place, of the same length or longer than all others: every label of that problem, of its
+    answer and its steps, loses something else, those of all others what they lost before."""
+    seen = watch_labels(monkeypatch)
+    objective = make_objective(family=family)
+
+    def losses_of(problems: Sequence[Problem]) -> tuple[Tensor, Tensor]:
+        """Of every label; and which problem it belongs to."""
+        batch = collate(objective, problems)
+        with torch.no_grad():
+            objective(batch, batch.totals)
+        step_rows_M = batch.row_N[batch.steps.group_M].div(GROUPS, rounding_mode="floor")
+        return seen[-1].found.nll_M, torch.cat((batch.texts.row_P[-len(batch.targets) :], step_rows_M))
+
+    before_M, row_M = losses_of(problems)
+    longest = max(len(objective.tokenizer.encode(problem.question)) for problem in problems)
+    for changed, problem in enumerate(problems):
+        for question in (problem.question[::-1], "7" * (longest + 20)):
+            others = [replace(p, question=question) if i == changed else p for i, p in enumerate(problems)]
+            after_M, same_row_M = losses_of(others)
+            assert torch.equal(row_M, same_row_M)
+            is_other_M = row_M != changed
+            torch.testing.assert_close(after_M[is_other_M], before_M[is_other_M], atol=1e-4, rtol=1e-4)
+            assert ((after_M - before_M)[~is_other_M].abs() > 1e-3).float().mean() > 0.9
+
+
 # The step loss reaches the thoughts
 
 
@@ -241,8 +364,8 @@ def watch_thoughts(monkeypatch: pytest.MonkeyPatch, kept: tuple[int, int] | None
     """
     seen: list[Tensor] = []
 
-    def spy(*args: Any) -> Thoughts:
-        thoughts = think(*args)
+    def spy(*args: Any, **kwargs: Any) -> Thoughts:
+        thoughts = think(*args, **kwargs)
         latents_BKD = thoughts.latents_BKD
         if kept is not None:
             is_kept = torch.zeros(*latents_BKD.shape[:2], 1, dtype=torch.bool)
@@ -256,12 +379,17 @@ def watch_thoughts(monkeypatch: pytest.MonkeyPatch, kept: tuple[int, int] | None
     return seen
 
 
-def only_group(batch: LatentBatch, group: int) -> LatentBatch:
+def only_group(objective: LatentObjective, problems: Sequence[Problem], group: int) -> LatentBatch:
     """The batch with the step labels of one group alone: its step loss is that group's part, L_step,k."""
-    in_group = batch.step_group_M == group
-    old = batch.step_targets
-    targets = Targets(*(x[in_group] for x in (old.index_M, old.label_M, old.weight_M, old.step_M)))
-    return replace(batch, step_targets=targets, step_group_M=batch.step_group_M[in_group])
+
+    def group_texts(example: Example, groups: int) -> list[list[int] | None]:
+        texts = LatentObjective.group_texts(objective, example, groups)
+        return [text if i == group else None for i, text in enumerate(texts)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "group_texts", group_texts)
+        batch = collate(objective, problems)
+    return replace(batch, totals=collate(objective, problems).totals)
 
 
 def is_taught(row: int, group: int) -> bool:
@@ -284,7 +412,7 @@ def test_each_groups_step_loss_reaches_its_own_thoughts(
     latent = {"n_latents": GROUPS * per_step, "latents_per_step": per_step}
     objective = make_objective(latent=latent, loss={"answer_weight": 0.0, "step_reduction": reduction})
     seen = watch_thoughts(monkeypatch)
-    run_step(objective, [only_group(collate(objective, problems), group)])
+    run_step(objective, [only_group(objective, problems, group)])
     gradient_BKD = seen[0].grad
     assert gradient_BKD is not None
     for row in range(len(problems)):
@@ -294,6 +422,17 @@ def test_each_groups_step_loss_reaches_its_own_thoughts(
                 assert size > 1e-5
             else:
                 assert size == 0
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_groups_parts_add_up_to_the_step_loss(
+    make_objective: MakeObjective, problems: list[Problem], reduction: str
+) -> None:
+    """L_step = sum of L_step,k, each from a batch with its own labels alone: no group sees another in the decoder."""
+    objective = make_objective(loss={"step_reduction": reduction})
+    whole, _ = run_step(objective, [collate(objective, problems)])
+    parts = [run_step(objective, [only_group(objective, problems, group)])[0] for group in range(GROUPS)]
+    torch.testing.assert_close(sum_of(part["step_loss"] for part in parts), whole["step_loss"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("row", "k"), product(range(len(STEPS)), range(GROUPS)))
@@ -361,14 +500,16 @@ def test_a_step_without_any_step_loses_nothing(make_objective: MakeObjective, pr
             assert not name.startswith("step_decoder.") or gradient.abs().max() == 0
 
 
-def test_step_accuracy_is_the_decoders(
-    make_objective: MakeObjective, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_accuracy_is_the_decoders(make_objective: MakeObjective, problems: list[Problem]) -> None:
     """Of a decoder that always finds the digit 2 most likely, the share of twos among all that it is taught."""
-    objective = make_objective()
+    objective = make_objective(family="gpt2")
     (two,) = objective.tokenizer.encode("2")
-    bias_V = F.one_hot(torch.tensor(two), objective.tokenizer.n_vocab)
-    monkeypatch.setattr(objective.step_decoder, "logits", lambda hidden: hidden.sum(-1, keepdim=True) + bias_V)
+    norm = objective.step_decoder.transformer.norm
+    assert isinstance(norm, nn.LayerNorm)
+    with torch.no_grad():  # every hidden state of the decoder is its last norm's bias, which is nearest to the digit
+        norm.weight.zero_()
+        norm.bias.fill_(1.0)
+        objective.step_decoder.embedding.weight[two] = 10.0
     shares, _ = run_step(objective, [collate(objective, problems)])
     texts = [group_text(p, g, "merge", "mask") for p, g in product(problems, range(GROUPS))]
     taught = [i for text in texts if text for i in [*objective.tokenizer.encode(text), objective.tokenizer.end_id]]
@@ -382,29 +523,56 @@ def words(objective: LatentObjective, ids: Tensor) -> str:
     return objective.tokenizer.decode(ids.tolist())
 
 
+def rows_read(packing: Packing, tokens: Sequence[int | None]) -> list[list[int | None]]:
+    """The tokens of each row, in order; None stands for a thought."""
+    rows: list[dict[int, int | None]] = [{} for _ in range(packing.rows)]
+    for row, offset, token in zip(packing.row_P.tolist(), packing.offset_P.tolist(), tokens, strict=True):
+        assert offset not in rows[row]
+        rows[row][offset] = token
+    assert [sorted(row) for row in rows] == [list(range(n)) for n in packing.length_B.tolist()]
+    return [[row[offset] for offset in range(len(row))] for row in rows]
+
+
+def rows_predicted(packing: Packing, labels: Tensor) -> list[list[int | None]]:
+    """What is to be predicted at each token of each row, None where nothing is: the last tokens of a pass predict its
+    labels, in their order."""
+    silent = len(packing) - len(labels)
+    return rows_read(packing, [*[None] * silent, *labels.tolist()])
+
+
 def written_after_thoughts(objective: LatentObjective, batch: LatentBatch) -> list[str]:
-    """The labels of each row; the model reads `<|eot|>` and the same tokens but the last."""
-    rows = batch.targets.index_M.div(batch.answer_ids_BA.shape[1], rounding_mode="floor")
+    """The labels of each row. The model reads its last thought, at which nothing is to be predicted, then `<|eot|>` and
+    the labels but the last: each of these predicts the label after it."""
+    B = batch.questions.rows
+    read = rows_read(batch.texts, [*[None] * B, *batch.text_ids_A.tolist()])
+    predicted = rows_predicted(batch.texts, batch.targets.label_M)
     texts = []
-    for row, (ids_A, mask_A) in enumerate(zip(batch.answer_ids_BA, batch.answer_mask_BA, strict=True)):
-        labels = batch.targets.label_M[rows == row]
-        assert ids_A[mask_A].tolist() == [objective.tokenizer.eot_id, *labels[:-1].tolist()]
+    for (thought, *ids), (nothing, *labels) in zip(read, predicted, strict=True):
+        assert thought is nothing is None
+        assert None not in labels
+        assert ids == [objective.tokenizer.eot_id, *labels[:-1]]
         assert labels[-1] == objective.tokenizer.end_id
-        texts.append(words(objective, labels))
+        texts.append(objective.tokenizer.decode([i for i in labels if i is not None]))
     return texts
 
 
 def taught(objective: LatentObjective, batch: LatentBatch, groups: int) -> list[list[str | None]]:
-    """What each row's each group is to be decoded into."""
-    length = batch.step_ids_NL.shape[1]
-    of_label = batch.step_targets.index_M.div(length, rounding_mode="floor")
-    found: list[list[str | None]] = [[None] * groups for _ in batch.question_ids_BT]
+    """What each row's each group is to be decoded into. The decoder reads the group's thoughts and the labels but the
+    last; the last thought predicts the first label."""
+    steps, c = batch.steps, objective.config.latent.latents_per_step
+    N = len(batch.row_N)
+    read = rows_read(steps.packing, [*[None] * (c * N), *steps.ids_L.tolist()])
+    predicted = rows_predicted(steps.packing, steps.label_M)
+    of_group = rows_predicted(steps.packing, batch.step_group_M)
+    found: list[list[str | None]] = [[None] * groups for _ in range(batch.questions.rows)]
     for n, at in enumerate(batch.row_N.tolist()):
-        labels = batch.step_targets.label_M[of_label == n]
-        assert labels.tolist() == batch.step_ids_NL[n, : len(labels)].tolist()
+        labels = [i for i in predicted[n][c - 1 :] if i is not None]
+        assert predicted[n] == [None] * (c - 1) + labels
+        assert read[n] == [None] * c + labels[:-1]
         assert labels[-1] == objective.tokenizer.end_id
-        assert set(batch.step_group_M[of_label == n].tolist()) == {at % groups}
-        found[at // groups][at % groups] = words(objective, labels)
+        assert of_group[n] == [None] * (c - 1) + [at % groups] * len(labels)
+        assert set(steps.label_M[steps.group_M == n].tolist()) == set(labels)
+        found[at // groups][at % groups] = objective.tokenizer.decode(labels)
     return found
 
 
@@ -413,13 +581,36 @@ def test_the_batch_of_the_last_stage(make_objective: MakeObjective, problems: li
     objective = make_objective()
     batch = collate(objective, problems)
     assert batch.n_latents == GROUPS
-    for problem, ids_T, mask_T in zip(problems, batch.question_ids_BT, batch.question_mask_BT, strict=True):
-        assert words(objective, ids_T[mask_T]) == problem.question
-        assert ids_T[mask_T][-1] == objective.tokenizer.bot_id
+    bot_id = objective.tokenizer.bot_id
+    assert rows_read(batch.questions, batch.question_ids_P.tolist()) == [
+        [*objective.tokenizer.encode(problem.question), bot_id] for problem in problems
+    ]
+    # Thoughts are read out of the last tokens, in the order of the rows.
+    assert batch.question_ids_P[-len(problems) :].tolist() == [bot_id] * len(problems)
+    assert batch.questions.row_P[-len(problems) :].tolist() == list(range(len(problems)))
     assert written_after_thoughts(objective, batch) == [f"#### {problem.answer}" for problem in problems]
     assert taught(objective, batch, GROUPS) == [
         [group_text(problem, group, "merge", "mask") for group in range(GROUPS)] for problem in problems
     ]
+
+
+def test_totals_count_positions(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    """Everything that a transformer reads: questions with `<|bot|>`, the thoughts (the last one with the text), texts,
+    and the decoder's thoughts and tokens; and the rectangles that attention lays them out in."""
+    per_step = 2
+    objective = make_objective(latent={"n_latents": GROUPS * per_step, "latents_per_step": per_step})
+    encoder = objective.tokenizer
+    batch = collate(objective, problems)
+    questions = [len(encoder.encode(problem.question)) + 1 for problem in problems]
+    texts = [1 + 1 + len(encoder.encode(f"#### {problem.answer}")) for problem in problems]  # less the end token
+    groups = [group_text(problem, group, "merge", "mask") for problem in problems for group in range(GROUPS)]
+    steps = [per_step + len(encoder.encode(text)) for text in groups if text is not None]
+    thoughts = len(problems) * (GROUPS * per_step - 1)
+    assert batch.totals["positions"].item() == sum(questions) + thoughts + sum(texts) + sum(steps)
+    rectangles = [len(rows) * max(rows) for rows in (questions, texts, steps)]
+    assert batch.totals["slots"].item() == thoughts + sum(rectangles)
+    assert batch.totals["tokens"].item() == len(batch.targets)
+    assert batch.totals["step_tokens"].item() == batch.totals["group_tokens_G"].sum().item() == len(batch.step_group_M)
 
 
 @pytest.mark.parametrize("missing", ["mask", "answer"])
@@ -466,11 +657,11 @@ def test_the_warm_up_writes_all_steps_between_bot_eot_and_the_answer(
     batch = objective.collate(encode(objective, problems), ThoughtFormat(True, 0, 1))
     assert isinstance(batch, WrittenBatch)
     weighted, weights = torch.zeros(()), 0.0
-    for problem, ids_T in zip(problems, batch.ids_BT, strict=True):
+    for problem, read in zip(problems, rows_read(batch.packing, batch.ids_P.tolist()), strict=True):
         prompt = [*tokenizer.encode(problem.question), tokenizer.bot_id, tokenizer.eot_id]
         text = "".join(step.text + "\n" for step in problem.steps) + f"#### {problem.answer}"
         ids = [*prompt, *tokenizer.encode(text), tokenizer.end_id]
-        assert ids_T.tolist() == ids + [tokenizer.pad_id] * (len(ids_T) - len(ids))
+        assert read == ids[:-1]
         loss_T = F.cross_entropy(objective.model.logits(objective.model(torch.tensor([ids[:-1]])))[0],
                                  torch.tensor(ids[1:]), reduction="none")[len(prompt) - 1 :]  # fmt: skip
         lines = [w for step in problem.steps for w in [3.0] * len(tokenizer.encode(step.text)) + [1.0]]
@@ -521,11 +712,12 @@ def test_room_is_kept_for_every_form_of_a_problem(make_objective: MakeObjective,
         for groups in range(1, 5):
             batch = objective.collate([example], ThoughtFormat(True, 2 * groups, 2))
             assert isinstance(batch, LatentBatch)
-            assert batch.question_ids_BT.shape[1] + batch.n_latents + batch.answer_ids_BA.shape[1] <= bound
-            assert 2 + batch.step_ids_NL.shape[1] <= bound
+            # The last thought is read with the text.
+            assert batch.questions.longest + batch.n_latents - 1 + batch.texts.longest <= bound
+            assert batch.steps.packing.longest <= bound
         written = objective.collate([example], ThoughtFormat(True, 0, 2))
         assert isinstance(written, WrittenBatch)
-        assert written.ids_BT.shape[1] <= bound
+        assert written.packing.longest <= bound
 
 
 def test_the_decoder_starts_as_the_base_that_the_warm_up_left(make_objective: MakeObjective) -> None:

@@ -1,4 +1,7 @@
-"""mode=weighted: the loss against formulas, plain fine-tuning at multiplier 1, the same whatever way a step is cut."""
+"""mode=weighted: the loss against formulas, plain fine-tuning at multiplier 1, the same whatever way a step is cut.
+
+Problems of a batch are packed: it is proven here that none of them sees another.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from simcot_latent.config import RunConfig
 from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.losses import add_up
+from simcot_latent.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.packing import Packing
 from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.objectives import base as base_module
 from simcot_latent.objectives.base import WrittenBatch
 from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
 
@@ -59,9 +64,34 @@ def run_step(
     return {key: value.detach() for key, value in add_up(shares).items()}, gradients
 
 
+def assert_gradients_of(objective: WeightedObjective, gradients: dict[str, Tensor]) -> None:
+    """That the parameters hold these very gradients, to rounding, and that none of them is zero."""
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None
+        scale = parameter.grad.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(
+            gradients[name],
+            parameter.grad,
+            atol=1e-4 * scale,
+            rtol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def written_ids(example: Example) -> list[int]:
+    """A problem as it is written, from its question to the end token."""
+    return example.question + example.rationale.ids + example.answer.ids
+
+
+def label_rows(batch: WrittenBatch) -> Tensor:
+    """The row of every label: that of the token which is to predict it, the last tokens of the batch."""
+    return batch.packing.row_P[-len(batch.targets) :]
+
+
 def naive_labels(objective: WeightedObjective, example: Example) -> list[tuple[float, float, bool, bool]]:
     """(weight, cross-entropy, in a step, correct) of every label of one example alone, in plain Python."""
-    ids = example.question + example.rationale.ids + example.answer.ids
+    ids = written_ids(example)
     in_step = example.rationale.in_step + example.answer.in_step
     with torch.no_grad():
         logits_TV = objective.model.logits(objective.model(torch.tensor([ids])))[0].double()
@@ -95,15 +125,17 @@ def test_the_loss_in_closed_form(
     assert totals["step_tokens"].item() == sum(inside for _, _, inside, _ in labels)
 
 
-def test_step_accuracy_counts_step_tokens_only(
-    make_objective: MakeObjective, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_accuracy_counts_step_tokens_only(make_objective: MakeObjective, problems: list[Problem]) -> None:
     """Teacher-forced: of a model that always finds the digit 2 most likely, the share of twos among step tokens."""
-    objective = make_objective()
+    objective = make_objective("gpt2")
     examples = [objective.encode(problem) for problem in problems]
     (two,) = objective.tokenizer.encode("2")
-    bias_V = F.one_hot(torch.tensor(two), objective.tokenizer.n_vocab)
-    monkeypatch.setattr(objective.model, "logits", lambda hidden: hidden.sum(-1, keepdim=True) + bias_V)
+    norm = objective.model.transformer.norm
+    assert isinstance(norm, nn.LayerNorm)
+    with torch.no_grad():  # every hidden state is the last norm's bias, and that is nearest to the digit
+        norm.weight.zero_()
+        norm.bias.fill_(1.0)
+        objective.model.output_table[two] = 10.0
     shares, _ = run_step(objective, examples)
     step_tokens = [i for example in examples for step in example.steps for i in step.ids]
     assert 0 < step_tokens.count(two) < len(step_tokens)
@@ -119,26 +151,44 @@ def test_multiplier_one_is_plain_fine_tuning_to_the_last_bit(
     shares, gradients = run_step(objective, examples)
 
     plain = make_objective(step_weight_multiplier=1.0).model
-    rows = [example.question + example.rationale.ids + example.answer.ids for example in examples]
-    length = max(map(len, rows))
-    ids_BT = torch.tensor([row + [objective.tokenizer.pad_id] * (length - len(row)) for row in rows])
-    is_label_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        is_label_BT[row, len(example.question) : len(rows[row])] = True
-    predicting_BT = is_label_BT.roll(-1, dims=1)
-    logits_MV = plain.logits(plain(ids_BT)[predicting_BT])
-    loss = F.cross_entropy(logits_MV, ids_BT[is_label_BT], reduction="none").sum() / is_label_BT.sum()
+    rows = [written_ids(example) for example in examples]
+    # Up to the last token of its question a row predicts nothing.
+    silent = [row[: len(e.question) - 1] for row, e in zip(rows, examples, strict=True)]
+    predicting = [row[len(e.question) - 1 : -1] for row, e in zip(rows, examples, strict=True)]
+    labels = [i for row, e in zip(rows, examples, strict=True) for i in row[len(e.question) :]]
+    ids_P = torch.tensor([i for part in (silent, predicting) for row in part for i in row])
+    packing = Packing.of([len(row) for row in silent], [len(row) for row in predicting])
+    hidden_MD = plain(ids_P, packing, read_out=len(labels))
+    mean_M = torch.full((len(labels),), 1.0) / len(labels)
+    loss = cross_entropy(Labelled(hidden_MD, plain.output_table, torch.tensor(labels), mean_M)).loss
     loss.backward()
     assert torch.equal(shares["loss"], loss.detach())
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None
         assert torch.equal(gradients[f"model.{name}"], parameter.grad), name
-    # And as PyTorch's own mean over all positions, the question and the padding ignored, to rounding.
-    labels_BT = ids_BT.masked_fill(~is_label_BT, -100)
-    with torch.no_grad():
-        logits_BTV = plain.logits(plain(ids_BT))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
+def test_multiplier_one_is_the_textbook_loss(
+    make_objective: MakeObjective, problems: list[Problem], family: str
+) -> None:
+    """PyTorch's own mean over a padded batch, questions and padding ignored: loss and gradients, to rounding."""
+    objective = make_objective(family, step_weight_multiplier=1.0)
+    examples = [objective.encode(problem) for problem in problems]
+    shares, gradients = run_step(objective, examples)
+    rows = [written_ids(example) for example in examples]
+    length = max(map(len, rows))
+    ids_BT = torch.tensor([row + [objective.tokenizer.pad_id] * (length - len(row)) for row in rows])
+    labels_BT = torch.full_like(ids_BT, -100)
+    for row, example in enumerate(examples):
+        labelled = slice(len(example.question), len(rows[row]))
+        labels_BT[row, labelled] = ids_BT[row, labelled]
+    objective.zero_grad()
+    logits_BTV = objective.model.logits(objective.model(ids_BT))
     textbook = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
-    torch.testing.assert_close(shares["loss"], textbook, atol=1e-6, rtol=1e-6)
+    textbook.backward()
+    torch.testing.assert_close(shares["loss"], textbook.detach(), atol=1e-6, rtol=1e-6)
+    assert_gradients_of(objective, gradients)
 
 
 def test_the_multiplier_matters(make_objective: MakeObjective, problems: list[Problem]) -> None:
@@ -154,7 +204,7 @@ def test_the_multiplier_matters(make_objective: MakeObjective, problems: list[Pr
 def test_any_cut_into_micro_batches_is_the_same_step(
     make_objective: MakeObjective, problems: list[Problem], cuts: list[int], order: list[int]
 ) -> None:
-    """Normalised over the whole optimizer step: pieces of unequal size, padding and share of steps add up to it."""
+    """Normalised over the whole optimizer step: pieces of unequal size, length and share of steps add up to it."""
     objective = make_objective()
     examples = [objective.encode(problem) for problem in problems]
     shares, gradients = run_step(objective, examples)
@@ -164,6 +214,83 @@ def test_any_cut_into_micro_batches_is_the_same_step(
         torch.testing.assert_close(cut_shares[key], value, atol=1e-5, rtol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(cut_gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
+def test_a_batch_equals_its_problems_one_by_one(
+    make_objective: MakeObjective, problems: list[Problem], family: str
+) -> None:
+    """Loss and gradients of the packed batch: those of a pass over each problem alone, its weighted cross-entropies
+    taken from ordinary logits and divided by the weights of all."""
+    objective = make_objective(family, step_weight_multiplier=2.0)
+    examples = [objective.encode(problem) for problem in problems]
+    shares, gradients = run_step(objective, examples)
+    objective.zero_grad()
+    in_steps = [[*example.rationale.in_step, *example.answer.in_step] for example in examples]
+    weight = sum(2.0 if inside else 1.0 for in_step in in_steps for inside in in_step)
+    total = 0.0
+    for example, in_step in zip(examples, in_steps, strict=True):
+        ids_1T = torch.tensor([written_ids(example)])
+        logits_TV = objective.model.logits(objective.model(ids_1T[:, :-1]))[0]
+        loss_T = F.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="none")[-len(in_step) :]
+        loss = (torch.tensor([2.0 if inside else 1.0 for inside in in_step]) * loss_T).sum() / weight
+        loss.backward()
+        total += loss.item()
+    assert shares["loss"].item() == pytest.approx(total, rel=1e-5)
+    assert_gradients_of(objective, gradients)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
+def test_no_problem_sees_another(
+    make_objective: MakeObjective, problems: list[Problem], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Another question in one place, of the same length or longer than all others: every label of that problem loses
+    something else, those of all others what they lost before."""
+    objective = make_objective(family)
+    found: list[CrossEntropy] = []
+
+    def spy(*parts: Labelled, softcap: float | None) -> CrossEntropy:
+        found.append(cross_entropy(*parts, softcap=softcap))
+        return found[-1]
+
+    monkeypatch.setattr(base_module, "cross_entropy", spy)
+
+    def losses_of(problems: Sequence[Problem]) -> tuple[Tensor, Tensor]:
+        """Of every label; and which problem it belongs to."""
+        batch = objective.collate([objective.encode(problem) for problem in problems], WRITES)
+        with torch.no_grad():
+            objective(batch, batch.totals)
+        return found[-1].nll_M, label_rows(batch)
+
+    before_M, row_M = losses_of(problems)
+    longest = max(len(objective.tokenizer.encode(problem.question)) for problem in problems)
+    for changed, problem in enumerate(problems):
+        for question in (problem.question[::-1], "7" * (longest + 20)):
+            others = [replace(p, question=question) if i == changed else p for i, p in enumerate(problems)]
+            after_M, same_row_M = losses_of(others)
+            assert torch.equal(row_M, same_row_M)
+            is_other_M = row_M != changed
+            torch.testing.assert_close(after_M[is_other_M], before_M[is_other_M], atol=1e-5, rtol=1e-5)
+            assert ((after_M - before_M)[~is_other_M].abs() > 1e-4).all()
+
+
+def test_the_last_tokens_of_a_batch_predict_its_labels(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    """In the order of the labels: the label is the token after the one that predicts it. And the tokens of each row,
+    put in order, are its problem, of which only the end token is not read."""
+    objective = make_objective()
+    examples = [objective.encode(problem) for problem in problems]
+    batch = objective.collate(examples, WRITES)
+    packing, n_labels = batch.packing, len(batch.targets)
+    places = zip(packing.row_P.tolist(), packing.offset_P.tolist(), strict=True)
+    at = {place: i for i, place in enumerate(places)}
+    assert len(at) == len(batch.ids_P) == len(packing)
+    for row, example in enumerate(examples):
+        ids = written_ids(example)
+        assert batch.ids_P[[at[row, offset] for offset in range(len(ids) - 1)]].tolist() == ids[:-1]
+        predicting = [at[row, offset] for offset in range(len(example.question) - 1, len(ids) - 1)]
+        labels = [i - (len(batch.ids_P) - n_labels) for i in predicting]
+        assert batch.targets.label_M[labels].tolist() == ids[len(example.question) :]
+    assert n_labels == sum(len(example.rationale) + len(example.answer) for example in examples)
 
 
 @pytest.mark.parametrize("rationale", ["natural", "equations"])
@@ -176,7 +303,7 @@ def test_the_weights_lie_on_the_steps(
     batch = objective.collate([objective.encode(problem) for problem in problems], WRITES)
     assert set(batch.targets.weight_M.tolist()) == {1.0, 2.0}
     assert torch.equal(batch.targets.weight_M == 2.0, batch.targets.step_M)
-    rows = batch.targets.index_M.div(batch.ids_BT.shape[1], rounding_mode="floor")
+    rows = label_rows(batch)
     for row, problem in enumerate(problems):
         labels = batch.targets.label_M[rows == row].tolist()
         solution = problem.rationale if rationale == "natural" else "\n".join(step.text for step in problem.steps)
@@ -217,11 +344,12 @@ def test_it_writes_at_every_stage(make_objective: MakeObjective) -> None:
 
 
 def test_totals_count_positions(make_objective: MakeObjective, problems: list[Problem]) -> None:
-    """What padding costs is read from these."""
+    """Tokens that are read, which is all but each row's last, and the rectangle that attention lays them out in: what
+    padding costs is read from these."""
     objective = make_objective()
     examples = [objective.encode(problem) for problem in problems]
     batch = objective.collate(examples, WRITES)
     assert isinstance(batch, WrittenBatch)
-    lengths = [example.length for example in examples]
-    assert batch.totals["real_positions"].item() == sum(lengths)
-    assert batch.totals["positions"].item() == len(lengths) * max(lengths)
+    lengths = [example.length - 1 for example in examples]
+    assert batch.totals["positions"].item() == len(batch.ids_P) == sum(lengths)
+    assert batch.totals["slots"].item() == len(lengths) * max(lengths)
