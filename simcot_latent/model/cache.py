@@ -34,7 +34,7 @@ class KVCache:
         self.length_B: Tensor | None = None
         self._layers: list[_Layer] = []
         # What links the passes of each layer for autograd; apart from the layers, which the graph refers to.
-        self._tokens: list[Tensor] = []
+        self._links: list[Tensor] = []
 
     @property
     def is_empty(self) -> bool:
@@ -62,20 +62,20 @@ class KVCache:
         B, _, G, E = k_BTGE.shape
         kept = _Layer(k_BTGE.new_zeros(2, B, G, self.capacity, E))
         self._layers.append(kept)
-        self._tokens.append(_Fill.apply(k_BTGE, v_BTGE, kept.kv))  # type: ignore[arg-type]
+        self._links.append(_Fill.apply(k_BTGE, v_BTGE, kept.kv))  # type: ignore[arg-type]
 
     def attend(self, layer: int, qkv_PXE: Tensor, view: CacheView) -> Tensor:
         """Attention of a later pass (P, H * E): writes its keys and values, and its queries see all that they may.
 
         The gradient of the cache is one buffer a layer. It is handed from the last pass back to the first along a
-        chain of tokens (tensors without storage that only tell autograd the order); each pass adds to it what its
+        chain of links (tensors without storage that only tell autograd the order); each pass adds to it what its
         queries saw, and takes out the gradient of its own columns, which is complete by then.
 
         Args:
             qkv_PXE: queries, keys and values, not rotated yet; X = H + 2G.
         """
-        out_PD, self._tokens[layer] = _Attend.apply(  # type: ignore[misc]
-            qkv_PXE, self._tokens[layer], self._layers[layer], view
+        out_PD, self._links[layer] = _Attend.apply(  # type: ignore[misc]
+            qkv_PXE, self._links[layer], self._layers[layer], view
         )
         return out_PD
 
@@ -84,7 +84,7 @@ class KVCache:
         assert self.length_B is not None
         self.length_B = self.length_B[rows_N]
         self._layers = [_Layer(layer.kv[:, rows_N]) for layer in self._layers]
-        self._tokens = [layer.token() for layer in self._layers]
+        self._links = [layer.link() for layer in self._layers]
 
 
 class _Layer:
@@ -95,7 +95,7 @@ class _Layer:
         self.k, self.v = (rearrange(half, "b g c e -> (b g) c e") for half in kv)
         self.k_rows, self.v_rows = (rearrange(half, "b g c e -> (b g c) e") for half in kv)
 
-    def token(self) -> Tensor:
+    def link(self) -> Tensor:
         """Of the shape of `kv`, since its gradient is that of `kv`; without storage."""
         return self.kv.new_empty(1).expand(self.kv.shape)
 
@@ -139,7 +139,7 @@ class _Fill(torch.autograd.Function):
         ctx.length = T = k_BTGE.shape[1]
         kv[0, :, :, :T] = k_BTGE.transpose(1, 2)
         kv[1, :, :, :T] = v_BTGE.transpose(1, 2)
-        return _Layer(kv).token()
+        return _Layer(kv).link()
 
     @staticmethod
     def backward(ctx: Any, grad_kv: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
@@ -153,7 +153,7 @@ class _Attend(torch.autograd.Function):
     """softmax(q k^T / sqrt(E) + bias) v over a cache that is written in place (https://arxiv.org/abs/1706.03762)."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_PXE: Tensor, token: Tensor, layer: _Layer, view: CacheView) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, qkv_PXE: Tensor, link: Tensor, layer: _Layer, view: CacheView) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         H, G = view.heads
         qk_PXE, v_PGE = qkv_PXE[:, : H + G], qkv_PXE[:, H + G :]
@@ -164,11 +164,12 @@ class _Attend(torch.autograd.Function):
         # Query heads beside the key/value head that they share.
         q = rearrange(view.packing.pad(qk_PXE[:, :H]), "b t (g r) e -> (b g) (r t) e", g=G, **view.sizes)
         k, v, scale = layer.k[:, : view.end], layer.v[:, : view.end], q.shape[-1] ** -0.5
-        weights = torch.baddbmm(view.bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+        scores = torch.baddbmm(view.bias.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         out_BTD = rearrange(torch.bmm(weights, v), "(b g) (r t) e -> b t (g r e)", g=G, **view.sizes)
         ctx.save_for_backward(q, weights)
         ctx.layer, ctx.view, ctx.scale = layer, view, scale
-        return view.packing.unpad(out_BTD), layer.token()
+        return view.packing.unpad(out_BTD), layer.link()
 
     @staticmethod
     def backward(  # type: ignore[override]

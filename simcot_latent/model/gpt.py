@@ -140,7 +140,8 @@ class Sight:
         self.view = None
         if cache is not None and not cache.is_empty:
             self.view = CacheView(cache, packing, self.position_P, self.rotary, (H, G))
-        self.leaves_autocast = packing.row_P.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        self.device = packing.row_P.device.type
+        self.in_autocast = torch.is_autocast_enabled(self.device)
 
     def attend(self, qkv_PXE: Tensor) -> Tensor:
         """Scaled dot-product attention of the next layer, (P, H * E).
@@ -151,10 +152,10 @@ class Sight:
         Args:
             qkv_PXE: queries, keys and values, not rotated yet; X = H + 2G.
         """
-        if self.leaves_autocast:
-            with torch.autocast(qkv_PXE.device.type, enabled=False):
-                return self._attend(qkv_PXE.float())
-        return self._attend(qkv_PXE)
+        if not self.in_autocast:
+            return self._attend(qkv_PXE)
+        with torch.autocast(self.device, enabled=False):
+            return self._attend(qkv_PXE.float() if self.device == "cpu" else qkv_PXE)
 
     def _attend(self, qkv_PXE: Tensor) -> Tensor:
         if self.cache is not None and self.view is not None:

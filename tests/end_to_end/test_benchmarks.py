@@ -4,21 +4,53 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from commands import run
 
 
-def test_train_step_reports_the_ratio_of_ours_to_the_bound(sums: Path, tmp_path: Path) -> None:
-    arguments = (
-        f"--data {sums} --sizes S --batch-sizes 2 --thoughts 2 --latents-per-step 1 --repeats 1 --out report.json"
-    )
-    done = run("benchmarks.train_step", *arguments.split(), folder=tmp_path).ok()
-    report = json.loads((tmp_path / "report.json").read_text())
+def measure(name: str, arguments: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """The report that a benchmark writes, and what it prints."""
+    done = run(f"benchmarks.{name}", *arguments.split(), "--out", "report.json", folder=folder).ok()
+    return json.loads((folder / "report.json").read_text()), done.out
+
+
+def test_a_latent_step_against_its_bound_and_its_peer(sums: Path, tmp_path: Path) -> None:
+    arguments = f"--data {sums} --batch-sizes 2 --thoughts 2 --latents-per-step 1 --repeats 1 --peers"
+    report, out = measure("train_step", arguments, tmp_path)
     (row,) = report["rows"]
     assert row["ratio"] == row["ours_s"] / row["bound_s"]
-    assert f"{row['ratio']:.2f}" in done.out
+    assert row["peer_to_ours"] == row["peer_s"] / row["ours_s"]
+    assert f"{row['ratio']:.2f}" in out
     # Two questions of two thoughts each, and two taught steps each; rows of the bound are rounded up, never down.
     assert row["base_tokens"] > 2 * 2
     assert row["base_tokens"] % 2 == 0
     assert row["decoder_tokens"] % 4 == 0
     assert report["threads"] == 1
+    assert report["versions"]["torch"]
+
+
+def test_a_weighted_step(sums: Path, tmp_path: Path) -> None:
+    report, _ = measure("train_step", f"--data {sums} --mode weighted --batch-sizes 2 --repeats 1 --peers", tmp_path)
+    (row,) = report["rows"]
+    assert row["decoder_tokens"] == 0
+    assert row["peer_s"] > 0
+
+
+def test_generation(sums: Path, tmp_path: Path) -> None:
+    arguments = f"--data {sums} --questions 4 --batch-size 2 --thoughts 2 --answer-tokens 2"
+    report, out = measure("generate", arguments, tmp_path)
+    assert [row["way"] for row in report["rows"]] == ["latent", "written"]
+    for row in report["rows"]:
+        assert row["speedup"] == pytest.approx(row["ours_per_s"] / row["peer_per_s"])
+        assert f"{row['speedup']:.2f}x" in out
+    assert report["written_to_latent_tokens"] == 3 / 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_memory(sums: Path, tmp_path: Path) -> None:
+    report, _ = measure("memory", f"--data {sums} --batch-sizes 2 --thoughts 2 --latents-per-step 1", tmp_path)
+    (row,) = report["rows"]
+    assert 0 < row["ours_step_mb"] < row["ours_peak_mb"]
+    assert row["ratio_step_mb"] == row["ours_step_mb"] / row["padded_step_mb"]

@@ -281,3 +281,24 @@ def test_geometry_of_collapsed_and_of_single_thoughts() -> None:
     same = torch.ones(2, 4, 3)
     assert geometry(same, torch.zeros(5, 3))["thought_distance"] == pytest.approx(0, abs=1e-6)
     assert math.isnan(geometry(same[:, :1], torch.zeros(5, 3))["thought_distance"]), "there is no pair to measure"
+
+
+def test_attention_in_bfloat16_as_on_a_gpu(model: GPT) -> None:
+    """A CPU keeps attention in float32 whatever the autocast; a GPU does not, so all of it is run in bfloat16 here."""
+    questions, texts = Packing.of([5, 1, 3], [1, 1, 1]), Packing.of([1, 1, 1], [3, 5, 1])
+    generator = torch.Generator().manual_seed(3)
+    question_ids, text_ids = (torch.randint(61, (len(p),), generator=generator) for p in (questions, texts))
+    found: list[tuple[Tensor, list[Tensor]]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        low = model.to(dtype)
+        low.zero_grad()
+        with gathered_gradients(low):
+            thoughts = think(low, low.embedding(question_ids), questions, 2, room=6)
+            hidden_AD = go_on(low, thoughts, low.embedding(text_ids[3:]), texts)
+        assert hidden_AD.dtype == dtype
+        hidden_AD.float().sin().sum().backward()
+        found.append((hidden_AD.detach().float(), [p.grad.float() for p in low.parameters() if p.grad is not None]))
+    (exact, exact_grads), (rough, rough_grads) = found
+    assert (rough - exact).norm() < 0.1 * exact.norm()
+    for ours, expected in zip(rough_grads, exact_grads, strict=True):
+        assert (ours - expected).norm() < 0.3 * expected.norm()
