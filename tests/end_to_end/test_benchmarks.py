@@ -40,7 +40,7 @@ def test_a_weighted_step(sums: Path, tmp_path: Path) -> None:
 
 def test_generation(sums: Path, tmp_path: Path) -> None:
     arguments = f"--data {sums} --questions 4 --batch-size 2 --thoughts 2 --answer-tokens 2"
-    report, out = measure("generate", arguments, tmp_path)
+    report, out = measure("generate", f"{arguments} --written-tokens 3 --repeats 1", tmp_path)
     assert [row["way"] for row in report["rows"]] == ["latent", "written"]
     for row in report["rows"]:
         assert row["speedup"] == pytest.approx(row["ours_per_s"] / row["peer_per_s"])
