@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import CacheView, KVCache
-from simcot_latent.model.linear import FEW, Linear
+from simcot_latent.model.linear import FEW, Embedding, Linear
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.rotary import Rotary
 
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.positions = nn.Embedding(config.context_length, config.n_embd) if config.positions == "learned" else None
+        self.positions = Embedding(config.context_length, config.n_embd) if config.positions == "learned" else None
         blocks = [Block(config) for _ in range(config.n_layer)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = make_norm(config)
@@ -308,7 +308,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = Embedding(config.vocab_size, config.n_embd)
         self.transformer = Transformer(config)
         self.head = None if config.tie_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         _init(self.embedding)
@@ -331,7 +331,7 @@ class GPT(nn.Module):
     @property
     def output_table(self) -> Tensor:
         """The weight (V, D) of the output head."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        return self.embedding.table if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""

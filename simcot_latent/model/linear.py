@@ -1,9 +1,10 @@
-"""Linear layers whose weight gradients over many small passes are gathered into one product.
+"""Linear layers and embeddings whose gradients over many passes are gathered into one.
 
 A backward pass through a linear layer reads the whole weight, and writes and adds up a whole weight gradient, be it for
 a thousand tokens or for the handful that a thought is. K thoughts would do so K times. Within `gathered_gradients`
 every call only leaves its input and its output's gradient behind; when all of them have been through, their products
-are taken at once: the same sum, in another order.
+are taken at once: the same sum, in another order. An embedding that is also the output head has two gradients as large
+as itself, one of them zero but for a few rows: these rows are added to the other.
 
 Shapes: P tokens, I numbers in, O numbers out.
 """
@@ -46,22 +47,44 @@ def product(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return F.linear(x_PI, weight_OI, bias_O)
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, whose gradients can be gathered."""
+
+    gathered: GatheredTable | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """The weight (V, D), to be used as output head."""
+        return self.weight if self.gathered is None else self.gathered.anchor
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.gathered is None:
+            return super().forward(input)
+        return _Lookup.apply(input, self.gathered.anchor, self.gathered)  # type: ignore[no-any-return]
+
+
 @contextmanager
 def gathered_gradients(*modules: nn.Module) -> Iterator[None]:
-    """Within it every `Linear` of these modules gathers its gradients. Without gradients it does nothing.
+    """Within it every `Linear` and `Embedding` of these modules gathers its gradients; without gradients, nothing.
 
     Autocast, where there is any, is to be entered before it. Inputs are (P, I).
     """
-    layers = [m for module in modules for m in module.modules() if isinstance(m, Linear)]
+    parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     if not torch.is_grad_enabled():
-        layers = []
+        parts = []
+    layers = [part for part in parts if isinstance(part, Linear)]
+    tables = [part for part in parts if isinstance(part, Embedding)]
     try:
         for layer in layers:
             layer.gathering = Gathering(layer)
+        for table in tables:
+            table.gathered = GatheredTable(table.weight)
         yield
     finally:
         for layer in layers:
             layer.gathering = None
+        for table in tables:
+            table.gathered = None
 
 
 class Gathering:
@@ -125,3 +148,46 @@ class _Call(torch.autograd.Function):
         if anchor is not None and torch._C._will_engine_execute_node(anchor):  # somebody asks for the weight's gradient
             gathering.calls.append((x_PI, grad_PO))
         return torch.mm(grad_PO, gathering.weight), None, None  # in the input's format: autograd sees to it
+
+
+class GatheredTable:
+    """An embedding in use: the weight as its users see it, and the rows that lookups have left behind."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        self.anchor: Tensor = _TableAnchor.apply(weight_VD, self.calls)  # type: ignore[assignment]
+
+
+class _TableAnchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.calls, ctx.like = calls, weight_VD.detach()
+        return weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_VD: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if not ctx.calls:
+            return grad_VD, None
+        if grad_VD is None:
+            grad_VD = torch.zeros_like(ctx.like)
+        for ids, grad in ctx.calls:
+            # In place: it is as large as the table, and comes from an output head, which has no more use for it.
+            grad_VD.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(grad_VD.dtype))
+        ctx.calls.clear()
+        return grad_VD, None
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table_VD: Tensor, gathered: GatheredTable) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.gathered = gathered
+        return F.embedding(ids, table_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        anchor = ctx.gathered.anchor.grad_fn
+        if anchor is not None and torch._C._will_engine_execute_node(anchor):
+            ctx.gathered.calls.append((ctx.saved_tensors[0], grad))
+        return None, None, None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, GPTConfig, Transformer, output_logits
+from simcot_latent.model.linear import Embedding
 from simcot_latent.model.packing import Packing
 
 
@@ -71,7 +72,7 @@ class StepDecoder(nn.Module):
         embedding: the base model's token embedding, shared: the step loss trains it too.
     """
 
-    def __init__(self, config: GPTConfig, embedding: nn.Embedding) -> None:
+    def __init__(self, config: GPTConfig, embedding: Embedding) -> None:
         super().__init__()
         self.config = config
         self.embedding = embedding

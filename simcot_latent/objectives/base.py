@@ -17,6 +17,7 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.losses import Labelled, Targets, at_least_tiny, cross_entropy, share
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
@@ -119,12 +120,13 @@ class Objective(nn.Module, ABC):
     def written_shares(self, batch: WrittenBatch, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weighted cross-entropy sum(w * ce) / sum(w) of a written batch, and the accuracy on its step tokens."""
         targets = batch.targets
-        hidden_MD = self.model(batch.ids_P, batch.packing, read_out=len(targets))
         scale_M = targets.weight_M / at_least_tiny(totals["weights"])
-        found = cross_entropy(
-            Labelled(hidden_MD, self.model.output_table, targets.label_M, scale_M),
-            softcap=self.model.config.logit_softcap,
-        )
+        with gathered_gradients(self.model):
+            hidden_MD = self.model(batch.ids_P, batch.packing, read_out=len(targets))
+            found = cross_entropy(
+                Labelled(hidden_MD, self.model.output_table, targets.label_M, scale_M),
+                softcap=self.model.config.logit_softcap,
+            )
         shares = {"loss": found.loss}
         if self.run.track_step_accuracy:
             shares["step_accuracy"] = share((found.correct_M & targets.step_M).float(), totals["step_tokens"])

@@ -168,8 +168,10 @@ class LatentObjective(Objective):
 
         model, decoder, c = self.model, self.step_decoder, self.config.latent.latents_per_step
         ids = (batch.question_ids_P, batch.text_ids_A, batch.steps.ids_L)
-        questions_PD, texts_AD, steps_LD = model.embedding(torch.cat(ids)).split([len(part) for part in ids])
+        answer_scale_M = batch.targets.weight_M / at_least_tiny(totals["weights"])
+        step_scale_M = label_scale_G(weights.step_reduction, totals)[batch.step_group_M]
         with gathered_gradients(model, decoder):
+            questions_PD, texts_AD, steps_LD = model.embedding(torch.cat(ids)).split([len(part) for part in ids])
             with part("think"):
                 thoughts = think(model, questions_PD, batch.questions, batch.n_latents, room=batch.texts.longest)
             with part("go on"):
@@ -177,15 +179,16 @@ class LatentObjective(Objective):
             with part("decode steps"):
                 groups_NCD = rearrange(thoughts.latents_BKD, "b (g c) d -> (b g) c d", c=c)
                 hidden_MD = decoder(take(groups_NCD, batch.row_N), steps_LD, batch.steps.packing)
-
-        answer_scale_M = batch.targets.weight_M / at_least_tiny(totals["weights"])
-        step_scale_M = label_scale_G(weights.step_reduction, totals)[batch.step_group_M]
-        with part("head and loss"):
-            found = cross_entropy(
-                Labelled(hidden_AD, model.output_table, batch.targets.label_M, weights.answer_weight * answer_scale_M),
-                Labelled(hidden_MD, decoder.embedding.weight, batch.steps.label_M, weights.step_weight * step_scale_M),
-                softcap=model.config.logit_softcap,
-            )
+            with part("head and loss"):
+                found = cross_entropy(
+                    Labelled(
+                        hidden_AD, model.output_table, batch.targets.label_M, weights.answer_weight * answer_scale_M
+                    ),
+                    Labelled(
+                        hidden_MD, decoder.embedding.table, batch.steps.label_M, weights.step_weight * step_scale_M
+                    ),
+                    softcap=model.config.logit_softcap,
+                )
         answer_nll_M, step_nll_M = found.nll_M.split((len(batch.targets), len(step_scale_M)))
         shares = {
             "loss": found.loss,

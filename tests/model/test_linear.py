@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from simcot_latent.model.linear import Linear, gathered_gradients, product
+from simcot_latent.model.linear import Embedding, Linear, gathered_gradients, product
 
 IN, OUT = 6, 5
 
@@ -259,3 +259,43 @@ def test_without_gradients_the_output_is_the_same(layers: Recurrent, tokens: int
         assert found.dtype == expected.dtype
         assert not found.requires_grad
         torch.testing.assert_close(found, expected)
+
+
+# Embeddings
+
+
+@pytest.mark.parametrize("uses_head", [True, False], ids=["lookups and head", "lookups alone"])
+@pytest.mark.parametrize("lookups", [0, 1, 3])
+def test_gathered_embeddings(lookups: int, uses_head: bool) -> None:
+    """Rows looked up several times, in several calls of any shape, and the whole table as an output head."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = Embedding(9, 4)
+    ids = [torch.randint(9, shape, generator=generator) for shape in ((5,), (2, 3), (7,))][:lookups]
+    weights = [torch.randn(*x.shape, 4, generator=generator) for x in ids]
+    hidden_MD, grad_MV = torch.randn(6, 4, generator=generator), torch.randn(6, 9, generator=generator)
+    found: list[torch.Tensor] = []
+    for gathers in (False, True, True):  # twice: nothing is left from the first time
+        embedding.weight.grad = None
+        with gathered_gradients(embedding) if gathers else nullcontext():
+            loss = 0 * embedding.weight.sum()
+            for x, weight in zip(ids, weights, strict=True):
+                loss = loss + (embedding(x) * weight).sum()
+            if uses_head:
+                loss = loss + ((hidden_MD @ embedding.table.T) * grad_MV).sum()
+        assert embedding.gathered is None
+        loss.backward()
+        assert embedding.weight.grad is not None
+        found.append(embedding.weight.grad)
+    for gathered in found[1:]:
+        torch.testing.assert_close(gathered, found[0], atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_of_which_only_the_inputs_are_asked() -> None:
+    """What a backward pass leaves behind that asks for other gradients alone is not counted in the next one."""
+    embedding, scale = Embedding(5, 3), torch.ones(3, requires_grad=True)
+    with gathered_gradients(embedding):
+        loss = (embedding(torch.tensor([1, 1, 4])) * scale).sum()
+    torch.autograd.grad(loss, scale, retain_graph=True)
+    loss.backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad.sum(1).tolist() == [0, 6, 0, 0, 3]
