@@ -110,7 +110,10 @@ class Prefetch(Generic[T]):
         self.make, self.end = make, end
         self.waited = 0.0
         """Seconds that `get` has spent waiting, in all."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        # One thread for its operations: a team of its own would fight with the step for the cores.
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="prefetch", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._ahead: tuple[int, Future[T]] | None = None
 
     def get(self, step: int) -> T:
