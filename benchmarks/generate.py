@@ -120,9 +120,7 @@ def measure(size: str, questions: Sequence[str], args: argparse.Namespace) -> li
                 "way": way,
                 "ours_per_s": per_s["ours"],
                 "peer_per_s": per_s["peer"],
-                "speedup": compare(seconds, "peer", "ours")["ratio"],
-                "speedup_lowest": compare(seconds, "peer", "ours")["ratio_lowest"],
-                "speedup_highest": compare(seconds, "peer", "ours")["ratio_highest"],
+                **{key.replace("ratio", "speedup"): x for key, x in compare(seconds, "peer", "ours").items()},
                 "our_default": str(default).removeprefix("torch."),
                 "speedup_at_defaults": compare(seconds, "peer", fast)["ratio"],
             }

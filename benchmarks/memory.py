@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.common import SIZES, make_parser, report
-from benchmarks.train_step import make_objective
-from simcot_latent.data.batch import BatchOrder, to_device
+from benchmarks.train_step import make_objective, median_batch
+from simcot_latent.data.batch import to_device
 from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.distributed import autocast, pick_device
 from simcot_latent.model.cache import KVCache
@@ -100,12 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     assert isinstance(objective, LatentObjective)
     optimizers = make_optimizers(objective, objective.run)
     problems = GSM8K(path=args.data).load("train").problems[:2048]
-    examples = [objective.encode(problem) for problem in problems]
-    order = BatchOrder([example.length for example in examples], args.batch_sizes[0], args.seed)
-    batches = [objective.collate([examples[i] for i in order.batch(n)], objective.thoughts) for n in range(16)]
-    latent = [batch for batch in batches if isinstance(batch, LatentBatch)]
-    batch = sorted(latent, key=lambda batch: batch.totals["positions"].item())[len(latent) // 2]
-    batch = to_device(batch, device)
+    batch = to_device(median_batch(objective, problems, args.batch_sizes[0], args.seed)[0], device)
     totals = {key: value.to(device) for key, value in batch.totals.items()}
     losses: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: objective(batch, totals)["loss"],

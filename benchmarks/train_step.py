@@ -83,12 +83,7 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
     optimizers = make_optimizers(objective, objective.run)
     dtype = getattr(torch, args.dtype)
 
-    # The batches that training would see: shuffled, in buckets of length. Of 16, the one of median size.
-    examples = [objective.encode(problem) for problem in problems]
-    order = BatchOrder([example.length for example in examples], batch_size, args.seed)
-    candidates = [[examples[i] for i in order.batch(n)] for n in range(16)]
-    sized = [(objective.collate(rows, objective.thoughts), rows) for rows in candidates]
-    batch, rows = sorted(sized, key=lambda pair: pair[0].totals["positions"].item())[len(sized) // 2]
+    batch, rows = median_batch(objective, problems, batch_size, args.seed)
 
     def ours() -> None:
         with autocast(CPU, dtype):
@@ -132,6 +127,17 @@ def make_objective(size: str, args: argparse.Namespace) -> Objective:
     )
     sections.decoder.n_layer = args.decoder_layers
     return LatentObjective(model, tokenizer, run, sections)
+
+
+def median_batch(
+    objective: Objective, problems: Sequence[Problem], batch_size: int, seed: int
+) -> tuple[Any, list[Example]]:
+    """Of 16 batches that training would see (shuffled, in buckets of length), the one of median size; its examples."""
+    examples = [objective.encode(problem) for problem in problems]
+    order = BatchOrder([example.length for example in examples], batch_size, seed)
+    candidates = [[examples[i] for i in order.batch(n)] for n in range(16)]
+    sized = [(objective.collate(rows, objective.thoughts), rows) for rows in candidates]
+    return sorted(sized, key=lambda pair: pair[0].totals["positions"].item())[len(sized) // 2]
 
 
 def latent_bound(objective: LatentObjective, batch: LatentBatch) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:

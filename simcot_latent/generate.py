@@ -1,6 +1,6 @@
 """Batched generation: a question in, thoughts or written steps, an answer out.
 
-Rows of a batch never see each other or their padding, and stop one by one: the answer to a question is the same alone
+Rows of a batch never see each other, and stop one by one: the answer to a question is the same alone
 and in a batch.
 
 Shapes: B rows, N rows still writing, P prompt tokens of all rows, D width, V vocabulary.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint
-from simcot_latent.data.batch import by_length
+from simcot_latent.data.batch import by_length, to_device
 from simcot_latent.data.format import encode_question
 from simcot_latent.data.problem import strict_answer
 from simcot_latent.data.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ def pack_prompts(prompts: Sequence[list[int]], device: torch.device) -> tuple[Te
     """Token ids (P,) of prompts, the last of every row at the end; and how they lie."""
     ids = [i for prompt in prompts for i in prompt[:-1]] + [prompt[-1] for prompt in prompts]
     packing = Packing.of([len(prompt) - 1 for prompt in prompts], [1] * len(prompts))
-    return torch.tensor(ids, device=device), packing.to(device)
+    return torch.tensor(ids, device=device), to_device(packing, device)
 
 
 def think_about(model: GPT, thoughts: ThoughtFormat, prompts: Sequence[list[int]], room: int = 0) -> Thoughts:
@@ -147,7 +147,7 @@ def generate(
     if thoughts.n_latents:
         state = think_about(model, thoughts, prompts, room)
         eot_BD = model.embedding(torch.full((B,), tokenizer.eot_id, device=device))
-        hidden_ND = go_on(model, state, eot_BD, Packing.of([1] * B, [1] * B).to(device))
+        hidden_ND = go_on(model, state, eot_BD, to_device(Packing.of([1] * B, [1] * B), device))
         cache = state.cache
     else:
         opening = [tokenizer.eot_id] if thoughts.thinks else []
@@ -180,7 +180,7 @@ def generate(
             packing = Packing.grid(len(rows), 1, device)
         else:
             writes = set(going)
-            packing = Packing.of([row in writes for row in range(len(rows))]).to(device)
+            packing = to_device(Packing.of([row in writes for row in range(len(rows))]), device)
         hidden_ND = model(ids_N, packing, cache)
     return [
         Generation(tokenizer.decode(ids), thoughts.n_latents + len(ids), done)

@@ -24,6 +24,7 @@ from torch import Tensor
 from simcot_latent import cli
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder
 from simcot_latent.config import instantiate, require, require_choice, typed
+from simcot_latent.data.batch import to_device
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.data.sources import SPLITS, Source
@@ -211,7 +212,8 @@ def teacher_forced(
     if not taught:
         return results
     texts = [tokenizer.encode(gold[i] or "") for i in taught]
-    steps = PackedSteps.of(texts, tokenizer.end_id, checkpoint.thoughts.latents_per_step).to(latents_BKD.device)
+    steps = PackedSteps.of(texts, tokenizer.end_id, checkpoint.thoughts.latents_per_step)
+    steps = to_device(steps, latents_BKD.device)
     groups_NCD = group_prefix(checkpoint, latents_BKD)[taught]
     logits_MV = decoder.logits(decoder(groups_NCD, decoder.embedding(steps.ids_L), steps.packing))
     nll_M = F.cross_entropy(logits_MV, steps.label_M, reduction="none")

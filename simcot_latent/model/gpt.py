@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import CacheView, KVCache
-from simcot_latent.model.linear import FEW, Embedding, Linear
+from simcot_latent.model.linear import Embedding, Linear
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.rotary import Rotary
+
+# Passes over no more tokens than this are not worth compiling.
+FEW = 64
 
 
 @dataclass(frozen=True)

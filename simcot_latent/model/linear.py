@@ -19,9 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Passes over no more tokens than this are not worth compiling.
-FEW = 64
-
 # Weights of so many numbers do not stay in a core's cache.
 LARGE = 2**19
 

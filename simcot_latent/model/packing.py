@@ -62,13 +62,6 @@ class Packing:
         length_B = torch.full((rows,), length, device=device)
         return cls(slot_P // max(1, length), slot_P % max(1, length), slot_P, length_B, length, is_grid=True)
 
-    def to(self, device: torch.device) -> Packing:
-        """The same on another device."""
-        row_P, offset_P, slot_P, length_B = (
-            x.to(device, non_blocking=True) for x in (self.row_P, self.offset_P, self.slot_P, self.length_B)
-        )
-        return Packing(row_P, offset_P, slot_P, length_B, self.longest, self.is_grid)
-
     def __len__(self) -> int:
         return len(self.row_P)
 

@@ -57,12 +57,6 @@ class PackedSteps:
             group_M=torch.cat((group_N, group_N.repeat_interleave(lengths))),
         )
 
-    def to(self, device: torch.device) -> PackedSteps:
-        """The same on another device."""
-        return PackedSteps(
-            self.ids_L.to(device), self.packing.to(device), self.label_M.to(device), self.group_M.to(device)
-        )
-
 
 class StepDecoder(nn.Module):
     """A small transformer over the base model's token embedding, which also serves as its output head.

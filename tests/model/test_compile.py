@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._dynamo import utils as dynamo
 
-from simcot_latent.model.gpt import GPT, Block
-from simcot_latent.model.linear import FEW, gathered_gradients
+from simcot_latent.model.gpt import FEW, GPT, Block
+from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.thoughts import go_on, think
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from simcot_latent.data.batch import to_device
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing, take
@@ -85,10 +86,10 @@ def test_a_grid_is_rows_of_equal_length(rows: int, length: int) -> None:
 
 def test_a_packing_moves_to_a_device_whole() -> None:
     packing = Packing.of([2, 0, 3], [1, 1, 1])
-    moved = packing.to(torch.device("meta"))
+    moved = to_device(packing, torch.device("meta"))
     assert {x.device.type for x in (moved.row_P, moved.offset_P, moved.slot_P, moved.length_B)} == {"meta"}
     assert (moved.longest, moved.is_grid, len(moved), moved.rows) == (4, False, 8, 3)
-    assert Packing.grid(2, 3).to(torch.device("meta")).is_grid
+    assert to_device(Packing.grid(2, 3), torch.device("meta")).is_grid
 
 
 @given(sections_of(st.integers(1, 5)), st.integers(0, 1000))

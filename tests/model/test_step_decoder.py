@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, TrainerState, save_checkpoint
+from simcot_latent.data.batch import to_device
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.model.gpt import GPT
@@ -81,7 +82,7 @@ def test_every_token_is_predicted_from_what_is_before_it(per_group: int, groups:
 
 
 def test_packed_steps_move_to_a_device_whole() -> None:
-    moved = PackedSteps.of(STEPS, END, 2).to(torch.device("meta"))
+    moved = to_device(PackedSteps.of(STEPS, END, 2), torch.device("meta"))
     tensors = moved.ids_L, moved.packing.row_P, moved.label_M, moved.group_M
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
