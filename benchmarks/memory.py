@@ -3,7 +3,8 @@
 Ours against the same step in the usual way: questions, texts and steps padded to rectangles, logits at every position
 of them, and one decoder call a step group. Each side runs in a process of its own, takes one step so that gradients
 and moments exist, and then a second one, whose peak is what counts: of the whole process, and above what it held before
-(weights, moments, libraries). On Linux, from /proc; on a GPU, from PyTorch's allocator.
+(weights, moments, libraries). `--compile` and `--activation-checkpointing` are for our side. On Linux, from /proc; on a
+GPU, from PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.common import SIZES, make_parser, report
+from benchmarks.common import SIZES, add_block_options, apply_block_options, make_parser, report
 from benchmarks.train_step import make_objective, median_batch
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.sources.gsm8k import GSM8K
@@ -74,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--decoder-layers", type=int, default=1)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_block_options(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,6 +100,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     device = pick_device(args.device)
     objective = make_objective(args.sizes[0], args).to(device)
     assert isinstance(objective, LatentObjective)
+    if args.side == "ours":
+        apply_block_options(objective, args)
     optimizers = make_optimizers(objective, objective.run)
     problems = GSM8K(path=args.data).load("train").problems[:2048]
     batch = to_device(median_batch(objective, problems, args.batch_sizes[0], args.seed)[0], device)

@@ -4,7 +4,8 @@ The bound is an ordinary teacher-forced forward, backward and optimizer step of 
 tokens, rows of equal length, no padding, logits at as many positions as there are labels. In mode latent these are the
 base tokens (question, thoughts, answer) in one pass and the decoder's in another: a thought cannot be cheaper than a
 token; this says how much dearer it is. All sides take turns in one process; what is reported is the ratio of their
-medians. Batches are ready made, so reading data is on no side.
+medians. Batches are ready made, so reading data is on no side. `--compile` and `--activation-checkpointing` hold for
+the bound too.
 
 Peers: in mode latent `coconut-pytorch`, which has no auxiliary decoder and so does less; in mode weighted a plain
 fine-tuning step of `transformers`.
@@ -23,7 +24,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.common import SIZES, compare, make_parser, report, take_turns
+from benchmarks.common import (
+    SIZES,
+    add_block_options,
+    apply_block_options,
+    compare,
+    make_parser,
+    report,
+    take_turns,
+)
 from benchmarks.peers import coconut_step, transformers_step
 from simcot_latent.config import LatentConfig, LossConfig, RunConfig
 from simcot_latent.data.batch import BatchOrder
@@ -71,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--decoder-layers", type=int, default=1)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_block_options(parser)
     parser.add_argument("--peers", action="store_true", help="time the peers too, in float32")
     parser.add_argument("--repeats", type=int, default=15, help="steps of each side, after two that do not count")
     return parser.parse_args()
@@ -80,6 +90,7 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
     """Medians of our step, of the bound and of the peer, in seconds, at one size and batch size."""
     torch.manual_seed(args.seed)
     objective = make_objective(size, args)
+    apply_block_options(objective, args)
     optimizers = make_optimizers(objective, objective.run)
     dtype = getattr(torch, args.dtype)
 

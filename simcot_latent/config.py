@@ -174,6 +174,7 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False
+    activation_checkpointing: bool = False
     profile: bool = False
     out_dir: str | None = None
     init_from: str | None = None

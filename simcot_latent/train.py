@@ -139,8 +139,9 @@ class Trainer:
         self.step = 0
         if run.resume:
             self.restore()
-        if run.compile:
-            for block in (m for m in objective.modules() if isinstance(m, Block)):
+        for block in (m for m in objective.modules() if isinstance(m, Block)):
+            block.checkpointing = run.activation_checkpointing
+            if run.compile:
                 block.compile_parts()
         self.module = self.wrap(self.thoughts_now())
         self.warned_weights = False

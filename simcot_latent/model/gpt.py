@@ -7,16 +7,18 @@ H query heads, G key/value heads, E head width, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import CacheView, KVCache
-from simcot_latent.model.linear import Embedding, Linear
+from simcot_latent.model.linear import Embedding, Linear, gathered_again
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.rotary import Rotary
 
@@ -215,7 +217,10 @@ class MLP(nn.Module):
         self.down = Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x_PD: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x_PD)))
+        return self.down(self.up(x_PD), self.activation)
+
+
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Block(nn.Module):
@@ -228,10 +233,15 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.compiled: tuple[Callable[..., Tensor], ...] | None = None
+        self.checkpointing = False
+        """Whether activations are computed again in the backward pass instead of kept, but for what attention keeps."""
 
     def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None = None) -> Tensor:
         """(M, D): only what is to be read out is computed beyond keys and values."""
         before, after = (self.before, self.after) if self.compiled is None or len(x_PD) <= FEW else self.compiled
+        if self.checkpointing and torch.is_grad_enabled():
+            again = partial(gathered_again, self)
+            before, after = (partial(_checkpoint, part, context_fn=again) for part in (before, after))
         seen_PD = sight.attend(before(x_PD))
         return after(last(x_PD, read_out), last(seen_PD, read_out))
 

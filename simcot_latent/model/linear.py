@@ -11,16 +11,20 @@ Shapes: P tokens, I numbers in, O numbers out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Activation = Callable[[Tensor], Tensor]
+
 # Weights of so many numbers do not stay in a core's cache.
 LARGE = 2**19
+# Rows that are worth a product of their own: waiting for more would save little time and hold memory.
+ENOUGH = 256
 
 
 class Linear(nn.Linear):
@@ -28,10 +32,13 @@ class Linear(nn.Linear):
 
     gathering: Gathering | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
+        """x W^T + b, or activation(x) W^T + b: gathering keeps x alone then, and computes the activation again."""
         # Compilers do not see gathering (and must not ask for it first, which would make them compile twice).
         if not torch.compiler.is_compiling() and self.gathering is not None:
-            return _Call.apply(input, self.gathering.anchor, self.gathering)  # type: ignore[no-any-return]
+            return _Call.apply(input, self.gathering.anchor, self.gathering, activation)  # type: ignore[no-any-return]
+        if activation is not None:
+            input = activation(input)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(input.device.type):
             return product(input, self.weight, self.bias)
         return super().forward(input)
@@ -87,6 +94,28 @@ def gathered_gradients(*modules: nn.Module) -> Iterator[None]:
             table.gathered = None
 
 
+def gathered_again(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for `torch.utils.checkpoint`: what is computed again gathers where the first computation did."""
+    layers = [part for part in module.modules() if isinstance(part, Linear)]
+    gatherings = [layer.gathering for layer in layers]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        now = [layer.gathering for layer in layers]
+        _set_gatherings(layers, gatherings)
+        try:
+            yield
+        finally:
+            _set_gatherings(layers, now)
+
+    return nullcontext(), again()
+
+
+def _set_gatherings(layers: Sequence[Linear], gatherings: Sequence[Gathering | None]) -> None:
+    for layer, gathering in zip(layers, gatherings, strict=True):
+        layer.gathering = gathering
+
+
 class Gathering:
     """A weight in use: the weight in the number format of its products, and what calls have left behind.
 
@@ -100,54 +129,92 @@ class Gathering:
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             self.weight, self.bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        self.left = _LeftBehind(has_bias=layer.bias is not None)
+        self.anchor: Tensor = _Anchor.apply(layer.weight, layer.bias, self.left)  # type: ignore[assignment]
+
+
+class _LeftBehind:
+    """Inputs and output gradients of calls, and the weight's gradient of those already taken."""
+
+    def __init__(self, has_bias: bool) -> None:
+        self.has_bias = has_bias
         self.calls: list[tuple[Tensor, Tensor]] = []
-        self.anchor: Tensor = _Anchor.apply(layer.weight, layer.bias, self.calls)  # type: ignore[assignment]
+        self.rows = 0
+        self.grad_OI: Tensor | None = None
+        self.grad_O: Tensor | None = None
+
+    def add(self, x_PI: Tensor, grad_PO: Tensor) -> None:
+        self.calls.append((x_PI, grad_PO))
+        self.rows += len(x_PI)
+        if self.rows >= ENOUGH:
+            self.take()
+
+    def take(self) -> None:
+        """Adds the products of all calls to the gradient, and forgets the calls."""
+        # The large call as it is, the many small ones as one: joining copies them.
+        large, *small = sorted(self.calls, key=lambda call: len(call[0]), reverse=True)
+        self.calls, self.rows = [], 0
+        self._add_product(*large)
+        if small:
+            self._add_product(*(torch.cat(parts) for parts in zip(*small, strict=True)))
+
+    def _add_product(self, x_PI: Tensor, grad_PO: Tensor) -> None:
+        if self.grad_OI is None:
+            self.grad_OI = torch.mm(grad_PO.T, x_PI)
+            self.grad_O = grad_PO.sum(0) if self.has_bias else None
+            return
+        self.grad_OI.addmm_(grad_PO.T, x_PI)
+        if self.grad_O is not None:
+            self.grad_O += grad_PO.sum(0)
 
 
 class _Anchor(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, bias_O: Tensor | None, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(ctx: Any, weight_OI: Tensor, bias_O: Tensor | None, left: _LeftBehind) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.calls, ctx.has_bias = calls, bias_O is not None
+        ctx.left = left
         return weight_OI.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        if not ctx.calls:
-            return None, None, None
-        # The large call as it is, the many small ones as one: joining copies them.
-        large, *small = sorted(ctx.calls, key=lambda call: len(call[0]), reverse=True)
-        ctx.calls.clear()
-        grad_OI = torch.mm(large[1].T, large[0])
-        grad_O = large[1].sum(0) if ctx.has_bias else None
-        if small:
-            x_PI, grad_PO = (torch.cat(parts) for parts in zip(*small, strict=True))
-            grad_OI.addmm_(grad_PO.T, x_PI)
-            if grad_O is not None:
-                grad_O += grad_PO.sum(0)
-        return grad_OI, grad_O, None  # in the weight's format: autograd sees to it
+        left = ctx.left
+        if left.calls:
+            left.take()
+        grads = left.grad_OI, left.grad_O
+        left.grad_OI = left.grad_O = None
+        return *grads, None  # in the weight's format: autograd sees to it
 
 
 class _Call(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_PI: Tensor, anchor: Tensor, gathering: Gathering) -> Tensor:
+    def forward(ctx: Any, input: Tensor, anchor: Tensor, gathering: Gathering, activation: Activation | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.gathering = gathering
-        if x_PI.dtype != gathering.weight.dtype:
-            x_PI = x_PI.to(gathering.weight.dtype)
-        ctx.save_for_backward(x_PI)
-        return product(x_PI, gathering.weight, gathering.bias)
+        ctx.gathering, ctx.activation = gathering, activation
+        if input.dtype != gathering.weight.dtype:
+            input = input.to(gathering.weight.dtype)
+        ctx.save_for_backward(input)
+        return product(input if activation is None else activation(input), gathering.weight, gathering.bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_PO: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_PO: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_PO is None:
-            return None, None, None
-        (x_PI,) = ctx.saved_tensors
-        gathering = ctx.gathering
+            return None, None, None, None
+        (input,) = ctx.saved_tensors
+        gathering, activation = ctx.gathering, ctx.activation
+        if activation is None:
+            x_PI = active = input
+        else:
+            with torch.enable_grad():
+                input = input.detach().requires_grad_()
+                active = activation(input)
+            x_PI = active.detach()
         anchor = gathering.anchor.grad_fn
         if anchor is not None and torch._C._will_engine_execute_node(anchor):  # somebody asks for the weight's gradient
-            gathering.calls.append((x_PI, grad_PO))
-        return torch.mm(grad_PO, gathering.weight), None, None  # in the input's format: autograd sees to it
+            gathering.left.add(x_PI, grad_PO)
+        grad = torch.mm(grad_PO, gathering.weight)
+        if activation is not None:
+            (grad,) = torch.autograd.grad(active, input, grad)
+        return grad, None, None, None  # in the input's format: autograd sees to it
 
 
 class GatheredTable:

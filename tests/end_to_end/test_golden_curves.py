@@ -37,18 +37,19 @@ MODES = {"weighted": (), "latent": ("latent.warmup=0.2", "latent.stages=0.3")}
 RELATIVE_TOLERANCE = 1e-4
 
 
-def curve(mode: str, folder: Path) -> list[dict[str, float]]:
+def curve(mode: str, folder: Path, *more: str) -> list[dict[str, float]]:
     """The losses of a fresh run, one row a step."""
-    run(TRAIN, f"mode={mode}", *COMMON, *MODES[mode], "out_dir=run", folder=folder).ok()
+    run(TRAIN, f"mode={mode}", *COMMON, *MODES[mode], *more, "out_dir=run", folder=folder).ok()
     rows = [row for row in read_lines(folder / "run" / "metrics.jsonl") if "loss" in row]
     return [{"step": row["step"]} | {key: row[key] for key in KEYS if key in row} for row in rows]
 
 
+@pytest.mark.parametrize("more", [[], ["activation_checkpointing=true"]], ids=["", "checkpointing"])
 @pytest.mark.parametrize("mode", MODES)
-def test_losses_are_the_recorded_ones(mode: str, tmp_path: Path) -> None:
+def test_losses_are_the_recorded_ones(mode: str, more: list[str], tmp_path: Path) -> None:
     golden = read_lines(GOLDEN / f"{mode}.jsonl")
     assert len(golden) == 30
-    for ours, recorded in zip(curve(mode, tmp_path), golden, strict=True):
+    for ours, recorded in zip(curve(mode, tmp_path, *more), golden, strict=True):
         assert ours == pytest.approx(recorded, rel=RELATIVE_TOLERANCE), f"step {recorded['step']}"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from simcot_latent.model import linear
 from simcot_latent.model.linear import Embedding, Linear, gathered_gradients, product
 
 IN, OUT = 6, 5
@@ -83,6 +84,40 @@ def test_gathered_equal_ordinary_gradients(bias: bool, sizes: list[int], seed: i
     torch.testing.assert_close(gathered, ordinary, atol=1e-4, rtol=1e-4)
     wanted = (*layers.parameters(), *inputs)
     assert_near(gradients(gathered, *wanted), gradients(ordinary, *wanted), 1e-4)
+
+
+@pytest.mark.parametrize("activation", [F.gelu, lambda x: F.silu(x[:, :4]) * x[:, 4:]], ids=["gelu", "gated"])
+def test_an_activation_on_the_way_in(activation: Callable[[Tensor], Tensor]) -> None:
+    """Its output is computed again; values and gradients are those of the two after each other."""
+    (x_PI,) = inputs_of([9])
+    wide_PI = torch.cat((x_PI, 2 * x_PI), dim=1)[:, :8].requires_grad_()
+    layer = Linear(activation(wide_PI).shape[1], 3)
+    expected = layer(activation(wide_PI))
+    assert torch.equal(layer(wide_PI, activation), expected)
+    with gathered_gradients(layer):
+        found = layer(wide_PI, activation)
+    torch.testing.assert_close(found, expected)
+    wanted = (layer.weight, layer.bias, wide_PI)
+    assert_near(gradients(found.sin().sum(), *wanted), gradients(expected.sin().sum(), *wanted))
+
+
+@pytest.mark.parametrize("enough", [1, 3, 10**6])
+def test_taken_whenever_there_is_enough(monkeypatch: pytest.MonkeyPatch, layers: Recurrent, enough: int) -> None:
+    """When products are taken is a matter of memory, not of numbers."""
+    inputs = inputs_of([4, 1, 1, 7, 2])
+    expected = gradients(layers(inputs), *layers.parameters())
+    monkeypatch.setattr(linear, "ENOUGH", enough)
+    held: list[int] = []
+    add = linear._LeftBehind.add
+    monkeypatch.setattr(
+        linear._LeftBehind, "add", lambda self, x, grad: (add(self, x, grad), held.append(self.rows))[0]
+    )
+    with gathered_gradients(layers):
+        gathered = layers(inputs)
+    assert_near(gradients(gathered, *layers.parameters()), expected)
+    assert held
+    assert max(held) < enough
+    assert min(held) == 0 or enough > 100
 
 
 def test_backward_within_the_context(layers: Recurrent) -> None:
