@@ -63,6 +63,8 @@ class LatentConfig:
             of training). What is left of training replaces all steps. As in Coconut,
             https://arxiv.org/abs/2412.06769, section 3.
         reset_optimizer: forget the optimizer's moments when a stage begins (Coconut does).
+        feeds_last: whether the model reads the last thought before it answers (Coconut), or only the decoder does
+            (SIM-CoT on CODI).
     """
 
     n_latents: int = 4
@@ -72,6 +74,7 @@ class LatentConfig:
     warmup: float = 0.25
     stages: Any = 0.3
     reset_optimizer: bool = False
+    feeds_last: bool = True
 
     def __post_init__(self) -> None:
         require(self.n_latents >= 1, "latent.n_latents", self.n_latents, "at least 1")
@@ -94,6 +97,8 @@ class LatentConfig:
                 require(ok and _is_share(stage["share"]) and stage["share"] > 0, f"latent.stages[{i}]", stage, right)
         else:
             require(_is_share(self.stages), "latent.stages", self.stages, right)
+        fewest = min([steps for steps, _ in self.schedule] + [self.groups]) * self.latents_per_step
+        require(self.feeds_last or fewest >= 2, "latent.feeds_last", False, "true in stages of a single thought")
         total = self.warmup + sum(share for _, share in self.schedule)
         require(total < 1, "latent.stages", f"{total:g} of training with the warm-up", "below 1 in total")
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.data.batch import by_length, to_device
 from simcot_latent.data.format import encode_question
-from simcot_latent.data.problem import strict_answer
+from simcot_latent.data.problem import ANSWER_MARK, strict_answer
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, go_on, think
+from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, go_on, pack_texts, think
 
 # Rows that have stopped are read no further. They are taken out of the cache once this share or less is still writing:
 # taking them out copies it, keeping them lets attention look at them in vain.
@@ -69,16 +69,18 @@ class Generation:
         text: without special tokens.
         n_tokens: what it took: thoughts, and tokens written, end token included.
         finished: whether it came to its end token (else it ran into a limit).
+        answer_mark: see `ThoughtFormat`.
     """
 
     text: str
     n_tokens: int
     finished: bool
+    answer_mark: str = ANSWER_MARK
 
     @property
     def answer(self) -> str:
-        """The number after `####`; empty where there is none."""
-        return strict_answer(self.text) or ""
+        """The number after the answer mark, `####`; empty where there is none."""
+        return strict_answer(self.text, self.answer_mark) or ""
 
 
 def encode_prompts(
@@ -94,7 +96,7 @@ def encode_prompts(
     for i, question in enumerate(questions):
         if not question.strip():
             raise UserError(f"question {i} is empty")
-        ids = encode_question(tokenizer, question, thinks=thoughts.thinks)
+        ids = encode_question(tokenizer, question, thinks=thoughts.thinks, end=thoughts.question_end)
         if len(ids) > limit:
             raise UserError(
                 f"question {i} ({question[:40]!r}...) has {len(ids)} tokens: at most {limit} fit this model "
@@ -114,7 +116,7 @@ def pack_prompts(prompts: Sequence[list[int]], device: torch.device) -> tuple[Te
 def think_about(model: GPT, thoughts: ThoughtFormat, prompts: Sequence[list[int]], room: int = 0) -> Thoughts:
     """Thoughts about encoded prompts, one batch; `room`: see `think`."""
     ids_P, packing = pack_prompts(prompts, model.embedding.weight.device)
-    return think(model, model.embedding(ids_P), packing, thoughts.n_latents, room)
+    return think(model, model.embedding(ids_P), packing, thoughts.n_latents, room, thoughts.feeds_last)
 
 
 @torch.no_grad()
@@ -147,7 +149,7 @@ def generate(
     if thoughts.n_latents:
         state = think_about(model, thoughts, prompts, room)
         eot_BD = model.embedding(torch.full((B,), tokenizer.eot_id, device=device))
-        hidden_ND = go_on(model, state, eot_BD, to_device(Packing.of([1] * B, [1] * B), device))
+        hidden_ND = go_on(model, state, eot_BD, to_device(pack_texts([1] * B, thoughts.feeds_last), device))
         cache = state.cache
     else:
         opening = [tokenizer.eot_id] if thoughts.thinks else []
@@ -183,7 +185,7 @@ def generate(
             packing = to_device(Packing.of([row in writes for row in range(len(rows))]), device)
         hidden_ND = model(ids_N, packing, cache)
     return [
-        Generation(tokenizer.decode(ids), thoughts.n_latents + len(ids), done)
+        Generation(tokenizer.decode(ids), thoughts.n_latents + len(ids), done, thoughts.answer_mark)
         for ids, done in zip(written, finished, strict=True)
     ]
 

@@ -193,7 +193,7 @@ def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
         steps = steps[:groups]  # in an early stage the later steps are still written
     aligned = align_steps(
         steps,
-        f"#### {problem.answer}",
+        f"{checkpoint.thoughts.answer_mark} {problem.answer}",
         groups,
         surplus=latent["surplus"],
         missing=latent["missing"],

@@ -150,8 +150,11 @@ class Trainer:
         """The objective as it is called in a stage: under DDP where there are ranks."""
         if self.ranks.world == 1:
             return self.objective
-        # A decoder takes no part while there are no thoughts; looking for unused parameters later would only cost.
-        idle = self.objective.step_decoder is not None and thoughts.n_latents == 0
+        # Decoder and projector take no part while there are no thoughts; looking for unused parameters later would only
+        # cost.
+        idle = thoughts.n_latents == 0 and (
+            self.objective.step_decoder is not None or self.objective.model.projector is not None
+        )
         return DistributedDataParallel(self.objective, find_unused_parameters=idle)
 
     def thoughts_now(self) -> ThoughtFormat:

@@ -2,6 +2,8 @@
 
 written:  question "\\n" rationale "\\n#### " answer <|end|>
 latent:   question <|bot|> z_1 .. z_K <|eot|> [steps that are still written] "#### " answer <|end|>
+
+A tokenizer with a token to begin prompts with has it before the question.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, TypeVar
 
-from simcot_latent.data.problem import Problem
+from simcot_latent.data.problem import ANSWER_MARK, Problem
 from simcot_latent.data.tokenizer import Tokenizer
 
 Rationale = Literal["natural", "equations", "none"]
@@ -50,14 +52,29 @@ class Example:
         return len(self.question) + len(self.rationale) + len(self.answer)
 
 
-def encode_question(tokenizer: Tokenizer, question: str, *, thinks: bool) -> list[int]:
-    """The prompt: the question, then `<|bot|>` for a model that thinks, a newline for one that writes."""
-    return tokenizer.encode(question.strip()) + ([tokenizer.bot_id] if thinks else tokenizer.encode("\n"))
+def encode_question(tokenizer: Tokenizer, question: str, *, thinks: bool, end: str = "") -> list[int]:
+    """The prompt: the question and `end`, then `<|bot|>` for a model that thinks, a newline for one that writes."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = begin + tokenizer.encode(question.strip()) + (tokenizer.encode(end) if end else [])
+    return ids + ([tokenizer.bot_id] if thinks else tokenizer.encode("\n"))
 
 
-def encode_problem(tokenizer: Tokenizer, problem: Problem, *, thinks: bool, rationale: Rationale) -> Example:
-    """A problem in token ids; `rationale` says what a written solution is: natural text, its steps only, or
-    nothing but the answer.
+def encode_problem(
+    tokenizer: Tokenizer,
+    problem: Problem,
+    *,
+    thinks: bool,
+    rationale: Rationale,
+    question_end: str = "",
+    answer_mark: str = ANSWER_MARK,
+) -> Example:
+    """A problem in token ids.
+
+    Args:
+        thinks: whether it is to be thought about, not written.
+        rationale: what a written solution is: natural text, its steps only, or nothing but the answer.
+        question_end: text between the question and what follows.
+        answer_mark: text before the answer.
     """
     newline = untagged(tokenizer.encode("\n"))
     steps = [encode_step(tokenizer, step.text) for step in problem.steps]
@@ -69,9 +86,9 @@ def encode_problem(tokenizer: Tokenizer, problem: Problem, *, thinks: bool, rati
         spans = [(step.start, step.end) for step in problem.steps]
         text = TaggedIds(*tokenizer.encode_with_spans(problem.rationale, spans))
         written = lines([text], newline)
-    answer_ids = tokenizer.encode(f"#### {problem.answer}")
+    answer_ids = tokenizer.encode(f"{answer_mark} {problem.answer}")
     return Example(
-        question=encode_question(tokenizer, problem.question, thinks=thinks),
+        question=encode_question(tokenizer, problem.question, thinks=thinks, end=question_end),
         rationale=written,
         steps=steps,
         answer=untagged([*answer_ids, tokenizer.end_id]),

@@ -259,7 +259,7 @@ ANSWER_MARK = "####"
 
 # In answers commas are taken out wherever they stand between digits, as the field's scoring scripts do.
 _LOOSE_NUMBER = r"(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
-_STRICT = re.compile(rf"{ANSWER_MARK}[ \t]+([-+]?\$?[-+]?{_LOOSE_NUMBER}(?:/[0-9]+)?)")
+_MARKED = rf"[ \t]+([-+]?\$?[-+]?{_LOOSE_NUMBER}(?:/[0-9]+)?)"
 # A minus belongs to the number unless something to subtract from stands right before it: `5-3` ends in 3, `=-3` in -3.
 _ANY = re.compile(rf"(?:(?<![\w.)%$])-\$?|\$-)?{_LOOSE_NUMBER}")
 _PLAIN = re.compile(r"([-+]?)([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:/([0-9]+))?")
@@ -299,13 +299,15 @@ def _bare(text: str) -> str:
     return text.replace(",", "").replace("$", "").strip().rstrip(" .%")
 
 
-def strict_answer(output: str) -> str | None:
+def strict_answer(output: str, mark: str = ANSWER_MARK) -> str | None:
     """The number of the first `#### number` in `output`, without `$`, commas and a trailing `.`; None if there is none.
+
+    `mark` is what stands before the number in the outputs of models that were trained on another format.
 
     The rule of GSM8K's own code, `dataset.py` in https://github.com/openai/grade-school-math, but that the numbers are
     then compared as numbers. A fraction counts as one number.
     """
-    match = _STRICT.search(output)
+    match = re.search(re.escape(mark) + _MARKED, output)
     return _bare(match[1]) if match else None
 
 

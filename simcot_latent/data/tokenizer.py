@@ -9,9 +9,12 @@ The shipped ranks are regenerated, byte for byte, by this command (with GSM8K's 
         --arithmetic 20000 --gsm8k ../shared/data/gsm8k
 """
 
+from __future__ import annotations
+
 import base64
 import json
 import re
+import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -26,6 +29,11 @@ EOT = "<|eot|>"  # the thoughts end, the answer begins
 END = "<|end|>"  # the text ends
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (BOT, EOT, END, PAD)
+ROLES = ("bot", "eot", "end", "pad", "bos")
+"""What special tokens are there for: the four above, and `bos`, which prompts begin with where there is one."""
+
+VOCABULARY_MULTIPLE = 64
+"""Vocabularies that grow are filled up to a multiple of this, which matrix products are faster for."""
 
 # Where the default tokenizer cuts text; BPE joins bytes inside a piece only. Every character is in exactly one piece.
 # Digits, operators and blanks stand alone, so a number or an operator is the same tokens wherever it stands. There is
@@ -47,24 +55,39 @@ class Tokenizer:
     Attributes:
         name: what it is called in reports and in its folder.
         encoding: the `tiktoken.Encoding` behind it.
-        bot_id, eot_id, end_id, pad_id: ids of the special tokens.
+        roles: what each of `ROLES` that it has is called.
         n_vocab: number of ids; every id from 0 to n_vocab - 1 is a token.
     """
 
-    def __init__(self, name: str, pattern: str, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        pattern: str,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        roles: Mapping[str, str] | None = None,
+        normal_form: str | None = None,
+    ) -> None:
         """
         Args:
             name: see the class.
             pattern: regular expression (tiktoken's dialect) of the pieces that tokens never cross.
             ranks: a token's bytes to its id; ids are merge priorities.
-            special_tokens: a special token's text to its id; `SPECIAL_TOKENS` are among them.
+            special_tokens: a special token's text to its id.
+            roles: each of `ROLES` to the special token that plays it. None: `SPECIAL_TOKENS` play their own.
+            normal_form: Unicode normal form (NFC, ..) that text is brought into first. None: none.
 
         Raises:
-            UserError: the ranks lack a single byte, the ids are not 0, 1, 2, ..., a token of `SPECIAL_TOKENS` is
+            UserError: the ranks lack a single byte, the ids are not 0, 1, 2, ..., a token that plays a role is
                 missing, or the pattern is no regular expression.
         """
-        if missing := [token for token in SPECIAL_TOKENS if token not in special_tokens]:
+        roles = dict(zip(ROLES, SPECIAL_TOKENS, strict=False)) if roles is None else dict(roles)
+        if missing := [token for token in roles.values() if token not in special_tokens]:
             raise UserError(f"special tokens lack {', '.join(missing)}")
+        if unknown := [role for role in roles if role not in ROLES]:
+            raise UserError(f"unknown role {unknown[0]}: must be one of {', '.join(ROLES)}")
+        if normal_form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+            raise UserError(f"unknown normal form {normal_form}: must be NFC, NFD, NFKC, NFKD or null")
         if any(bytes([byte]) not in ranks for byte in range(256)):
             raise UserError("ranks must hold each of the 256 single bytes")
         # Specials decode to nothing, which is all that `decode` and the spans need to know of them.
@@ -80,7 +103,8 @@ class Tokenizer:
             raise UserError(f"pattern is not a regular expression: {' '.join(str(error).split())}") from error
         self.name = name
         self.n_vocab = n_vocab
-        self.bot_id, self.eot_id, self.end_id, self.pad_id = (special_tokens[token] for token in SPECIAL_TOKENS)
+        self.roles = roles
+        self.normal_form = normal_form
         self._pattern = pattern
         self._ranks = dict(ranks)
         self._special_tokens = dict(special_tokens)
@@ -91,7 +115,7 @@ class Tokenizer:
         """Whether both give every text the same ids."""
         if not isinstance(other, Tokenizer):
             return NotImplemented
-        ours, theirs = ((t._pattern, t._ranks, t._special_tokens) for t in (self, other))
+        ours, theirs = ((t._pattern, t._ranks, t._special_tokens, t.roles, t.normal_form) for t in (self, other))
         return ours == theirs
 
     __hash__ = None  # type: ignore[assignment]
@@ -99,12 +123,77 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, n_vocab={self.n_vocab})"
 
+    @property
+    def bot_id(self) -> int:
+        """The token that thoughts begin after."""
+        return self.id_of("bot")
+
+    @property
+    def eot_id(self) -> int:
+        """The token that thoughts end with."""
+        return self.id_of("eot")
+
+    @property
+    def end_id(self) -> int:
+        """The token that texts end with."""
+        return self.id_of("end")
+
+    @property
+    def pad_id(self) -> int:
+        return self.id_of("pad")
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that prompts begin with; None: none."""
+        return self.id_of("bos") if "bos" in self.roles else None
+
+    def id_of(self, role: str) -> int:
+        """The id of the special token that plays a role.
+
+        Raises:
+            UserError: none does.
+        """
+        if role not in self.roles:
+            raise UserError(f"tokenizer {self.name} has no {role} token; `with_roles` adds it")
+        return self._special_tokens[self.roles[role]]
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text, special or not; None: there is none."""
+        return self._special_tokens.get(token, self._ranks.get(token.encode()))
+
+    def with_roles(self, roles: Mapping[str, str], multiple: int = 1) -> Tokenizer:
+        """A tokenizer with further roles; tokens that it lacks for them are added behind its last.
+
+        Args:
+            roles: as in the constructor; what has a role already keeps it.
+            multiple: the vocabulary is filled up to a multiple of this with tokens that stand for nothing.
+        """
+        roles = {**roles, **self.roles}
+        names = [token for token in dict.fromkeys(roles.values()) if token not in self._special_tokens]
+        total = -(-(self.n_vocab + len(names)) // multiple) * multiple if names else self.n_vocab
+        return self._extended(names, total, roles)
+
+    def filled_up_to(self, n_vocab: int) -> Tokenizer:
+        """A tokenizer of `n_vocab` ids: those that it lacks stand for nothing."""
+        return self if n_vocab == self.n_vocab else self._extended([], n_vocab, self.roles)
+
+    def _extended(self, names: Sequence[str], n_vocab: int, roles: Mapping[str, str]) -> Tokenizer:
+        ids = range(self.n_vocab, n_vocab)
+        names = [*names, *(f"<|unused_{i}|>" for i in ids[len(names) :])]
+        special_tokens = self._special_tokens | dict(zip(names, ids, strict=True))
+        return Tokenizer(self.name, self._pattern, self._ranks, special_tokens, roles, self.normal_form)
+
+    def normalised(self, text: str) -> str:
+        """The text that is encoded: valid (see `valid_text`), and in the tokenizer's normal form."""
+        text = valid_text(text)
+        return text if self.normal_form is None else unicodedata.normalize(self.normal_form, text)  # type: ignore[arg-type]
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, never a special one: text that spells a special token is ordinary text.
 
         A lone surrogate, which no UTF-8 text can hold, is read as U+FFFD.
         """
-        return self.encoding.encode_ordinary(valid_text(text))
+        return self.encoding.encode_ordinary(self.normalised(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out; bytes that are not UTF-8 become U+FFFD.
@@ -145,14 +234,12 @@ class Tokenizer:
         Raises:
             ValueError: a span does not lie in the text.
         """
-        text = valid_text(text)
+        text, spans = self._normalised_spans(text, spans)
         ids = self.encoding.encode_ordinary(text)
         # Tokens cut the text's bytes, so a running sum of their lengths says which bytes each one holds.
         ends = list(accumulate(map(self._lengths.__getitem__, ids)))
         in_span = [False] * len(ids)
         for start, end in spans:
-            if not 0 <= start <= end <= len(text):
-                raise ValueError(f"span ({start}, {end}) does not lie in a text of {len(text)} characters")
             if start == end:
                 continue
             if not text.isascii():
@@ -162,16 +249,32 @@ class Tokenizer:
             in_span[first : last + 1] = [True] * (last + 1 - first)
         return ids, in_span
 
+    def _normalised_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text that is encoded, and where spans of the given one lie in it."""
+        for start, end in spans:
+            if not 0 <= start <= end <= len(text):
+                raise ValueError(f"span ({start}, {end}) does not lie in a text of {len(text)} characters")
+        normal = self.normalised(text)
+        if self.normal_form is not None:
+            spans = [(len(self.normalised(text[:start])), len(self.normalised(text[:end]))) for start, end in spans]
+        return normal, list(spans)
+
     def save(self, folder: str | Path) -> None:
         """Writes `ranks.tiktoken` and `tokenizer.json` into `folder`, from which `load` reads them with no network."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_ranks(folder / _RANKS_FILE, self._ranks)
-        config = {"name": self.name, "pattern": self._pattern, "special_tokens": self._special_tokens}
+        config = {
+            "name": self.name,
+            "pattern": self._pattern,
+            "special_tokens": self._special_tokens,
+            "roles": self.roles,
+            "normal_form": self.normal_form,
+        }
         (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
+    def load(cls, folder: str | Path) -> Tokenizer:
         """The tokenizer that `save` wrote into `folder`.
 
         Raises:
@@ -191,9 +294,12 @@ class Tokenizer:
                 pass
             case _:
                 raise UserError(f"{config_file}: needs name and pattern (text) and special_tokens (text to id)")
+        roles, normal_form = config.get("roles"), config.get("normal_form")
+        if not (roles is None or (isinstance(roles, dict) and all(isinstance(x, str) for x in roles.values()))):
+            raise UserError(f"{config_file}: roles must be a mapping from roles to special tokens")
         ranks = read_ranks(ranks_file)
         try:
-            return cls(name, pattern, ranks, special_tokens)
+            return cls(name, pattern, ranks, special_tokens, roles, normal_form)
         except UserError as error:
             raise UserError(f"{config_file} with {ranks_file.name}: {error}") from error
 

@@ -5,7 +5,7 @@ H query heads, G key/value heads, E head width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -20,7 +20,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.model.cache import CacheView, KVCache
 from simcot_latent.model.linear import Embedding, Linear, gathered_again
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.rotary import Rotary
+from simcot_latent.model.rotary import RopeScaling, Rotary
 
 # Passes over no more tokens than this are not worth compiling.
 FEW = 64
@@ -37,6 +37,8 @@ class GPTConfig:
             https://arxiv.org/abs/2305.13245). None: as many as n_head.
         ffn_width: hidden width of the feed-forward part. None: 4 * n_embd.
         positions: a learned table (GPT-2) or rotary (https://arxiv.org/abs/2104.09864, half-split layout).
+        rope_scaling: see `RopeScaling`. None: none.
+        embedding_norm: whether input embeddings are normalised before the first block (nanochat).
         activation: `gelu_tanh` is GPT-2's; `swiglu` has a gate of its own (https://arxiv.org/abs/2002.05202);
             `relu2` is the square of relu (https://arxiv.org/abs/2109.08668).
         bias: biases in norms and in all linear layers of the blocks.
@@ -45,6 +47,8 @@ class GPTConfig:
         qk_norm: RMS-normalise queries and keys, without a learned scale.
         logit_softcap: c in c * tanh(logits / c). None: none.
         tie_head: the output head is the embedding table.
+        projector_width: hidden width of the projector between a hidden state and the thought that it becomes (CODI).
+            None: the hidden state is the thought (Coconut).
     """
 
     vocab_size: int
@@ -56,6 +60,8 @@ class GPTConfig:
     ffn_width: int | None = None
     positions: Literal["learned", "rotary"] = "rotary"
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    embedding_norm: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     norm_scale: bool = True
@@ -65,8 +71,14 @@ class GPTConfig:
     qk_norm: bool = False
     logit_softcap: float | None = None
     tie_head: bool = True
+    projector_width: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):  # as configurations hold it
+            try:
+                object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+            except TypeError as error:
+                raise UserError(f"model.rope_scaling: {error}") from error
         for key in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
             value = getattr(self, key)
             _require(isinstance(value, int) and value >= 1, key, value, "a whole number, at least 1")
@@ -83,7 +95,8 @@ class GPTConfig:
         )
         _require(self.norm in ("layernorm", "rmsnorm"), "norm", self.norm, "layernorm or rmsnorm")
         _require(self.activation in _ACTIVATIONS, "activation", self.activation, f"one of {', '.join(_ACTIVATIONS)}")
-        _require(self.ffn_width is None or self.ffn_width >= 1, "ffn_width", self.ffn_width, "at least 1")
+        for key in ("ffn_width", "projector_width"):
+            _require(getattr(self, key) is None or getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         _require(
             self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", self.logit_softcap, "above 0 or null"
         )
@@ -140,7 +153,7 @@ class Sight:
         self.position_P = packing.offset_P if cache is None else cache.positions(packing)
         self.rotary = None
         if config.positions == "rotary":
-            self.rotary = Rotary.at(self.position_P, config.head_width, config.rope_base)
+            self.rotary = Rotary.at(self.position_P, config.head_width, config.rope_base, config.rope_scaling)
         self.layer = 0  # layers attend one after the other
         self.view = None
         if cache is not None and not cache.is_empty:
@@ -270,6 +283,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.positions = Embedding(config.context_length, config.n_embd) if config.positions == "learned" else None
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
         blocks = [Block(config) for _ in range(config.n_layer)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = make_norm(config)
@@ -304,12 +318,27 @@ class Transformer(nn.Module):
             return rearrange(self.forward(rearrange(x, "b t d -> (b t) d"), grid, cache), "(b t) d -> b t d", b=B, t=T)
         sight = Sight(packing, cache, self.config)
         x_PD = x if self.positions is None else x + self.positions(sight.position_P)
+        if self.embedding_norm is not None:
+            x_PD = self.embedding_norm(x_PD)
         for block in self.blocks[:-1]:
             x_PD = block(x_PD, sight)
         x_MD = self.blocks[-1](x_PD, sight, read_out)
         if cache is not None:
             cache.advance(packing)
         return self.norm(x_MD)
+
+
+class Projector(nn.Module):
+    """From a hidden state to the thought that it becomes (CODI, https://arxiv.org/abs/2502.21074, section 3)."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.up = Linear(width, hidden_width)
+        self.down = Linear(hidden_width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.down(self.up(hidden), F.gelu))
 
 
 class GPT(nn.Module):
@@ -324,7 +353,11 @@ class GPT(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.n_embd)
         self.transformer = Transformer(config)
         self.head = None if config.tie_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        width = config.projector_width
+        self.projector = None if width is None else Projector(config.n_embd, width)
         _init(self.embedding)
+        if self.projector is not None:
+            self.projector.apply(_init)
         if self.head is not None:
             _init(self.head)
 
@@ -340,6 +373,10 @@ class GPT(nn.Module):
         What are no tokens, such as thoughts, goes into `transformer` as input embeddings.
         """
         return self.transformer(self.embedding(ids), packing, cache, read_out)
+
+    def thought(self, hidden: Tensor) -> Tensor:
+        """The thought (..., D) that a hidden state (..., D) becomes: itself, or its projection."""
+        return hidden if self.projector is None else self.projector(hidden)
 
     @property
     def output_table(self) -> Tensor:

@@ -5,11 +5,33 @@ Shapes: P tokens, X heads, E head width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of slow rotations to a longer context (rope_type "llama3" of Hugging Face's configs).
+
+    Frequencies whose wave is longer than `original_context / low_freq_factor` positions are divided by `factor`, those
+    shorter than `original_context / high_freq_factor` stay, and those between go over smoothly.
+    Source: `apply_scaling` in https://github.com/meta-llama/llama-models (models/llama3/model.py).
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+    def __call__(self, frequency_E: Tensor) -> Tensor:
+        """Scaled frequencies, radians a position."""
+        waves_E = self.original_context * frequency_E / (2 * math.pi)  # how many fit into the original context
+        kept_E = (waves_E - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return torch.lerp(frequency_E / self.factor, frequency_E, kept_E.clamp(0, 1))
 
 
 @dataclass(frozen=True)
@@ -25,10 +47,13 @@ class Rotary:
     sin_P1E: Tensor
 
     @classmethod
-    def at(cls, position_P: Tensor, head_width: int, base: float) -> Rotary:
-        """The angles position * base ** (-2i / E)."""
+    def at(cls, position_P: Tensor, head_width: int, base: float, scaling: RopeScaling | None = None) -> Rotary:
+        """The angles position * base ** (-2i / E), frequencies scaled where there is a `scaling`."""
         exponent_E = torch.arange(0, head_width, 2, device=position_P.device, dtype=torch.float32) / head_width
-        angle_P1E = (position_P.float().unsqueeze(-1) * base**-exponent_E).unsqueeze(1)
+        frequency_E = base**-exponent_E
+        if scaling is not None:
+            frequency_E = scaling(frequency_E)
+        angle_P1E = (position_P.float().unsqueeze(-1) * frequency_E).unsqueeze(1)
         cos_P1E, sin_P1E = angle_P1E.cos(), angle_P1E.sin()
         return cls(torch.cat((cos_P1E, cos_P1E), dim=-1), torch.cat((-sin_P1E, sin_P1E), dim=-1))
 

@@ -59,10 +59,11 @@ class PackedSteps:
 
 
 class StepDecoder(nn.Module):
-    """A small transformer over the base model's token embedding, which also serves as its output head.
+    """A small transformer over the base model's token embedding.
 
     Args:
-        config: the decoder's own transformer; its width and vocabulary are the base's.
+        config: the decoder's own transformer; its width is the base's. With `tie_head` the embedding serves as output
+            head too; without, the decoder has a head of its own, as in the published code, which may know fewer tokens.
         embedding: the base model's token embedding, shared: the step loss trains it too.
     """
 
@@ -71,11 +72,12 @@ class StepDecoder(nn.Module):
         self.config = config
         self.embedding = embedding
         self.transformer = Transformer(config)
+        self.head = None if config.tie_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @classmethod
     def from_base(cls, base: GPT, n_layer: int, init: Literal["random", "base"]) -> StepDecoder:
         """A decoder of `n_layer` blocks shaped like the base's, with random weights or the base's first blocks."""
-        decoder = cls(replace(base.config, n_layer=n_layer), base.embedding)
+        decoder = cls(replace(base.config, n_layer=n_layer, tie_head=True, projector_width=None), base.embedding)
         if init == "base":
             if n_layer > base.config.n_layer:
                 raise UserError(
@@ -113,9 +115,14 @@ class StepDecoder(nn.Module):
         x = torch.cat((rearrange(thoughts_NCD, "n c d -> (c n) d"), steps_LD))
         return self.transformer(x, packing, read_out=N + len(steps_LD))
 
+    @property
+    def output_table(self) -> Tensor:
+        """The weight (V, D) of the output head."""
+        return self.embedding.table if self.head is None else self.head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""
-        return output_logits(hidden, self.embedding.weight, self.config.logit_softcap)
+        return output_logits(hidden, self.output_table, self.config.logit_softcap)
 
     @torch.no_grad()
     def decode(self, thoughts_NCD: Tensor, end_id: int, max_tokens: int = 64) -> tuple[list[list[int]], list[float]]:

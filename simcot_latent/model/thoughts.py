@@ -2,18 +2,21 @@
 
 Input `[q_1 .. q_n, <bot>, z_1 .. z_K, <eot>, answer ..]`. z_1 is the hidden state (after the final norm) at `<bot>`;
 z_{k+1} is the hidden state at the position where z_k was fed as the input embedding (Coconut,
-https://arxiv.org/abs/2412.06769, section 3; SIM-CoT, https://arxiv.org/abs/2509.20317, section 3). Nothing is sampled,
-positions keep counting.
+https://arxiv.org/abs/2412.06769, section 3; SIM-CoT, https://arxiv.org/abs/2509.20317, section 3). With a projector
+(CODI, https://arxiv.org/abs/2502.21074, section 3) each is projected first. Nothing is sampled, positions keep
+counting.
 
 Shapes: B rows, P tokens of all questions with `<bot>`, A of all texts from `<eot>` on (see `packing`), K thoughts,
 D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from simcot_latent.errors import UserError
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
@@ -27,11 +30,21 @@ class ThoughtFormat:
         thinks: whether prompts end in `<|bot|>` and answers begin after `<|eot|>`.
         n_latents: K, the thoughts between the two; 0 for a model that writes its steps.
         latents_per_step: c, the thoughts of a step group.
+        feeds_last: whether the last thought is read before the answer (Coconut), or only decoded (SIM-CoT on CODI).
+        question_end: text between the question and what follows.
+        answer_mark: text that the number of an answer stands behind.
     """
 
     thinks: bool = False
     n_latents: int = 0
     latents_per_step: int = 1
+    feeds_last: bool = True
+    question_end: str = ""
+    answer_mark: str = "####"
+
+    def __post_init__(self) -> None:
+        if self.n_latents and not self.feeds_last and self.n_latents < 2:
+            raise UserError("thoughts: n_latents must be at least 2 where the last one is not fed")
 
     @property
     def groups(self) -> int:
@@ -47,10 +60,12 @@ class Thoughts:
         latents_BKD: the thoughts z_1 .. z_K.
         cache: everything read so far: question, `<bot>` and z_1 .. z_{K-1}. The last thought is still to be read;
             `go_on` feeds it together with what follows, which saves a pass.
+        feeds_last: see `ThoughtFormat`.
     """
 
     latents_BKD: Tensor
     cache: KVCache
+    feeds_last: bool = True
 
     @property
     def latents(self) -> Tensor:
@@ -58,31 +73,39 @@ class Thoughts:
         return self.latents_BKD
 
 
-def think(model: GPT, questions_PD: Tensor, packing: Packing, n_latents: int, room: int) -> Thoughts:
+def think(
+    model: GPT, questions_PD: Tensor, packing: Packing, n_latents: int, room: int, feeds_last: bool = True
+) -> Thoughts:
     """Reads questions and thinks `n_latents` (at least 1) thoughts about each.
 
     Args:
         questions_PD: their embeddings; the last B tokens are the rows' `<bot>`, in the order of the rows.
         packing: how they lie.
         room: positions to reserve for what a row reads after its thoughts, `<eot>` included.
+        feeds_last: see `ThoughtFormat`.
     """
     B = packing.rows
     cache = KVCache(packing.longest + n_latents + room)
-    thoughts = [model.transformer(questions_PD, packing, cache, read_out=B)]
+    thoughts = [model.thought(model.transformer(questions_PD, packing, cache, read_out=B))]
     one_each = Packing.grid(B, 1, questions_PD.device)
     for _ in range(n_latents - 1):
-        thoughts.append(model.transformer(thoughts[-1], one_each, cache))
-    return Thoughts(torch.stack(thoughts, dim=1), cache)
+        thoughts.append(model.thought(model.transformer(thoughts[-1], one_each, cache)))
+    return Thoughts(torch.stack(thoughts, dim=1), cache, feeds_last)
+
+
+def pack_texts(lengths: Sequence[int], feeds_last: bool) -> Packing:
+    """How what follows the thoughts lies: the last thoughts of all rows first, if they are fed, then the texts."""
+    return Packing.of([1] * len(lengths), lengths) if feeds_last else Packing.of(lengths)
 
 
 def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing) -> Tensor:
-    """Feeds the last thought and then what follows it; returns the hidden states at that (A, D).
+    """Feeds the last thought (see `ThoughtFormat.feeds_last`) and what follows; returns the hidden states there (A, D).
 
     Args:
         texts_AD: embeddings of the tokens from `<eot>` on.
-        packing: how thought and text lie: the thoughts of all rows first, in the order of the rows.
+        packing: of `pack_texts`.
     """
-    x = torch.cat((thoughts.latents_BKD[:, -1], texts_AD))
+    x = torch.cat((thoughts.latents_BKD[:, -1], texts_AD)) if thoughts.feeds_last else texts_AD
     return model.transformer(x, packing, thoughts.cache, read_out=len(texts_AD))
 
 

@@ -88,7 +88,15 @@ class Objective(nn.Module, ABC):
 
     def encode(self, problem: Problem) -> Example:
         """A problem in token ids."""
-        return encode_problem(self.tokenizer, problem, thinks=self.thoughts.thinks, rationale=self.run.rationale)  # type: ignore[arg-type]
+        thoughts = self.thoughts
+        return encode_problem(
+            self.tokenizer,
+            problem,
+            thinks=thoughts.thinks,
+            rationale=self.run.rationale,  # type: ignore[arg-type]
+            question_end=thoughts.question_end,
+            answer_mark=thoughts.answer_mark,
+        )
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], thoughts: ThoughtFormat) -> Any:

@@ -27,7 +27,7 @@ from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing, take
 from simcot_latent.model.step_decoder import PackedSteps, StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat, go_on, think
+from simcot_latent.model.thoughts import ThoughtFormat, go_on, pack_texts, think
 from simcot_latent.objectives.base import Objective, WrittenBatch, flat_ids, position_totals, target_totals
 from simcot_latent.profiling import part
 
@@ -50,6 +50,7 @@ class LatentBatch:
         text_ids_A, texts: `<|eot|>` and the text after it, without the last token; how they lie behind a thought.
         targets: the text after `<|eot|>`.
         n_latents: K, thoughts of every row.
+        feeds_last: see `ThoughtFormat`.
         row_N: which of the B * G groups each taught group is.
         steps: what these are taught.
         step_group_M: the group (0 to G - 1) of each of its labels.
@@ -62,6 +63,7 @@ class LatentBatch:
     texts: Packing
     targets: Targets
     n_latents: int
+    feeds_last: bool
     row_N: Tensor
     steps: PackedSteps
     step_group_M: Tensor
@@ -89,7 +91,9 @@ class LatentObjective(Objective):
     def thoughts_at(self, progress: float) -> ThoughtFormat:
         groups = self.stage_groups[bisect_right(self.stage_ends, progress + 1e-9)]  # shares are sums of decimals
         c = self.config.latent.latents_per_step
-        return ThoughtFormat(thinks=True, n_latents=groups * c, latents_per_step=c)
+        return ThoughtFormat(
+            thinks=True, n_latents=groups * c, latents_per_step=c, feeds_last=self.config.latent.feeds_last
+        )
 
     def begin_stage(self, thoughts: ThoughtFormat) -> None:
         first_with_thoughts = next(groups for groups in self.stage_groups if groups)
@@ -120,7 +124,7 @@ class LatentObjective(Objective):
             concatenate([lines(steps, self.newline), example.answer])
             for example, steps in zip(examples, remaining, strict=True)
         ]
-        packed_texts = Packing.of([1] * B, list(map(len, texts)))
+        packed_texts = pack_texts(list(map(len, texts)), thoughts.feeds_last)
         targets = self.text_targets(texts)
 
         taught = [
@@ -146,6 +150,7 @@ class LatentObjective(Objective):
             texts=packed_texts,
             targets=targets,
             n_latents=thoughts.n_latents,
+            feeds_last=thoughts.feeds_last,
             row_N=torch.tensor([row for row, _, _ in taught], dtype=torch.long),
             steps=steps,
             step_group_M=step_group_M,
@@ -173,7 +178,9 @@ class LatentObjective(Objective):
         with gathered_gradients(model, decoder):
             questions_PD, texts_AD, steps_LD = model.embedding(torch.cat(ids)).split([len(part) for part in ids])
             with part("think"):
-                thoughts = think(model, questions_PD, batch.questions, batch.n_latents, room=batch.texts.longest)
+                thoughts = think(
+                    model, questions_PD, batch.questions, batch.n_latents, batch.texts.longest, batch.feeds_last
+                )
             with part("go on"):
                 hidden_AD = go_on(model, thoughts, texts_AD, batch.texts)
             with part("decode steps"):
@@ -184,9 +191,7 @@ class LatentObjective(Objective):
                     Labelled(
                         hidden_AD, model.output_table, batch.targets.label_M, weights.answer_weight * answer_scale_M
                     ),
-                    Labelled(
-                        hidden_MD, decoder.embedding.table, batch.steps.label_M, weights.step_weight * step_scale_M
-                    ),
+                    Labelled(hidden_MD, decoder.output_table, batch.steps.label_M, weights.step_weight * step_scale_M),
                     softcap=model.config.logit_softcap,
                 )
         answer_nll_M, step_nll_M = found.nll_M.split((len(batch.targets), len(step_scale_M)))
