@@ -130,7 +130,8 @@ def measure(size: str, questions: Sequence[str], args: argparse.Namespace) -> li
 
 def endless(tokenizer: Tokenizer) -> Tokenizer:
     """A tokenizer whose end token no model writes, and that leaves what was written as it is, as the peers do."""
-    tokenizer.end_id = -1
+    id_of = tokenizer.id_of
+    tokenizer.id_of = lambda role: -1 if role == "end" else id_of(role)
     tokenizer.decode = lambda ids: ""
     return tokenizer
 
