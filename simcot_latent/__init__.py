@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from simcot_latent.model.gpt import GPT, GPTConfig
     from simcot_latent.model.step_decoder import StepDecoder
     from simcot_latent.model.thoughts import ThoughtFormat, Thoughts
+    from simcot_latent.pretrained import load_pretrained
     from simcot_latent.probe import decode_steps, probe_problems, probe_questions, think
 
 _MODULE_OF = {
@@ -30,6 +31,7 @@ _MODULE_OF = {
     "ThoughtFormat": "model.thoughts",
     "Thoughts": "model.thoughts",
     "decode_steps": "probe",
+    "load_pretrained": "pretrained",
     "probe_problems": "probe",
     "probe_questions": "probe",
     "think": "probe",
@@ -49,6 +51,7 @@ __all__ = [
     "decode_steps",
     "generate_all",
     "load_checkpoint",
+    "load_pretrained",
     "probe_problems",
     "probe_questions",
     "think",

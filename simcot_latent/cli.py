@@ -54,6 +54,12 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
         sys.exit(1)
 
 
+def overridden(section: str) -> list[str]:
+    """The keys of a section that the command line sets, such as `model` or `model.n_layer`."""
+    keys = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
+    return [key for key in keys if key == section or key.startswith(f"{section}.")]
+
+
 def trained_data(raw: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
     """The settings of the data source of an eval or a probe.
 
@@ -63,10 +69,9 @@ def trained_data(raw: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
     settings = as_plain(raw.data)
     if settings["_target_"] != trained["_target_"]:
         return settings
-    overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
     merged = OmegaConf.create(trained)
-    for key in overridden:
-        if key.startswith("data."):
+    for key in overridden("data"):
+        if key != "data":
             OmegaConf.update(merged, key.removeprefix("data."), OmegaConf.select(raw, key), force_add=True)
     return as_plain(merged)
 

@@ -183,6 +183,7 @@ class RunConfig:
     profile: bool = False
     out_dir: str | None = None
     init_from: str | None = None
+    new_token_init: str = "mean"
     resume: bool = False
     log_every: int = 20
     eval_every: int = 500

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -46,6 +46,7 @@ from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.base import Objective
 from simcot_latent.optimizer import make_optimizers, update
+from simcot_latent.pretrained import load_pretrained, with_latent_tokens, with_projector
 from simcot_latent.probe import probe_problems, probe_table
 from simcot_latent.profiling import PROFILED, SKIPPED, WARMUP, StepProfile, part
 from simcot_latent.validation import COLLAPSE_RATIO, HeldOut, have_collapsed, validate, validation_table
@@ -95,11 +96,11 @@ def main(raw: DictConfig) -> None:
         job = Job(run, as_plain(raw), out_dir, device, pick_dtype(run.dtype, device), ranks, console)
         torch.manual_seed(run.seed)
 
-        tokenizer: Tokenizer = instantiate(raw.tokenizer, "tokenizer")
         source: Source = instantiate(raw.data, "data")
         train_split = load_split(source, "train", console)
         validation_split = load_split(source, "validation", console)
-        model = make_model(run, tokenizer)
+        model, tokenizer = make_model(run, raw)
+        job.raw["model"] = {key: value for key, value in asdict(model.config).items() if key != "vocab_size"}
         objective: Objective = hydra.utils.get_class(run.objective)(model, tokenizer, run, sections)
         objective.to(device)
         _, examples = encode_all(objective, train_split.problems, "train", job)
@@ -448,29 +449,38 @@ def lr_multiplier(run: RunConfig, step: int, num_steps: int) -> float:
     return run.final_lr_ratio + (1 - run.final_lr_ratio) * left
 
 
-def make_model(run: RunConfig, tokenizer: Tokenizer) -> GPT:
-    """The GPT that is to be trained: new, or `init_from` a checkpoint's.
+def make_model(run: RunConfig, raw: DictConfig) -> tuple[GPT, Tokenizer]:
+    """The GPT that is to be trained and its tokenizer: new, or those of `init_from`.
 
     Raises:
-        UserError: the shape is impossible, or the checkpoint's is another.
+        UserError: the shape is impossible, or the command line asks for another than that of `init_from`.
     """
-    try:
-        config = GPTConfig(vocab_size=tokenizer.n_vocab, **run.model)
-    except TypeError as error:
-        raise UserError(f"model: {error}") from error
-    model = GPT(config)
-    if run.init_from is not None:
-        saved = load_checkpoint(run.init_from, key="init_from")
-        if saved.tokenizer != tokenizer:
+    if run.init_from is None:
+        tokenizer: Tokenizer = instantiate(raw.tokenizer, "tokenizer")
+        try:
+            return GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **run.model)), tokenizer
+        except TypeError as error:
+            raise UserError(f"model: {error}") from error
+    if run.resume:  # what it began from need not be there any more
+        saved = load_checkpoint(run.out_dir or "", key="out_dir")
+        return saved.model.train(), saved.tokenizer
+    saved = with_latent_tokens(load_pretrained(run.init_from, key="init_from"), run.new_token_init)
+    asked = cli.overridden("tokenizer")
+    if asked and instantiate(raw.tokenizer, "tokenizer") != saved.tokenizer:
+        raise UserError(
+            f"tokenizer={asked[0]}: init_from={run.init_from} brings its own, {saved.tokenizer.name}; leave it out"
+        )
+    model, config = saved.model, asdict(saved.model.config)
+    asked = cli.overridden("model")
+    for key in run.model if "model" in asked else [name.removeprefix("model.") for name in asked]:
+        if key == "projector_width" and config[key] is None:
+            model = with_projector(model, run.model[key])
+        elif run.model.get(key) != config.get(key):
             raise UserError(
-                f"init_from={run.init_from}: was trained with tokenizer={saved.tokenizer.name}; use the same"
+                f"model.{key}={run.model.get(key)}: init_from={run.init_from} brings its own model, in which it is "
+                f"{config.get(key)}; leave it out"
             )
-        if saved.model.config != config:
-            raise UserError(
-                f"init_from={run.init_from}: its model is another than model= and tokenizer= say: {saved.model.config}"
-            )
-        model.load_state_dict(saved.model.state_dict())
-    return model
+    return model.train(), saved.tokenizer
 
 
 def copy_weights(saved: Checkpoint, objective: Objective) -> None:

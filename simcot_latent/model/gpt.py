@@ -202,7 +202,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.kv_heads = config.n_head, config.kv_heads
-        self.qk_norm = config.qk_norm
+        self.qk_norm_eps = config.norm_eps if config.qk_norm else None
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         qkv_width = (config.n_head + 2 * config.kv_heads) * config.head_width
         self.qkv = Linear(config.n_embd, qkv_width, bias=qkv_bias)
@@ -212,11 +212,11 @@ class Attention(nn.Module):
         """Queries, keys and values (P, H + 2G, E), not rotated yet."""
         H, G = self.n_head, self.kv_heads
         qkv_PXE = rearrange(self.qkv(x_PD), "p (x e) -> p x e", x=H + 2 * G)
-        if not self.qk_norm:
+        if self.qk_norm_eps is None:
             return qkv_PXE
         qk_PXE, v_PGE = qkv_PXE.split((H + G, G), dim=1)
         # Before the rotation rather than after it, as published: rotating changes no length.
-        return torch.cat((F.rms_norm(qk_PXE, (qk_PXE.shape[-1],)), v_PGE), dim=1)
+        return torch.cat((F.rms_norm(qk_PXE, (qk_PXE.shape[-1],), eps=self.qk_norm_eps), v_PGE), dim=1)
 
 
 class MLP(nn.Module):
