@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from simcot_latent.checkpoint import read_json, read_tensors
+from simcot_latent.config import one_line
+from simcot_latent.data.published_tokenizers import read_tokenizer
 from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
+
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
+
+# nanochat's names in Hugging Face's, from transformers' models/nanochat/convert_nanochat_checkpoints.py.
+NANOCHAT_NAMES = (
+    (r"^_orig_mod\.", ""),  # of a compiled model
+    (r"^transformer\.wte\.", "model.embed_tokens."),
+    (r"^transformer\.h\.(\d+)\.attn\.c_([qkv])\.", r"model.layers.\1.self_attn.\2_proj."),
+    (r"^transformer\.h\.(\d+)\.attn\.c_proj\.", r"model.layers.\1.self_attn.o_proj."),
+    (r"^transformer\.h\.(\d+)\.mlp\.c_fc\.", r"model.layers.\1.mlp.fc1."),
+    (r"^transformer\.h\.(\d+)\.mlp\.c_proj\.", r"model.layers.\1.mlp.fc2."),
+)
+NANOCHAT_KEYS = {
+    "max_position_embeddings": "sequence_len",
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "hidden_size": "n_embd",
+}
 
 
 @dataclass(frozen=True)
@@ -30,5 +59,146 @@ class Published:
 
 
 def read_published(source: str | Path, key: str = "source") -> Published:
-    """..."""
-    raise NotImplementedError
+    """A published model from a folder in Hugging Face's layout, a nanochat checkpoint folder, a GGUF file or the hub.
+
+    Args:
+        key: what `source` came from, for errors.
+
+    Raises:
+        UserError: there is nothing there, or a file of it is missing or broken.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix == ".gguf":
+        from simcot_latent.gguf_file import read_gguf  # it reads `Published`
+
+        return read_gguf(path)
+    if path.is_dir():
+        if sorted(path.glob("model_*.pt")):
+            return read_nanochat(path)
+        if (path / "config.json").is_file():
+            return read_folder(path)
+        raise UserError(f"{key}={path}: holds no model; it needs config.json and safetensors, or nanochat's model_*.pt")
+    if not path.exists() and HUB_ID.fullmatch(str(source)):
+        return read_folder(download(str(source), key))
+    raise UserError(
+        f"{key}={source}: must be a folder in Hugging Face's layout, a hub id (owner/name), a .gguf file, a nanochat "
+        "checkpoint folder, or a checkpoint of ours"
+    )
+
+
+def read_folder(folder: Path) -> Published:
+    """A model from a folder in Hugging Face's layout.
+
+    Raises:
+        UserError: a file is missing or broken.
+    """
+    return Published(folder, read_json(folder / "config.json"), read_weights(folder), lambda: read_tokenizer(folder))
+
+
+def download(hub_id: str, key: str) -> Path:
+    """The folder of a repository on the hub, as the hub's client keeps it.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{key}={hub_id}: cannot be downloaded, nor is it in the hub's cache; without a network give a folder that "
+            f"holds the repository's files ({one_line(str(error))[:120]})"
+        ) from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: of one file, or of the shards that an index names.
+
+    Raises:
+        UserError: there is none, a shard or a tensor in it is missing, or a file holds anything but tensors.
+    """
+    for name in WEIGHTS:
+        index = folder / (name + INDEX)
+        if index.is_file():
+            return read_shards(index)
+        if (folder / name).is_file():
+            return read_tensor_file(folder / name)
+    raise UserError(f"{folder}: holds no weights; it needs {WEIGHTS[0]}, or {WEIGHTS[0]}{INDEX} and its shards")
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """All tensors that an index names.
+
+    Raises:
+        UserError: a shard is missing or broken, or lacks a tensor.
+    """
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise UserError(f"{index}: lacks weight_map, a mapping from tensors to shards")
+    shards = sorted(set(shard_of.values()))
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        raise UserError(f"{index}: names shards that are not there: {', '.join(missing)}")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        found = read_tensor_file(index.parent / shard)
+        wanted = [name for name, file in shard_of.items() if file == shard]
+        if lacking := [name for name in wanted if name not in found]:
+            raise UserError(f"{index.parent / shard}: lacks {', '.join(lacking)}, which {index.name} says it holds")
+        tensors |= {name: found[name] for name in wanted}
+    return tensors
+
+
+def read_tensor_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by its suffix: safetensors, or what `torch.save` wrote.
+
+    Raises:
+        UserError: it is missing or broken, or holds anything but tensors.
+    """
+    if file.suffix == ".safetensors":
+        return read_tensors(file)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file; the checkpoint is incomplete") from error
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{file}: not plain tensors as torch.save writes them, and nothing else is read") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{file}: not a state dict, names to plain tensors; nothing else is read")
+    return tensors
+
+
+def read_nanochat(folder: Path) -> Published:
+    """The newest model of an original nanochat checkpoint folder (https://github.com/karpathy/nanochat).
+
+    Raises:
+        UserError: its `meta_*.json` is missing or lacks the model's shape.
+    """
+    weights = sorted(folder.glob("model_*.pt"))[-1]
+    meta = weights.with_name(weights.name.replace("model_", "meta_")).with_suffix(".json")
+    shape = read_json(meta).get("model_config")
+    if not isinstance(shape, dict) or not shape.keys() >= set(NANOCHAT_KEYS.values()):
+        raise UserError(f"{meta}: model_config must hold {', '.join(NANOCHAT_KEYS.values())}")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_tensor_file(weights).items():
+        for pattern, replacement in NANOCHAT_NAMES:
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = tensor
+    config = {key: shape[theirs] for key, theirs in NANOCHAT_KEYS.items()}
+    config |= {"model_type": "nanochat", "intermediate_size": 4 * config["hidden_size"], "tie_word_embeddings": False}
+    return Published(weights, config, tensors, lambda: nanochat_tokenizer(folder))
+
+
+def nanochat_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer beside a nanochat checkpoint, if it is in a format that can be read safely.
+
+    Raises:
+        UserError: it is not there, or only as a pickle.
+    """
+    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file():
+        return read_tokenizer(folder)
+    raise UserError(
+        f"{folder}: holds no tokenizer.json; nanochat keeps its tokenizer as a pickle, which is not read: put the "
+        "tokenizer.json of its Hugging Face export beside the checkpoint"
+    )

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+import regex
 import tiktoken
 
 from simcot_latent.errors import UserError
@@ -57,6 +58,7 @@ class Tokenizer:
         encoding: the `tiktoken.Encoding` behind it.
         roles: what each of `ROLES` that it has is called.
         n_vocab: number of ids; every id from 0 to n_vocab - 1 is a token.
+        pattern, ranks, special_tokens, normal_form, missing_bytes: as in the constructor.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Tokenizer:
         special_tokens: Mapping[str, int],
         roles: Mapping[str, str] | None = None,
         normal_form: str | None = None,
+        missing_bytes: bytes = b"",
     ) -> None:
         """
         Args:
@@ -76,9 +79,11 @@ class Tokenizer:
             special_tokens: a special token's text to its id.
             roles: each of `ROLES` to the special token that plays it. None: `SPECIAL_TOKENS` play their own.
             normal_form: Unicode normal form (NFC, ..) that text is brought into first. None: none.
+            missing_bytes: single bytes that are no tokens. Published vocabularies lack those that their training text
+                did not hold; such bytes are left out of the pieces of a text, as Hugging Face's BPE does.
 
         Raises:
-            UserError: the ranks lack a single byte, the ids are not 0, 1, 2, ..., a token that plays a role is
+            UserError: the ranks lack another single byte, the ids are not 0, 1, 2, ..., a token that plays a role is
                 missing, or the pattern is no regular expression.
         """
         roles = dict(zip(ROLES, SPECIAL_TOKENS, strict=False)) if roles is None else dict(roles)
@@ -88,8 +93,9 @@ class Tokenizer:
             raise UserError(f"unknown role {unknown[0]}: must be one of {', '.join(ROLES)}")
         if normal_form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
             raise UserError(f"unknown normal form {normal_form}: must be NFC, NFD, NFKC, NFKD or null")
-        if any(bytes([byte]) not in ranks for byte in range(256)):
-            raise UserError("ranks must hold each of the 256 single bytes")
+        if {byte for byte in range(256) if bytes([byte]) not in ranks} != set(missing_bytes):
+            which = f" but {missing_bytes.hex(' ')}" if missing_bytes else ""
+            raise UserError(f"ranks must hold each of the 256 single bytes{which}")
         # Specials decode to nothing, which is all that `decode` and the spans need to know of them.
         token_bytes = {rank: token for token, rank in ranks.items()} | dict.fromkeys(special_tokens.values(), b"")
         n_vocab = len(ranks) + len(special_tokens)
@@ -104,10 +110,11 @@ class Tokenizer:
         self.name = name
         self.n_vocab = n_vocab
         self.roles = roles
+        self.pattern = pattern
+        self.ranks = dict(ranks)
+        self.special_tokens = dict(special_tokens)
         self.normal_form = normal_form
-        self._pattern = pattern
-        self._ranks = dict(ranks)
-        self._special_tokens = dict(special_tokens)
+        self.missing_bytes = missing_bytes
         self._bytes = [token_bytes[i] for i in range(n_vocab)]
         self._lengths = [len(token) for token in self._bytes]
 
@@ -115,7 +122,7 @@ class Tokenizer:
         """Whether both give every text the same ids."""
         if not isinstance(other, Tokenizer):
             return NotImplemented
-        ours, theirs = ((t._pattern, t._ranks, t._special_tokens, t.roles, t.normal_form) for t in (self, other))
+        ours, theirs = ((t.pattern, t.ranks, t.special_tokens, t.roles, t.normal_form) for t in (self, other))
         return ours == theirs
 
     __hash__ = None  # type: ignore[assignment]
@@ -155,11 +162,11 @@ class Tokenizer:
         """
         if role not in self.roles:
             raise UserError(f"tokenizer {self.name} has no {role} token; `with_roles` adds it")
-        return self._special_tokens[self.roles[role]]
+        return self.special_tokens[self.roles[role]]
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text, special or not; None: there is none."""
-        return self._special_tokens.get(token, self._ranks.get(token.encode()))
+        return self.special_tokens.get(token, self.ranks.get(token.encode()))
 
     def with_roles(self, roles: Mapping[str, str], multiple: int = 1) -> Tokenizer:
         """A tokenizer with further roles; tokens that it lacks for them are added behind its last.
@@ -169,9 +176,13 @@ class Tokenizer:
             multiple: the vocabulary is filled up to a multiple of this with tokens that stand for nothing.
         """
         roles = {**roles, **self.roles}
-        names = [token for token in dict.fromkeys(roles.values()) if token not in self._special_tokens]
+        names = [token for token in dict.fromkeys(roles.values()) if token not in self.special_tokens]
         total = -(-(self.n_vocab + len(names)) // multiple) * multiple if names else self.n_vocab
         return self._extended(names, total, roles)
+
+    def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """A tokenizer with further special tokens, behind its last and in this order."""
+        return self._extended(tokens, self.n_vocab + len(tokens), self.roles)
 
     def filled_up_to(self, n_vocab: int) -> Tokenizer:
         """A tokenizer of `n_vocab` ids: those that it lacks stand for nothing."""
@@ -180,8 +191,10 @@ class Tokenizer:
     def _extended(self, names: Sequence[str], n_vocab: int, roles: Mapping[str, str]) -> Tokenizer:
         ids = range(self.n_vocab, n_vocab)
         names = [*names, *(f"<|unused_{i}|>" for i in ids[len(names) :])]
-        special_tokens = self._special_tokens | dict(zip(names, ids, strict=True))
-        return Tokenizer(self.name, self._pattern, self._ranks, special_tokens, roles, self.normal_form)
+        special_tokens = self.special_tokens | dict(zip(names, ids, strict=True))
+        return Tokenizer(
+            self.name, self.pattern, self.ranks, special_tokens, roles, self.normal_form, self.missing_bytes
+        )
 
     def normalised(self, text: str) -> str:
         """The text that is encoded: valid (see `valid_text`), and in the tokenizer's normal form."""
@@ -193,7 +206,8 @@ class Tokenizer:
 
         A lone surrogate, which no UTF-8 text can hold, is read as U+FFFD.
         """
-        return self.encoding.encode_ordinary(self.normalised(text))
+        text = self.normalised(text)
+        return self._encode_without_missing(text)[0] if self._misses(text) else self.encoding.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out; bytes that are not UTF-8 become U+FFFD.
@@ -235,9 +249,12 @@ class Tokenizer:
             ValueError: a span does not lie in the text.
         """
         text, spans = self._normalised_spans(text, spans)
-        ids = self.encoding.encode_ordinary(text)
-        # Tokens cut the text's bytes, so a running sum of their lengths says which bytes each one holds.
-        ends = list(accumulate(map(self._lengths.__getitem__, ids)))
+        if self._misses(text):
+            ids, ends = self._encode_without_missing(text)
+        else:
+            ids = self.encoding.encode_ordinary(text)
+            # Tokens cut the text's bytes, so a running sum of their lengths says which bytes each one holds.
+            ends = list(accumulate(map(self._lengths.__getitem__, ids)))
         in_span = [False] * len(ids)
         for start, end in spans:
             if start == end:
@@ -248,6 +265,29 @@ class Tokenizer:
             last = bisect_left(ends, end)  # the token that reaches the span's end
             in_span[first : last + 1] = [True] * (last + 1 - first)
         return ids, in_span
+
+    def _misses(self, text: str) -> bool:
+        """Whether some byte of `text` is no token."""
+        return bool(self.missing_bytes) and not set(self.missing_bytes).isdisjoint(text.encode())
+
+    def _encode_without_missing(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of normalised text whose missing bytes are left out, and the byte of `text` that each ends before.
+
+        Tokens may join bytes on both sides of one that is left out, but only inside a piece, so the pieces are cut
+        first: tiktoken, which does not tell them, is given them one by one.
+        """
+        ids: list[int] = []
+        ends: list[int] = []
+        begin = 0
+        for match in regex.finditer(self.pattern, text):
+            piece = match.group().encode()
+            kept = [i for i, byte in enumerate(piece) if byte not in self.missing_bytes]
+            if kept:
+                piece_ids = self.encoding._encode_single_piece(bytes(piece[i] for i in kept))
+                ids += piece_ids
+                ends += [begin + kept[n - 1] + 1 for n in accumulate(map(self._lengths.__getitem__, piece_ids))]
+            begin += len(piece)
+        return ids, ends
 
     def _normalised_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
         """The text that is encoded, and where spans of the given one lie in it."""
@@ -263,13 +303,14 @@ class Tokenizer:
         """Writes `ranks.tiktoken` and `tokenizer.json` into `folder`, from which `load` reads them with no network."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_ranks(folder / _RANKS_FILE, self._ranks)
+        write_ranks(folder / _RANKS_FILE, self.ranks)
         config = {
             "name": self.name,
-            "pattern": self._pattern,
-            "special_tokens": self._special_tokens,
+            "pattern": self.pattern,
+            "special_tokens": self.special_tokens,
             "roles": self.roles,
             "normal_form": self.normal_form,
+            "missing_bytes": list(self.missing_bytes),
         }
         (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -297,9 +338,13 @@ class Tokenizer:
         roles, normal_form = config.get("roles"), config.get("normal_form")
         if not (roles is None or (isinstance(roles, dict) and all(isinstance(x, str) for x in roles.values()))):
             raise UserError(f"{config_file}: roles must be a mapping from roles to special tokens")
+        try:
+            missing_bytes = bytes(config.get("missing_bytes", []))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{config_file}: missing_bytes must be a list of numbers from 0 to 255") from error
         ranks = read_ranks(ranks_file)
         try:
-            return cls(name, pattern, ranks, special_tokens, roles, normal_form)
+            return cls(name, pattern, ranks, special_tokens, roles, normal_form, missing_bytes)
         except UserError as error:
             raise UserError(f"{config_file} with {ranks_file.name}: {error}") from error
 

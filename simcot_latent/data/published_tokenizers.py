@@ -1,0 +1,483 @@
+"""Tokenizers of published models: byte-level BPE, read into a tiktoken encoding with the ids of the original.
+
+Three layouts are read: Hugging Face's `tokenizer.json`, tiktoken's ranks (`tokenizer.model` of Llama 3), and GPT-2's
+`vocab.json` with `merges.txt`. One is written: `tokenizer.json`.
+
+The two libraries do BPE by different rules. Hugging Face's joins the pairs of a list, the earliest in the list first.
+tiktoken joins any two neighbours that make a token, the token of the lowest id first, and takes a piece that is a token
+as it is. They agree for every text if the list is in the order of its results' ids, and if a token's own bytes, under
+tiktoken's rule and with the tokens of lower ids only, end as a pair of the list: whatever stands around these bytes,
+nothing that is joined before the token crosses its borders, so no other pair that makes the token ever meets.
+`tokenizer_of_tokens` checks both; `write_tokenizer` finds the pairs of the list that way.
+
+One thing differs on purpose: text that spells a special token is ordinary text here (see `Tokenizer.encode`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from simcot_latent.data.tokenizer import Tokenizer, read_ranks
+from simcot_latent.errors import UserError
+
+TOKENIZER_JSON, TOKENIZER_CONFIG, TIKTOKEN_RANKS = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+VOCAB, MERGES = "vocab.json", "merges.txt"
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""https://github.com/openai/gpt-2/blob/master/src/encoder.py; `ByteLevel` of Hugging Face's library."""
+
+DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+"""GPT-2's after every digit has been cut off (SmolLM2): to the blanks before a digit, the text ends there."""
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""https://github.com/meta-llama/llama3/blob/main/llama/tokenizer.py"""
+
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+"""https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/tokenizer.json"""
+
+# The 256 that follow Llama 3's ranks, from its tokenizer.py; later 3.x versions renamed some that were reserved.
+LLAMA3_SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|reserved_special_token_4|>",
+    "<|eot_id|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
+)
+
+# The characters that byte-level BPE writes bytes as: printable Latin-1 as itself, the others from U+0100 on
+# (`bytes_to_unicode` of GPT-2's encoder.py).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
+_BYTE = {character: byte for byte, character in _CHARACTER.items()}
+
+# `x{1,3}+` does not give back what it took in tiktoken's regular expressions; in Hugging Face's it is `(x{1,3})+`.
+_AMBIGUOUS = re.compile(r"\{\d*,?\d*\}\+")
+
+# A character of each general category that texts have, and blanks, each before each.
+_KINDS = "aAǅʰ中\u0301\u0903\u20dd1Ⅷ½_-()«».'$+^°\u2028\u2029 \u00a0\t\n\r\x00\u00ad\ue000"
+_PROBE = "".join(before + after for before in _KINDS for after in _KINDS)
+
+# Options of Hugging Face's BPE that byte-level tokenizers do not use: what they may be, the default first.
+_MODEL_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "type": ("BPE",),
+    "dropout": (None, 0.0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+}
+
+# An added token of this look is a mark that is not ordinary text, whether it is flagged as special or not.
+_MARKUP = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a published model, named as its folder.
+
+    The roles: `end` and `pad` as the folder's configuration files say (`pad` is `end` where they do not), `bos` if the
+    tokenizer puts such a token before every text.
+
+    Raises:
+        UserError: there is none, a file is missing or broken, or tiktoken cannot do what it does; the message names
+            the file and what is wrong in it.
+    """
+    for file, read in ((TOKENIZER_JSON, _read_json), (TIKTOKEN_RANKS, _read_tiktoken), (VOCAB, _read_vocab)):
+        if (folder / file).is_file():
+            return read(folder / file)
+    raise UserError(
+        f"{folder}: holds no tokenizer; it needs {TOKENIZER_JSON}, {TIKTOKEN_RANKS} (tiktoken's ranks), "
+        f"or {VOCAB} and {MERGES}"
+    )
+
+
+def tokenizer_of_tokens(
+    name: str,
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    pattern: str,
+    special: Collection[int],
+    roles: Mapping[str, str],
+    *,
+    normal_form: str | None = None,
+    ignore_merges: bool = False,
+) -> Tokenizer:
+    """A byte-level BPE that joins pairs of a list (see the module's docstring), as a tiktoken encoding.
+
+    A token that no text can give stands for nothing here; it is called `<|unused_ID|>`.
+
+    Args:
+        name: the tokenizer's.
+        tokens: by id; bytes written in byte-level characters, special tokens as they are.
+        merges: the pairs, each joined by a blank, the most urgent first.
+        pattern: see `Tokenizer`.
+        special: the ids of tokens that are special.
+        roles, normal_form: see `Tokenizer`.
+        ignore_merges: whether a piece that is a token is taken as it is.
+
+    Raises:
+        UserError: the two rules do not agree, or see `Tokenizer`. The message names no file: the caller knows it.
+    """
+    if _AMBIGUOUS.search(pattern):
+        raise UserError(f"pattern {pattern!r}: a + after braces means another thing in tiktoken")
+    special_tokens = {tokens[i]: i for i in special}
+    id_of = {token: i for i, token in enumerate(tokens) if i not in special}
+    try:
+        bytes_of = {i: bytes(map(_BYTE.__getitem__, token)) for token, i in id_of.items()}
+    except KeyError as error:
+        raise UserError(f"its tokens are not byte-level: {error.args[0]!r} stands for no byte") from error
+    pairs: set[tuple[bytes, bytes]] = set()
+    results: list[int] = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= id_of.keys():
+            raise UserError(f"merge {merge!r} is not of tokens")
+        pairs.add((bytes_of[id_of[left]], bytes_of[id_of[right]]))
+        results.append(id_of[left + right])
+    for before, after in pairwise(results):
+        if before > after:
+            raise UserError(f"its merges are not in the order of ids: {tokens[after]!r} comes after {tokens[before]!r}")
+    ranks = {token: i for i, token in bytes_of.items() if len(token) == 1}
+    missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+    every_token = set(bytes_of.values())
+    for i, token in sorted(bytes_of.items()):
+        if len(token) == 1:
+            continue
+        splits = {(token[:n], token[n:]) for n in range(1, len(token))}
+        if tuple(_bpe(token, ranks)) in pairs:
+            ranks[token] = i
+        elif ignore_merges and all(split in pairs for split in splits if every_token.issuperset(split)):
+            ranks[token] = i  # a whole piece, or whatever makes it: so Hugging Face writes what was tiktoken's
+        elif not ignore_merges and splits.isdisjoint(pairs):
+            special_tokens[_unused(i)] = i
+        else:
+            raise UserError(
+                f"its merges make {tokens[i]!r} in another way than tiktoken, which joins any two neighbours"
+            )
+    tokenizer = Tokenizer(name, pattern, ranks, special_tokens, roles, normal_form, missing)
+    if regex.sub(pattern, "", _PROBE):
+        raise UserError(f"pattern {pattern!r} leaves out text, which tiktoken would drop")
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads with the same ids.
+
+    Raises:
+        UserError: Hugging Face's library reads the tokenizer's pattern otherwise.
+    """
+    if _AMBIGUOUS.search(tokenizer.pattern):
+        raise UserError(f"tokenizer {tokenizer.name}: in its pattern, a + after braces means another thing elsewhere")
+    ranks: dict[bytes, int] = {token: i for token, i in tokenizer.ranks.items() if len(token) == 1}
+    merges: list[str] = []
+    for token, i in sorted(tokenizer.ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = _bpe(token, ranks)
+            splits = [(token[:n], token[n:]) for n in range(1, len(token))]
+            # A token that BPE does not arrive at is a whole piece, or is made by tokens of higher ids.
+            made_by = [parts] if len(parts) == 2 else [s for s in splits if tokenizer.ranks.keys() >= set(s)]
+            merges += [" ".join(map(_byte_level, pair)) for pair in made_by]
+            ranks[token] = i
+    special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token, **flags} for token, i in special],
+        "normalizer": None if tokenizer.normal_form is None else {"type": tokenizer.normal_form},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False},
+                _byte_level_step(use_regex=False),
+            ],
+        },
+        "post_processor": _post_processor(tokenizer),
+        "decoder": _byte_level_step(),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # tiktoken's rule
+            # Special tokens too: those that are not there get ids after all the others when they are read.
+            "vocab": {_byte_level(token): i for token, i in tokenizer.ranks.items()} | dict(special),
+            "merges": merges,
+        },
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": tokenizer.roles.get("end"),
+        "pad_token": tokenizer.roles.get("pad"),
+        "bos_token": tokenizer.roles.get("bos"),
+    }
+    for file, value in ((TOKENIZER_JSON, content), (TOKENIZER_CONFIG, config)):
+        (folder / file).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(file: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`."""
+    content = _json_object(file)
+    match content:
+        case {"model": {"vocab": dict(vocab), "merges": list(merges)} as model}:
+            pass
+        case _:
+            raise UserError(f"{file}: holds no BPE of Hugging Face's library (a model with vocab and merges)")
+    for key, allowed in _MODEL_OPTIONS.items():
+        if model.get(key, allowed[0]) not in allowed:
+            raise _unsupported(file, f"model.{key}", model[key], json.dumps(allowed[0]))
+    special: dict[str, int] = {}
+    for added in content.get("added_tokens") or ():
+        match added:
+            case {"id": int(i), "content": str(token), **flags} if flags.get("special") or _MARKUP.fullmatch(token):
+                special[token] = i
+            case _:
+                raise _unsupported(file, "added_tokens", added, "special tokens, and others that look like <...>")
+    token_of = {i: token for token, i in (_checked_ids(file, vocab) | special).items()}
+    tokens = [token_of.get(i, _unused(i)) for i in range(max(token_of, default=-1) + 1)]
+    holes = set(range(len(tokens))) - token_of.keys()
+    tokenizer = _build(
+        file,
+        tokens,
+        [_merge(file, merge) for merge in merges],
+        _pattern_of(file, content.get("pre_tokenizer")),
+        holes | set(special.values()),
+        _roles(file.parent, special, bos=_bos_of(file, content.get("post_processor"))),
+        normal_form=_normal_form_of(file, content.get("normalizer")),
+        ignore_merges=bool(model.get("ignore_merges")),
+    )
+    if tokenizer.missing_bytes and (model.get("unk_token") or model.get("byte_fallback")):
+        raise UserError(
+            f"{file}: model.unk_token or byte_fallback, and a vocabulary that lacks bytes, is not supported"
+        )
+    return tokenizer
+
+
+def _read_tiktoken(file: Path) -> Tokenizer:
+    """The tokenizer of Llama 3's ranks."""
+    try:
+        ranks = read_ranks(file)
+        special = {token: i for i, token in enumerate(LLAMA3_SPECIAL_TOKENS, start=len(ranks))}
+        bos, end = LLAMA3_SPECIAL_TOKENS[:2]
+        return Tokenizer(_name(file), LLAMA3_PATTERN, ranks, special, _roles(file.parent, special, bos=bos, end=end))
+    except UserError as error:
+        at = "" if str(error).startswith(str(file)) else f"{file}: "
+        raise UserError(f"{at}{error} (read as Llama 3's ranks; SentencePiece models are not supported)") from error
+
+
+def _read_vocab(file: Path) -> Tokenizer:
+    """The tokenizer of GPT-2's `vocab.json` and the `merges.txt` beside it."""
+    tokenizer_class = _json_object(file.with_name(TOKENIZER_CONFIG), needed=False).get("tokenizer_class")
+    if tokenizer_class not in (None, "GPT2Tokenizer", "GPT2TokenizerFast"):
+        raise UserError(f"{file}: only GPT-2's is read, not that of {tokenizer_class}; give its {TOKENIZER_JSON}")
+    ids = _checked_ids(file, _json_object(file))
+    token_of = {i: token for token, i in ids.items()}
+    if sorted(token_of) != list(range(len(ids))):
+        raise UserError(f"{file}: ids must be 0 to {len(ids) - 1}, each once")
+    # The lines are split at \n only: merges hold no other blank than the one between.
+    lines = _text(file.with_name(MERGES)).split("\n")
+    merges = [line for n, line in enumerate(lines) if line and not (n == 0 and line.startswith("#version"))]
+    end = "<|endoftext|>"
+    if end not in ids:
+        raise UserError(f"{file}: lacks {end}; only GPT-2's vocabulary is read, give {TOKENIZER_JSON} for others")
+    roles = _roles(file.parent, {end: ids[end]}, end=end)
+    return _build(file, [token_of[i] for i in range(len(ids))], merges, GPT2_PATTERN, {ids[end]}, roles)
+
+
+def _build(
+    file: Path,
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    pattern: str,
+    special: Collection[int],
+    roles: Mapping[str, str],
+    **options: Any,
+) -> Tokenizer:
+    """`tokenizer_of_tokens` whose errors name the file."""
+    try:
+        return tokenizer_of_tokens(_name(file), tokens, merges, pattern, special, roles, **options)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _pattern_of(file: Path, component: Any) -> str:
+    """The pattern that cuts text where a `pre_tokenizer` of Hugging Face's library does."""
+    match _steps(component, "pretokenizers"):
+        case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
+            return GPT2_PATTERN
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, **rest},
+        ] if rest.get("use_regex", True):
+            return DIGITS_PATTERN
+        case [
+            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            return pattern
+    supported = "ByteLevel with no prefix space, alone, after Digits (individual) or after Split (Regex, Isolated)"
+    raise _unsupported(file, "pre_tokenizer", component, supported)
+
+
+def _steps(component: Any, key: str) -> list[Any]:
+    """The steps of a component that may be a sequence of them."""
+    match component:
+        case {"type": "Sequence", **rest} if isinstance(rest.get(key), list):
+            return rest[key]
+    return [component]
+
+
+def _bos_of(file: Path, component: Any) -> str | None:
+    """The token that a `post_processor` puts before a text."""
+    bos = None
+    for step in _steps(component, "processors"):
+        match step:
+            case None | {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+                pass
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(bos)}}, {"Sequence": _}]}:
+                pass
+            case _:
+                supported = "ByteLevel, and TemplateProcessing with at most one token, before the text"
+                raise _unsupported(file, "post_processor", component, supported)
+    return bos
+
+
+def _normal_form_of(file: Path, component: Any) -> str | None:
+    """The Unicode normal form that a `normalizer` brings text into."""
+    match component:
+        case None:
+            return None
+        case {"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}:
+            return form
+    raise _unsupported(file, "normalizer", component, "null, NFC, NFD, NFKC and NFKD")
+
+
+def _roles(
+    folder: Path, special: Mapping[str, int], *, bos: str | None = None, end: str | None = None
+) -> dict[str, str]:
+    """Who plays which role: `end` and `pad` by the model's configuration, else the tokenizer's, else as given.
+
+    A configuration's ids that are no special tokens are passed over: `transformers` writes its classes' defaults there.
+    """
+    models = [_json_object(folder / file, needed=False) for file in ("generation_config.json", "config.json")]
+    tokenizers = _json_object(folder / TOKENIZER_CONFIG, needed=False)
+    token_of = {i: token for token, i in special.items()}
+
+    def named(role: str) -> str | None:
+        for config in models:
+            ids = config.get(f"{role}_token_id")
+            i = ids[0] if isinstance(ids, list) and ids else ids
+            if isinstance(i, int) and i in token_of:
+                return token_of[i]
+        token = tokenizers.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) and token in special else None
+
+    end = named("eos") or end
+    roles = {"end": end, "pad": named("pad") or end, "bos": bos}
+    return {role: token for role, token in roles.items() if token is not None}
+
+
+def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What puts the tokenizer's `bos` token before a text, if it has one."""
+    if tokenizer.bos_id is None:
+        return _byte_level_step()
+    bos = tokenizer.roles["bos"]
+    single, second = (
+        [{"SpecialToken": {"id": bos, "type_id": n}}, {"Sequence": {"id": text, "type_id": n}}]
+        for n, text in enumerate("AB")
+    )
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single + second,
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+    }
+
+
+def _byte_level_step(use_regex: bool = True) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _bpe(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """What tiktoken's rule joins the bytes of a token to."""
+    parts = [token[n : n + 1] for n in range(len(token))]
+    while True:
+        joins = ((ranks.get(left + right), n) for n, (left, right) in enumerate(pairwise(parts)))
+        first = min(((rank, n) for rank, n in joins if rank is not None), default=None)
+        if first is None:
+            return parts
+        n = first[1]
+        parts[n : n + 2] = [parts[n] + parts[n + 1]]
+
+
+def _byte_level(token: bytes) -> str:
+    return "".join(map(_CHARACTER.__getitem__, token))
+
+
+def _unused(i: int) -> str:
+    return f"<|unused_{i}|>"
+
+
+def _name(file: Path) -> str:
+    return file.resolve().parent.name
+
+
+def _merge(file: Path, merge: Any) -> str:
+    """A merge of a `tokenizer.json`: by its age, a text or a pair."""
+    match merge:
+        case str():
+            return merge
+        case [str(left), str(right)]:
+            return f"{left} {right}"
+    raise UserError(f"{file}: model.merges holds {json.dumps(merge)}, which is no pair")
+
+
+def _checked_ids(file: Path, vocab: dict[str, Any]) -> dict[str, int]:
+    if wrong := [token for token, i in vocab.items() if type(i) is not int or i < 0]:
+        raise UserError(f"{file}: the id of {wrong[0]!r} is no number from 0 on")
+    return vocab
+
+
+def _unsupported(file: Path, component: str, value: Any, supported: str) -> UserError:
+    text = json.dumps(value, ensure_ascii=False)
+    text = text if len(text) <= 200 else f"{text[:200]}..."
+    return UserError(f"{file}: {component} {text} is not supported; supported: {supported}")
+
+
+def _json_object(file: Path, *, needed: bool = True) -> dict[str, Any]:
+    """A JSON object from a file; nothing from one that is not needed and not there."""
+    if not needed and not file.is_file():
+        return {}
+    try:
+        value = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must hold a JSON object")
+    return value
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the tokenizer: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error

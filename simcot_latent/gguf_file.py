@@ -1,0 +1,172 @@
+"""GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): Llama and Qwen2 models, dequantised.
+
+Shapes: D width, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from simcot_latent.data.published_tokenizers import (
+    DIGITS_PATTERN,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+    tokenizer_of_tokens,
+)
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
+from simcot_latent.published import Published
+
+# Keys of Hugging Face's configuration, and GGUF's without the architecture that they begin with.
+KEYS = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+PATTERNS = {
+    "gpt-2": GPT2_PATTERN,
+    "smollm": DIGITS_PATTERN,
+    "llama-bpe": LLAMA3_PATTERN,
+    "qwen2": QWEN2_PATTERN,
+}
+"""What `tokenizer.ggml.pre` stands for."""
+
+ARCHITECTURES = ("llama", "qwen2")
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+"""Token types that are special."""
+
+
+def read_gguf(path: Path) -> Published:
+    """A model from a GGUF file.
+
+    Raises:
+        UserError: the `gguf` package is not installed, the file is broken, or it is of another architecture.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"{path}: reading GGUF takes the gguf package; pip install 'simcot-latent[gguf]'") from error
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise UserError(f"{path}: not a whole GGUF file ({' '.join(str(error).split())})") from error
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    architecture = fields.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path}: general.architecture={architecture}: must be one of {', '.join(ARCHITECTURES)}")
+    if fields.get(f"{architecture}.rope.scaling.type", "none") != "none":
+        raise UserError(
+            f"{path}: {architecture}.rope.scaling.type={fields[f'{architecture}.rope.scaling.type']}: not supported"
+        )
+    heads = {
+        "q": fields[f"{architecture}.attention.head_count"],
+        "k": fields[f"{architecture}.attention.head_count_kv"],
+    }
+
+    tensors: dict[str, Tensor] = {}
+    for tensor in reader.tensors:
+        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        name, part = hf_name(tensor.name)
+        if architecture == "llama" and part in ("attn_q", "attn_k"):
+            weight = half_split(weight, heads[part[-1]])
+        tensors[name] = weight
+    config = config_of(fields, architecture, path) | {"tie_word_embeddings": "lm_head.weight" not in tensors}
+    # Llama 3's scaled rotary positions come as a tensor of divisors, from which their settings cannot be told.
+    if "rope_freqs.weight" in tensors:
+        raise UserError(
+            f"{path}: rope_freqs.weight, scaled rotary positions, are not supported; give the original folder"
+        )
+    return Published(path, config, tensors, lambda: tokenizer_of(fields, path))
+
+
+def hf_name(name: str) -> tuple[str, str]:
+    """Hugging Face's name of a tensor, and the part of GGUF's that says what it is; unknown names stay."""
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("blk."):
+        _, layer, part = stem.split(".", 2)
+        if part in BLOCK_NAMES:
+            return f"model.layers.{layer}.{BLOCK_NAMES[part]}.{kind}", part
+    return (f"{NAMES[stem]}.{kind}" if stem in NAMES else name), stem
+
+
+def half_split(weight: Tensor, heads: int) -> Tensor:
+    """Rows of queries or keys from llama.cpp's order (pairs that rotate lie side by side) to that of halves.
+
+    The inverse of `permute` in https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py.
+    """
+    return rearrange(weight, "(h e two) ... -> (h two e) ...", h=heads, two=2)
+
+
+def config_of(fields: Mapping[str, Any], architecture: str, path: Path) -> dict[str, Any]:
+    """Hugging Face's configuration.
+
+    Raises:
+        UserError: a field is missing.
+    """
+    if missing := [key for key in KEYS.values() if f"{architecture}.{key}" not in fields]:
+        raise UserError(f"{path}: lacks {', '.join(f'{architecture}.{key}' for key in missing)}")
+    return {
+        "model_type": architecture,
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "rope_theta": fields.get(f"{architecture}.rope.freq_base", 10_000.0),
+        **{key: fields[f"{architecture}.{theirs}"] for key, theirs in KEYS.items()},
+    }
+
+
+def tokenizer_of(fields: Mapping[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer that is in the file.
+
+    Raises:
+        UserError: it is no byte-level BPE, or cuts text in a way that we do not know.
+    """
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind != "gpt2":
+        raise UserError(f"{path}: tokenizer.ggml.model={kind}: must be gpt2, a byte-level BPE")
+    if pre not in PATTERNS:
+        raise UserError(f"{path}: tokenizer.ggml.pre={pre}: must be one of {', '.join(PATTERNS)}")
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    special = [i for i, t in enumerate(fields["tokenizer.ggml.token_type"]) if t in (CONTROL, USER_DEFINED, UNUSED)]
+    end = fields["tokenizer.ggml.eos_token_id"]
+    roles = {"end": tokens[end], "pad": tokens[fields.get("tokenizer.ggml.padding_token_id", end)]}
+    if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        roles["bos"] = tokens[fields["tokenizer.ggml.bos_token_id"]]
+    try:
+        return tokenizer_of_tokens(
+            path.stem,
+            tokens,
+            fields["tokenizer.ggml.merges"],
+            PATTERNS[pre],
+            special,
+            roles,
+            normal_form="NFC" if pre == "qwen2" else None,
+            ignore_merges=pre == "llama-bpe",
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
