@@ -1,0 +1,271 @@
+"""Every family computes what `transformers` computes from the same weights, and writes what it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from simcot_latent.errors import UserError
+from simcot_latent.model.cache import KVCache
+from simcot_latent.model.families import build, describe
+from simcot_latent.model.gpt import GPT, GPTConfig
+from simcot_latent.model.packing import Packing
+
+ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+LLAMA3 = ROPE | {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GPT2_SHAPE = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+CASES: dict[str, Any] = {
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=61, **GPT2_SHAPE),
+    "gpt2 untied, narrow, erf": lambda: transformers.GPT2Config(
+        vocab_size=67, tie_word_embeddings=False, n_inner=48, activation_function="gelu", **GPT2_SHAPE
+    ),
+    "llama": lambda: transformers.LlamaConfig(vocab_size=61, rope_parameters=ROPE, **SHAPE),
+    "llama tied": lambda: transformers.LlamaConfig(
+        vocab_size=67, rope_parameters=ROPE, tie_word_embeddings=True, rms_norm_eps=1e-3, **SHAPE
+    ),
+    "llama scaled": lambda: transformers.LlamaConfig(vocab_size=61, rope_parameters=LLAMA3, **SHAPE),
+    "llama one kv head": lambda: transformers.LlamaConfig(
+        vocab_size=61, rope_parameters=ROPE, **SHAPE | {"num_key_value_heads": 1}
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(vocab_size=61, rope_parameters=ROPE, **SHAPE),
+    "qwen2 tied": lambda: transformers.Qwen2Config(
+        vocab_size=67, rope_parameters=ROPE, tie_word_embeddings=True, **SHAPE
+    ),
+    "nanochat": lambda: transformers.NanoChatConfig(vocab_size=61, rope_parameters=ROPE, **SHAPE),
+    "nanochat tied, soft": lambda: transformers.NanoChatConfig(
+        vocab_size=64, rope_parameters=ROPE, tie_word_embeddings=True, final_logit_softcapping=3.0, **SHAPE
+    ),
+}
+T = 70  # beyond the original context of the scaled ones
+
+
+@dataclass
+class Files:
+    """A published model as `read_published` gives it."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def random_model(config: Any, seed: int = 0) -> transformers.PreTrainedModel:
+    """A model in which every weight matters: biases are not 0, scales not 1."""
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_scale = parameter.dim() == 1 and not name.endswith("bias")
+        parameter.data = 1 + 0.2 * noise if is_scale else 0.3 * noise
+    return model
+
+
+def files_of(model: transformers.PreTrainedModel) -> Files:
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # as save_pretrained does
+    return Files(Path("folder"), model.config.to_diff_dict(), tensors)
+
+
+@pytest.fixture(params=CASES)
+def pair(request: pytest.FixtureRequest) -> tuple[transformers.PreTrainedModel, GPT]:
+    """The same weights in `transformers` and here."""
+    theirs = random_model(CASES[request.param]())
+    return theirs, build(files_of(theirs)).eval()
+
+
+def some_ids(vocab_size: int, rows: int = 2, seed: int = 1) -> Tensor:
+    return torch.randint(1, vocab_size, (rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_logits_and_hidden_states(pair: tuple[transformers.PreTrainedModel, GPT]) -> None:
+    theirs, ours = pair
+    ids = some_ids(ours.config.vocab_size)
+    expected = theirs(input_ids=ids, output_hidden_states=True)
+    hidden = ours(ids)
+    torch.testing.assert_close(hidden, expected.hidden_states[-1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.logits(hidden), expected.logits, atol=1e-4, rtol=0)
+    assert expected.logits.std() > 0.3, "else nearly anything would be close"
+
+
+@torch.no_grad()
+def test_greedy_continuations_cached(pair: tuple[transformers.PreTrainedModel, GPT]) -> None:
+    """Token by token from our cache; `transformers` does the same from its own."""
+    theirs, ours = pair
+    ids = some_ids(ours.config.vocab_size)[:, :40]
+    expected = theirs.generate(  # type: ignore[operator]
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, min_new_tokens=30, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )[:, 40:]  # fmt: skip
+    cache = KVCache(T)
+    hidden_BD = ours(ids.flatten(), Packing.grid(2, 40), cache).unflatten(0, (2, 40))[:, -1]
+    written = []
+    for _ in range(30):
+        written.append(ours.logits(hidden_BD).argmax(-1))
+        hidden_BD = ours(written[-1], Packing.grid(2, 1), cache)
+    assert torch.equal(torch.stack(written, dim=1), expected)
+    assert len(expected.unique()) > 3
+
+
+@torch.no_grad()
+def test_cached_equals_uncached(pair: tuple[transformers.PreTrainedModel, GPT]) -> None:
+    _, ours = pair
+    ids = some_ids(ours.config.vocab_size)
+    cache = KVCache(T)
+    pieces = [
+        ours(piece.flatten(), Packing.grid(2, piece.shape[1]), cache).unflatten(0, (2, piece.shape[1]))
+        for piece in ids.split([50, 1, 19], dim=1)
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), ours(ids), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_bfloat16_is_near(pair: tuple[transformers.PreTrainedModel, GPT]) -> None:
+    """bfloat16 keeps 8 bits: the mean error of a logit stays under 4% of their spread (1 to 2% as measured)."""
+    _, ours = pair
+    ids = some_ids(ours.config.vocab_size)
+    exact = ours.logits(ours(ids))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = ours.logits(ours(ids))
+    assert (rough - exact).abs().mean() < 0.04 * exact.std()
+    assert not torch.equal(rough, exact)
+
+
+@torch.no_grad()
+def test_written_as_read(pair: tuple[transformers.PreTrainedModel, GPT], tmp_path: Path) -> None:
+    """`describe` undoes `build`, to the bit; `transformers` reads its configuration."""
+    theirs, ours = pair
+    config, tensors = describe(ours)
+    for name, tensor in files_of(theirs).tensors.items():
+        assert torch.equal(tensors.pop(name), tensor), name
+    assert not tensors
+    back = type(theirs)(type(theirs.config)(**{k: v for k, v in config.items() if k != "architectures"})).eval()
+    back.load_state_dict(theirs.state_dict())
+    ids = some_ids(ours.config.vocab_size)
+    assert torch.equal(back(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    again = build(Files(tmp_path, config, describe(ours)[1]))
+    assert again.config == ours.config
+    assert all(map(torch.equal, again.state_dict().values(), ours.state_dict().values()))
+
+
+def test_rope_scaling_in_the_older_keys() -> None:
+    theirs = random_model(CASES["llama scaled"]())
+    files = files_of(theirs)
+    expected = build(files).config
+    scaling = dict(files.config.pop("rope_parameters"))
+    files.config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    assert build(files).config == expected
+    assert expected.rope_scaling is not None
+    assert expected.rope_base == 5000.0
+
+
+def test_a_bare_gpt2_with_buffers() -> None:
+    """The files of the original GPT-2 have no `transformer.` in their names, and hold attention's masks."""
+    files = files_of(random_model(CASES["gpt2"]()))
+    expected = build(files).state_dict()
+    files.tensors = {name.removeprefix("transformer."): tensor for name, tensor in files.tensors.items()}
+    files.tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(3)}
+    assert all(map(torch.equal, build(files).state_dict().values(), expected.values()))
+
+
+def test_half_precision_becomes_float32() -> None:
+    files = files_of(random_model(CASES["llama"]()))
+    files.tensors = {name: tensor.bfloat16() for name, tensor in files.tensors.items()}
+    assert {p.dtype for p in build(files).parameters()} == {torch.float32}
+
+
+BAD_CONFIGS = {
+    "unknown family": ({"model_type": "mamba", "architectures": None}, "model_type=mamba: must be one of gpt2, llama"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act=gelu of a llama is not supported, only silu"),
+    "biases": ({"attention_bias": True}, "attention_bias=True of a llama is not supported, only False"),
+    "wide heads": ({"head_dim": 16}, "head_dim=16 is not supported"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn"}}, "type yarn are not supported, only default and llama3"),
+    "half a scaling": ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "lack low_freq_factor, high_freq"),
+    "odd heads": ({"num_attention_heads": 5}, "n_embd=32: must be a multiple of n_head=5"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CONFIGS)
+def test_configurations_that_we_do_not_compute(what: str) -> None:
+    files = files_of(random_model(CASES["llama"]()))
+    changes, message = BAD_CONFIGS[what]
+    files.config |= changes
+    with pytest.raises(UserError) as error:
+        build(files)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_that_is_missing() -> None:
+    files = files_of(random_model(CASES["llama"]()))
+    del files.config["intermediate_size"]
+    with pytest.raises(UserError, match="lacks intermediate_size, which a llama has"):
+        build(files)
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    files = files_of(random_model(CASES["gpt2"]()))
+    del files.tensors["transformer.h.1.ln_1.bias"]
+    files.tensors["transformer.h.1.extra.weight"] = torch.ones(1)
+    files.tensors["transformer.h.0.mlp.c_fc.weight"] = torch.ones(32, 99)
+    with pytest.raises(UserError) as error:
+        build(files)
+    for part in (
+        "lacks transformer.h.1.ln_1.bias",
+        "has transformer.h.1.extra.weight, which a gpt2 has not",
+        "has transformer.h.0.mlp.c_fc.weight of shape (32, 99), not (32, 128)",
+    ):
+        assert part in str(error.value)
+
+
+def test_another_familys_weights() -> None:
+    files = files_of(random_model(CASES["llama"]()))
+    files.config["model_type"] = "nanochat"
+    files.config["architectures"] = None
+    files.config["hidden_act"] = "relu2"
+    with pytest.raises(UserError, match=r"lacks model.layers.0.mlp.fc1.weight"):
+        build(files)
+
+
+def test_a_head_that_is_not_the_embedding() -> None:
+    files = files_of(random_model(CASES["llama tied"]()))
+    files.tensors["lm_head.weight"] = files.tensors["model.embed_tokens.weight"].clone()
+    build(files)
+    files.tensors["lm_head.weight"] += 1
+    with pytest.raises(UserError, match=r"lm_head.weight is not the embedding"):
+        build(files)
+
+
+def test_a_model_like_no_family() -> None:
+    config = GPTConfig(vocab_size=61, n_embd=32, norm="layernorm", activation="gelu")  # as model=tiny
+    with pytest.raises(UserError, match=r"no published family is like this model: .* has not .*norm=layernorm"):
+        describe(GPT(config))
+
+
+def test_a_projector_is_left_out() -> None:
+    model = build(files_of(random_model(CASES["gpt2"]())))
+    grown = GPT(replace(model.config, projector_width=8))
+    assert describe(grown)[1].keys() == describe(model)[1].keys()
