@@ -17,16 +17,16 @@ from simcot_latent.model.families import build, describe
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.packing import Packing
 
-ROPE = {"rope_type": "default", "rope_theta": 5000.0}
-LLAMA3 = ROPE | {
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 5000.0}
+LLAMA3: dict[str, Any] = ROPE | {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-GPT2_SHAPE = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
-SHAPE = {
+GPT2_SHAPE: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 44,
     "num_hidden_layers": 3,

@@ -1,0 +1,250 @@
+"""Published files: every layout reads as the same model, and what is broken is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from simcot_latent.errors import UserError
+from simcot_latent.pretrained import load_pretrained
+from simcot_latent.published import read_published
+
+TEXT = "Mia has 14 shells. She finds 9 more: <<14+9=23>>\n#### 23\n"
+
+
+def write_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """A small GPT-2-like tokenizer."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return tokenizer
+
+
+def write_folder(folder: Path, max_shard_size: str = "5GB", **changes: Any) -> transformers.PreTrainedModel:
+    """A small random Llama as `transformers` writes it, its tokenizer beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    n_vocab = write_tokenizer(folder).get_vocab_size()
+    config = transformers.LlamaConfig(
+        vocab_size=n_vocab + 7,  # as published models often have, rows that no token has
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        **changes,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+@torch.no_grad()
+def assert_same(source: str | Path, theirs: transformers.PreTrainedModel, folder: Path) -> None:
+    """What is read from `source` gives the logits of `theirs` and the token ids of the tokenizer in `folder`."""
+    checkpoint = load_pretrained(source)
+    original = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = checkpoint.tokenizer.encode(TEXT)
+    assert ids == original.encode(TEXT).ids
+    assert checkpoint.tokenizer.n_vocab == checkpoint.model.config.vocab_size
+    x = torch.tensor([ids])
+    torch.testing.assert_close(
+        checkpoint.model.logits(checkpoint.model(x)), theirs(input_ids=x).logits, atol=1e-4, rtol=0
+    )
+
+
+def test_one_file(tmp_path: Path) -> None:
+    theirs = write_folder(tmp_path)
+    assert_same(tmp_path, theirs, tmp_path)
+    assert load_pretrained(tmp_path).tokenizer.end_id == 0
+
+
+def test_shards(tmp_path: Path) -> None:
+    theirs = write_folder(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same(tmp_path, theirs, tmp_path)
+
+
+def test_pytorch_files(tmp_path: Path) -> None:
+    theirs = write_folder(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    assert_same(tmp_path, theirs, tmp_path)
+
+
+def test_the_hubs_layout_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository in the hub's cache is read with no network; one that is not there says what to give instead."""
+    import huggingface_hub.constants as constants
+
+    cache = tmp_path / "hub"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = cache / "models--someone--small" / "snapshots" / revision
+    theirs = write_folder(folder)
+    refs = cache / "models--someone--small" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    assert_same("someone/small", theirs, folder)
+    with pytest.raises(UserError, match=r"init_from=someone/else: cannot be downloaded.*give a folder") as error:
+        load_pretrained("someone/else", key="init_from")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def nanochat(tmp_path: Path) -> tuple[Path, transformers.PreTrainedModel]:
+    """An original nanochat checkpoint folder, of two steps, and the last one's model in `transformers`."""
+    write_tokenizer(tmp_path)
+    config = transformers.NanoChatConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+    )
+    for step in (100, 650):
+        torch.manual_seed(step)
+        theirs = transformers.NanoChatForCausalLM(config).eval()
+        names = [
+            ("model.embed_tokens.", "transformer.wte."),
+            ("model.layers.", "transformer.h."),
+            (".self_attn.o_proj.", ".attn.c_proj."),
+            *((f".self_attn.{x}_proj.", f".attn.c_{x}.") for x in "qkv"),
+            (".mlp.fc1.", ".mlp.c_fc."),
+            (".mlp.fc2.", ".mlp.c_proj."),
+        ]
+        state = {}
+        for name, tensor in theirs.state_dict().items():
+            for theirs_name, original in names:
+                name = name.replace(theirs_name, original)
+            state[f"_orig_mod.{name}"] = tensor
+        torch.save(state, tmp_path / f"model_{step:06d}.pt")
+        shape = {"sequence_len": 64, "vocab_size": 320, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32}
+        (tmp_path / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": shape}))
+    return tmp_path, theirs  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def test_nanochat(nanochat: tuple[Path, transformers.PreTrainedModel]) -> None:
+    folder, theirs = nanochat
+    assert_same(folder, theirs, folder)
+
+
+def test_nanochats_pickled_tokenizer_is_not_read(nanochat: tuple[Path, transformers.PreTrainedModel]) -> None:
+    folder, _ = nanochat
+    (folder / "tokenizer.json").unlink()
+    published = read_published(folder)
+    with pytest.raises(UserError, match=r"as a pickle, which is not read: put the tokenizer.json"):
+        published.tokenizer()
+
+
+def test_nanochat_without_its_shape(nanochat: tuple[Path, transformers.PreTrainedModel]) -> None:
+    folder, _ = nanochat
+    (folder / "meta_000650.json").write_text(json.dumps({"model_config": {"n_layer": 2}}))
+    with pytest.raises(UserError, match=r"meta_000650.json: model_config must hold sequence_len, vocab_size"):
+        read_published(folder)
+
+
+class NotTensors:
+    """What a pickle must not bring in."""
+
+
+def damage_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[0].unlink()
+
+
+def damage_index(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.extra.weight"] = sorted(content["weight_map"].values())[0]
+    index.write_text(json.dumps(content))
+
+
+def damage_map(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def only_a_pickle(content: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+
+    return damage
+
+
+def cut_short(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def no_weights(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+
+
+def another_tokenizer(folder: Path) -> None:
+    """More tokens than the table has rows."""
+    tensors = load_file(folder / "model.safetensors")
+    rows = {n: t[:200] if n in ("model.embed_tokens.weight", "lm_head.weight") else t for n, t in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in rows.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "a shard is missing": ("20KB", damage_shard, "names shards that are not there: model-00001-of"),
+    "a shard lacks a tensor": (
+        "20KB",
+        damage_index,
+        "lacks model.extra.weight, which model.safetensors.index.json says",
+    ),
+    "an index without a map": ("20KB", damage_map, "lacks weight_map"),
+    "a pickle of something else": ("5GB", only_a_pickle({"x": NotTensors()}), "not plain tensors"),
+    "a pickle of numbers": ("5GB", only_a_pickle({"x": 3}), "not a state dict"),
+    "a file cut short": ("5GB", cut_short, "not a whole safetensors file"),
+    "no weights": ("5GB", no_weights, "holds no weights; it needs model.safetensors"),
+    "another tokenizer": ("5GB", another_tokenizer, "they are not of one model"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_what_is_broken_is_named(what: str, tmp_path: Path) -> None:
+    size, damage, message = DAMAGES[what]
+    write_folder(tmp_path, max_shard_size=size)
+    damage(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_pretrained(tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["nothing", "model.gguf", "a/b/c"])
+def test_what_is_nothing(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"init_from={source}: must be a folder .* a hub id"):
+        load_pretrained(source, key="init_from")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no model; it needs config.json"):
+        load_pretrained(tmp_path)
