@@ -85,19 +85,17 @@ def read_gguf(path: Path) -> Published:
         raise UserError(
             f"{path}: {architecture}.rope.scaling.type={fields[f'{architecture}.rope.scaling.type']}: not supported"
         )
-    heads = {
-        "q": fields[f"{architecture}.attention.head_count"],
-        "k": fields[f"{architecture}.attention.head_count_kv"],
-    }
+    config = config_of(fields, architecture, path)
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
 
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         name, part = hf_name(tensor.name)
-        if architecture == "llama" and part in ("attn_q", "attn_k"):
-            weight = half_split(weight, heads[part[-1]])
+        if architecture == "llama" and part in heads:
+            weight = half_split(weight, heads[part])
         tensors[name] = weight
-    config = config_of(fields, architecture, path) | {"tie_word_embeddings": "lm_head.weight" not in tensors}
+    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     # Llama 3's scaled rotary positions come as a tensor of divisors, from which their settings cannot be told.
     if "rope_freqs.weight" in tensors:
         raise UserError(
@@ -130,6 +128,8 @@ def config_of(fields: Mapping[str, Any], architecture: str, path: Path) -> dict[
     Raises:
         UserError: a field is missing.
     """
+    heads = f"{architecture}.attention.head_count"
+    fields = {f"{heads}_kv": fields.get(heads), **fields}
     if missing := [key for key in KEYS.values() if f"{architecture}.{key}" not in fields]:
         raise UserError(f"{path}: lacks {', '.join(f'{architecture}.{key}' for key in missing)}")
     return {

@@ -37,6 +37,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+ONE_KEY_HEAD: dict[str, Any] = {**SHAPE, "num_key_value_heads": 1}
 CASES: dict[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(vocab_size=61, **GPT2_SHAPE),
     "gpt2 untied, narrow, erf": lambda: transformers.GPT2Config(
@@ -48,7 +49,7 @@ CASES: dict[str, Any] = {
     ),
     "llama scaled": lambda: transformers.LlamaConfig(vocab_size=61, rope_parameters=LLAMA3, **SHAPE),
     "llama one kv head": lambda: transformers.LlamaConfig(
-        vocab_size=61, rope_parameters=ROPE, **SHAPE | {"num_key_value_heads": 1}
+        vocab_size=61, rope_parameters=ROPE, **ONE_KEY_HEAD
     ),
     "qwen2": lambda: transformers.Qwen2Config(vocab_size=61, rope_parameters=ROPE, **SHAPE),
     "qwen2 tied": lambda: transformers.Qwen2Config(

@@ -1,0 +1,295 @@
+"""The numbers of the public Coconut, SIM-CoT and CODI code: `../shared/fixtures` beside the checkout, see its README.md.
+
+Tiny GPT-2s with random weights. Rows that are padded on the left there are packed here; what stands on padding is not
+compared.
+
+Shapes: B rows, T positions of a padded row, K thoughts, G step groups, D width, M labels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
+from simcot_latent.data.format import Example, untagged
+from simcot_latent.model.families import build
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.packing import Packing, take
+from simcot_latent.model.step_decoder import StepDecoder
+from simcot_latent.model.thoughts import Thoughts, go_on, think
+from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
+
+END, START, END_OF_THOUGHT, THOUGHT, NEWLINE = 124, 125, 126, 127, 12
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """What `build` takes."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Fixtures:
+    """What the folder holds."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def model(self, weights: str = "weights_base", **config: Any) -> GPT:
+        """A GPT-2 as published files would have it."""
+        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]} | self.facts["config"] | config
+        return build(PublishedModel(self.folder, config, self.tensors(weights)))
+
+
+@pytest.fixture(scope="module")
+def fixtures(shared: Path) -> Fixtures:
+    folder = shared / "fixtures"
+    return Fixtures(folder, json.loads((folder / "fixtures.json").read_text(encoding="utf-8")))
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def assert_same_gradients(module: torch.nn.Module, gradients: dict[str, Tensor]) -> None:
+    """The gradient of every parameter to 1e-5 of its largest number (the loss of steps makes them large)."""
+    assert gradients.keys() == dict(module.named_parameters()).keys()
+    for name, gradient in gradients.items():
+        ours, scale = module.get_parameter(name).grad, max(1.0, gradient.abs().max().item())
+        assert ours is not None, name
+        torch.testing.assert_close(
+            ours, gradient, atol=1e-5 * scale, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def unpadded(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:
+    return [ids_T[mask_T.bool()].tolist() for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)]
+
+
+def flat(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([i for row in rows for i in row])
+
+
+def think_about(model: GPT, questions: Sequence[Sequence[int]], n_latents: int, feeds_last: bool = True) -> Thoughts:
+    packing = Packing.of([len(question) - 1 for question in questions], [1] * len(questions))
+    ids_P = torch.cat(
+        (flat([question[:-1] for question in questions]), flat([question[-1:] for question in questions]))
+    )
+    return think(model, model.embedding(ids_P), packing, n_latents, room=5, feeds_last=feeds_last)
+
+
+def answer_logits(model: GPT, thoughts: Thoughts, texts_BT: Tensor) -> Tensor:
+    """Logits (B, T, V) at what follows the thoughts."""
+    B, T = texts_BT.shape
+    packing = Packing.of([1] * B, [T] * B) if thoughts.feeds_last else Packing.of([T] * B)
+    return model.logits(go_on(model, thoughts, model.embedding(texts_BT.flatten()), packing)).unflatten(0, (B, T))
+
+
+# A plain forward
+
+
+def test_gpt2(fixtures: Fixtures) -> None:
+    model, expected = fixtures.model(), fixtures.tensors("gpt2_plain")
+    ids_BT = expected["input_ids"]
+    positions_T = torch.arange(ids_BT.shape[1])
+    states: list[Tensor] = []
+
+    def keep(block: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        states.extend((inputs[0], output))
+
+    model.transformer.blocks[0].register_forward_hook(keep)
+    hidden_BTD = model(ids_BT)
+    embed_PD, block0_PD = states
+    assert model.transformer.positions is not None
+    assert_close(model.embedding(ids_BT) + model.transformer.positions(positions_T), expected["hidden_embed"])
+    assert_close(embed_PD.view_as(hidden_BTD), expected["hidden_embed"])
+    assert_close(block0_PD.view_as(hidden_BTD), expected["hidden_block0"])
+    assert_close(hidden_BTD, expected["hidden_last_after_ln_f"])
+    assert_close(model.logits(hidden_BTD), expected["logits"])
+
+
+def test_gpt2_on_rows_of_different_lengths(fixtures: Fixtures) -> None:
+    model, expected = fixtures.model(), fixtures.tensors("gpt2_plain")
+    mask_BT = expected["pad_attention_mask"]
+    rows = unpadded(expected["pad_input_ids"], mask_BT)
+    assert [len(row) for row in rows] == fixtures.facts["files"]["gpt2_plain.safetensors"]["real_lengths"]
+    logits_PV = model.logits(model(flat(rows), Packing.of(list(map(len, rows)))))
+    assert_close(logits_PV, expected["pad_logits"][mask_BT.bool()])
+
+
+# Coconut
+
+
+def test_coconut(fixtures: Fixtures, from_hf_gpt2: Callable[..., dict[str, Tensor]]) -> None:
+    """Thoughts, the input embeddings of whole rows, their logits, the loss and all gradients."""
+    model, expected = fixtures.model(), fixtures.tensors("coconut_final_stage")
+    ids_BT, mask_BT, labels_BT = expected["input_ids"], expected["attention_mask"].bool(), expected["labels"]
+    is_thought_T = ids_BT[0] == THOUGHT  # thoughts stand in the same place in all rows
+    first, last = is_thought_T.nonzero()[[0, -1], 0].tolist()
+    questions = unpadded(ids_BT[:, :first], mask_BT[:, :first])
+    assert [len(question) for question in questions] == [10, 7, 13], "ragged, or packing proves nothing"
+
+    thoughts = think_about(model, questions, last + 1 - first)
+    logits_BAV = answer_logits(model, thoughts, ids_BT[:, last + 1 :])
+    assert_close(thoughts.latents, expected["latent_vectors"])
+    assert_close(logits_BAV, expected["logits"][:, last + 1 :])
+
+    # The whole rows in one pass, thoughts in their places.
+    embeds_BTD = model.embedding(ids_BT)
+    embeds_BTD = torch.cat((embeds_BTD[:, :first], thoughts.latents, embeds_BTD[:, last + 1 :]), dim=1)
+    assert_close(embeds_BTD[mask_BT], expected["inputs_embeds"][mask_BT])
+    hidden_PD = model.transformer(embeds_BTD[mask_BT], Packing.of(mask_BT.sum(1).tolist()))
+    assert_close(model.logits(hidden_PD), expected["logits"][mask_BT])
+
+    objective = make_objective(model, step_weight=0.0, step_decoder=None)
+    batch = collate(objective, [(question, [], text[1:]) for question, text in zip(
+        questions, ids_BT[:, last + 1 :].tolist(), strict=True)])  # fmt: skip
+    assert batch.targets.label_M.tolist() == labels_BT[labels_BT != -100].tolist()
+    shares = objective(batch, batch.totals)
+    assert_close(shares["loss"], expected["loss"][0])
+    shares["loss"].backward()
+    assert_same_gradients(model, from_hf_gpt2(expected, prefix="grad.base."))
+
+
+# SIM-CoT on Coconut
+
+
+@dataclass(frozen=True)
+class FixtureTokenizer:
+    """The ids of the fixtures; what an objective asks of a tokenizer."""
+
+    bot_id: int = START
+    eot_id: int = END_OF_THOUGHT
+    end_id: int = END
+
+    def encode(self, text: str) -> list[int]:
+        assert text == "\n"
+        return [NEWLINE]
+
+
+def make_objective(model: GPT, step_decoder: StepDecoder | None, step_weight: float = 1.0) -> LatentObjective:
+    """2 groups of 2 thoughts as the public code trains them; without a decoder of its own, any."""
+    config = LatentObjectiveConfig(
+        LatentConfig(n_latents=4, latents_per_step=2, surplus="merge", missing="answer", warmup=0.0, stages=0),
+        DecoderConfig(),
+        LossConfig(answer_weight=1.0, step_weight=step_weight, step_reduction="coconut"),
+    )
+    run = RunConfig(objective="", mode="", model={}, data={}, tokenizer={}, rationale="equations")
+    objective = LatentObjective(model, FixtureTokenizer(), run, config)  # type: ignore[arg-type]
+    if step_decoder is not None:
+        objective.step_decoder = step_decoder
+    return objective
+
+
+def collate(objective: LatentObjective, samples: Sequence[tuple[list[int], list[list[int]], list[int]]]) -> LatentBatch:
+    """Questions that end in the token before the thoughts, steps without a newline, answers with their end token."""
+    examples = [
+        Example(question, untagged([]), list(map(untagged, steps)), untagged(answer))
+        for question, steps, answer in samples
+    ]
+    batch = objective.collate(examples, objective.thoughts)
+    assert isinstance(batch, LatentBatch)
+    return batch
+
+
+def published_decoder(fixtures: Fixtures, base: GPT) -> StepDecoder:
+    """It reads the base's embeddings and has an output head of its own, tied to a table that nothing is read from.
+
+    Its positions start at 1: the first row of its position table is not used.
+    """
+    theirs = fixtures.model("weights_decoder125", vocab_size=125)
+    config = replace(theirs.config, tie_head=False, context_length=theirs.config.context_length - 1)
+    state = theirs.transformer.state_dict()
+    state["positions.weight"] = state["positions.weight"][1:]
+    decoder = StepDecoder(config, base.embedding)
+    decoder.transformer.load_state_dict(state)
+    assert decoder.head is not None
+    decoder.head.load_state_dict({"weight": theirs.embedding.weight})
+    return decoder
+
+
+def test_simcot(fixtures: Fixtures, from_hf_gpt2: Callable[..., dict[str, Tensor]]) -> None:
+    """Both losses, what the decoder says in each group and what it was to say, gradients of base and decoder."""
+    model, expected = fixtures.model(), fixtures.tensors("simcot_final_stage")
+    decoder = published_decoder(fixtures, model)
+    objective = make_objective(model, decoder)
+    samples = [
+        (
+            [*sample["question_tokenized"], START],
+            [step[:-1] for step in sample["steps_tokenized"] if step[-1] == NEWLINE],
+            sample["answer_tokenized"],
+        )
+        for sample in fixtures.facts["samples"]
+    ]
+    assert [len(steps) for _, steps, _ in samples] == [2, 1, 4]
+    batch = collate(objective, samples)
+
+    # Each group's labels and logits.
+    is_label = [expected[f"thought{group}.shifted_labels"] != -100 for group in range(2)]
+    labels = [expected[f"thought{g}.shifted_labels"][row][is_label[g][row]] for row in range(3) for g in range(2)]
+    by_group_M = batch.steps.group_M.argsort(stable=True)
+    assert_close(batch.steps.label_M[by_group_M], torch.cat(labels))
+    thoughts = think_about(model, [question for question, _, _ in samples], 4)
+    groups_NCD = thoughts.latents.unflatten(1, (2, 2)).flatten(0, 1)
+    steps_LD = model.embedding(batch.steps.ids_L)
+    logits_MV = decoder.logits(decoder(take(groups_NCD, batch.row_N), steps_LD, batch.steps.packing))
+    logits = [expected[f"thought{g}.logits"][row, :-1][is_label[g][row]] for row in range(3) for g in range(2)]
+    assert_close(logits_MV[by_group_M], torch.cat(logits))
+    texts_BT = torch.tensor([[END_OF_THOUGHT, *answer] for _, _, answer in samples])
+    assert_close(answer_logits(model, thoughts, texts_BT), expected["logits"][:, -texts_BT.shape[1] :])
+    first_prefix_BCD = expected["thought0.inputs_embeds"][:, :2]
+    assert_close(thoughts.latents[:, :2], first_prefix_BCD)
+
+    shares = objective(batch, batch.totals)
+    assert_close(shares["answer_loss"], expected["loss_main"][0])
+    assert_close(shares["step_loss"], expected["loss_explain"][0])
+    assert_close(shares["loss"], expected["loss_total"][0])
+
+    shares["loss"].backward()
+    assert_same_gradients(model, from_hf_gpt2(expected, prefix="grad.base."))
+    gradients = from_hf_gpt2(expected, prefix="grad.decoder.")
+    gradients["head.weight"] = gradients.pop("embedding.weight")
+    unused, gradients["transformer.positions.weight"] = gradients["transformer.positions.weight"].split((1, 127))
+    assert unused.count_nonzero() == 0, "their decoder reads no position 0"
+    del decoder.embedding  # the base's
+    assert_same_gradients(decoder, gradients)
+
+
+# CODI
+
+
+@pytest.mark.parametrize("projector", [False, True], ids=["noprj", "prj"])
+def test_codi(fixtures: Fixtures, projector: bool) -> None:
+    """Six thoughts that are fed and a seventh that is not, with a projector and without."""
+    model, expected = fixtures.model(), fixtures.tensors("codi")
+    name = "masked.prj" if projector else "masked.noprj"
+    if projector:
+        weights = fixtures.tensors("weights_codi_prj")
+        plain, parts = model, {"1": "up", "3": "down", "ln": "norm"}
+        model = GPT(replace(plain.config, projector_width=len(weights["1.weight"])))
+        ours = {f"{parts[their.split('.')[0]]}.{their.split('.')[1]}": tensor for their, tensor in weights.items()}
+        model.load_state_dict(plain.state_dict() | {f"projector.{key}": tensor for key, tensor in ours.items()})
+
+    mask_BT = expected["attention_mask"]
+    questions = unpadded(expected["input_ids"], mask_BT)
+    logits_PV = model.logits(model(flat(questions), Packing.of(list(map(len, questions)))))
+    assert_close(logits_PV, expected["masked.noprj.question_logits"][mask_BT.bool()])
+    thoughts = think_about(model, questions, 7, feeds_last=False)
+    assert_close(thoughts.latents[:, :6], expected[f"{name}.latents"])
+    assert_close(thoughts.latents[:, 6:], expected[f"{name}.seventh_latent_not_fed"])
+    assert_close(answer_logits(model, thoughts, expected["answer_ids"]), expected[f"{name}.answer_logits"])
