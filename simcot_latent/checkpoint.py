@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,44 @@ class Checkpoint:
     def device(self) -> torch.device:
         return self.model.embedding.weight.device
 
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu", **options: Any) -> Checkpoint:
+        """A checkpoint from a folder, or from the Hugging Face hub.
+
+        Args:
+            source: a folder as `load_checkpoint` takes it, or a repository (`owner/name`) that `push_to_hub` wrote.
+            options: of `huggingface_hub.ModelHubMixin.from_pretrained`: `revision`, `token`, `cache_dir`, ...
+
+        Raises:
+            UserError: there is none, or it is not whole.
+        """
+        from simcot_latent.hub import from_pretrained
+
+        return from_pretrained(source, device, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes what `push_to_hub` uploads, a model card among it, into a folder."""
+        from simcot_latent.hub import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the checkpoint, without its state of training, to a repository of the Hugging Face hub.
+
+        Args:
+            repo_id: the repository (`owner/name`), made if it is new.
+            options: of `huggingface_hub.ModelHubMixin.push_to_hub`: `private`, `token`, `commit_message`, ...
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: the hub cannot be reached, or refuses.
+        """
+        from simcot_latent.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
 
 @dataclass
 class TrainerState:
@@ -100,6 +140,15 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
             return folder.resolve()
     what = "holds no checkpoint" if path.is_dir() else "is no folder"
     raise UserError(f"{key}={path}: {what}; give a folder that training wrote, such as runs/latent/latest")
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `find_checkpoint` finds one; a `config.json` alone may be anybody's."""
+    try:
+        folder = find_checkpoint(path)
+    except UserError:
+        return False
+    return (folder / TOKENIZER).is_dir() and "thoughts" in read_json(folder / CONFIG)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", key: str = "ckpt") -> Checkpoint:
@@ -149,21 +198,9 @@ def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, 
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    save_weights(checkpoint.model, partial / MODEL)
-    decoder = checkpoint.step_decoder
-    if decoder is not None:
-        save_weights(decoder, partial / DECODER, shared="embedding.")
-    checkpoint.tokenizer.save(partial / TOKENIZER)
+    write_checkpoint(checkpoint, partial)
     save_file(state.tensors, partial / STATE_TENSORS)
     write_json(partial / STATE_JSON, state.values)
-    config = {
-        "model": asdict(checkpoint.model.config),
-        "step_decoder": None if decoder is None else asdict(decoder.config),
-        "thoughts": asdict(checkpoint.thoughts),
-        "step": checkpoint.step,
-        "run": checkpoint.config,
-    }
-    write_json(partial / CONFIG, config)
     for file in partial.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
@@ -179,6 +216,43 @@ def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, 
         if old != folder:
             shutil.rmtree(old)
     return folder
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes into a folder all that `load_checkpoint` reads; not the state of training."""
+    save_weights(checkpoint.model, folder / MODEL)
+    decoder = checkpoint.step_decoder
+    if decoder is not None:
+        save_weights(decoder, folder / DECODER, shared="embedding.")
+    checkpoint.tokenizer.save(folder / TOKENIZER)
+    config = {
+        "model": asdict(checkpoint.model.config),
+        "step_decoder": None if decoder is None else asdict(decoder.config),
+        "thoughts": asdict(checkpoint.thoughts),
+        "step": checkpoint.step,
+        "run": checkpoint.config,
+    }
+    write_json(folder / CONFIG, config)
+
+
+@contextmanager
+def new_folder(out: str | Path, key: str = "out") -> Iterator[Path]:
+    """A folder to write into, which takes its place at `out` once all is written.
+
+    Raises:
+        UserError: there is something at `out`.
+    """
+    out = Path(out).resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{key}={out}: is there already; give a new folder, or an empty one")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_trainer_state(folder: Path) -> TrainerState:

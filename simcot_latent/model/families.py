@@ -107,6 +107,7 @@ class Family:
         values[self.activation_key] = next(a for a, ours in self.activations.items() if ours == config.activation)
         if "n_kv_head" in self.keys:
             values[self.keys["n_kv_head"]] = config.kv_heads
+            values[self.keys["ffn_width"]] = config.ffn_width or 4 * config.n_embd
             values["head_dim"] = config.head_width
         if self.has_rotary:
             values |= rotary_keys(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, save_checkpoint
+from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, read_json, save_checkpoint
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.generate import generate_all
 from simcot_latent.model.gpt import GPT
@@ -140,6 +139,12 @@ def test_transformers_loads_the_same_model(
         assert (config.eos_token_id, config.pad_token_id) == (tokenizer.end_id, tokenizer.pad_id)
         assert config.bos_token_id is None
 
+    assert read_json(out / "generation_config.json") == {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
     prompt = "What is 12 * 3?"
     (generation,) = generate_all(checkpoint, [prompt], batch_size=1)
     ids = tokenizer.encode(f"{prompt}\n")
@@ -177,6 +182,7 @@ def test_weights_of_fewer_bits(dtype: str, make_run_folder: Callable[..., Any], 
     export(folder, f"dtype={dtype}", out="half").ok()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     assert theirs.dtype == getattr(torch, dtype)
+    assert read_json(tmp_path / "half" / "config.json")["torch_dtype"] == dtype
     whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "half"))
     assert whole.keys() == half.keys()
     for name, value in half.items():
@@ -188,7 +194,7 @@ def test_shards(make_run_folder: Callable[..., Any], tmp_path: Path) -> None:
     folder, checkpoint = make_run_folder("llama")
     export(folder, "max_shard_gb=0.00027").ok()
     out = tmp_path / "out"
-    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index = read_json(out / "model.safetensors.index.json")
     files = sorted(out.glob("*.safetensors"))
     assert len(files) == 3
     assert set(index["weight_map"].values()) == {file.name for file in files}
