@@ -25,7 +25,14 @@ LLAMA3: dict[str, Any] = ROPE | {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-GPT2_SHAPE: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+GPT2_SHAPE: dict[str, Any] = {
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 44,
@@ -48,9 +55,7 @@ CASES: dict[str, Any] = {
         vocab_size=67, rope_parameters=ROPE, tie_word_embeddings=True, rms_norm_eps=1e-3, **SHAPE
     ),
     "llama scaled": lambda: transformers.LlamaConfig(vocab_size=61, rope_parameters=LLAMA3, **SHAPE),
-    "llama one kv head": lambda: transformers.LlamaConfig(
-        vocab_size=61, rope_parameters=ROPE, **ONE_KEY_HEAD
-    ),
+    "llama one kv head": lambda: transformers.LlamaConfig(vocab_size=61, rope_parameters=ROPE, **ONE_KEY_HEAD),
     "qwen2": lambda: transformers.Qwen2Config(vocab_size=61, rope_parameters=ROPE, **SHAPE),
     "qwen2 tied": lambda: transformers.Qwen2Config(
         vocab_size=67, rope_parameters=ROPE, tie_word_embeddings=True, **SHAPE

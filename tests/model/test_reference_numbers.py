@@ -1,4 +1,4 @@
-"""The numbers of the public Coconut, SIM-CoT and CODI code: `../shared/fixtures` beside the checkout, see its README.md.
+"""The numbers of the public Coconut, SIM-CoT and CODI code: `../shared/fixtures` beside the checkout, see README.md.
 
 Tiny GPT-2s with random weights. Rows that are padded on the left there are packed here; what stands on padding is not
 compared.
