@@ -94,7 +94,10 @@ class Family:
         values["activation"] = self.activations[activation]
         if self.has_rotary:
             values |= rotary_of(theirs, file)
-        config = GPTConfig(**values)
+        try:
+            config = GPTConfig(**values)
+        except (TypeError, UserError) as error:
+            raise UserError(f"{file}: {error}") from error
         head_width = theirs.get("head_dim")
         if head_width not in (None, config.head_width):
             raise UserError(f"{file}: head_dim={head_width} is not supported, only hidden_size / num_attention_heads")
@@ -121,8 +124,6 @@ class Family:
             found.append(f"activation={config.activation}")
         if "n_kv_head" not in self.keys and config.kv_heads != config.n_head:
             found.append(f"n_kv_head={config.n_kv_head}")
-        if not self.has_rotary and config.rope_scaling is not None:
-            found.append("rope_scaling")
         return found
 
     def names(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -153,7 +154,7 @@ def rotary_of(theirs: Mapping[str, Any], file: Path) -> dict[str, Any]:
     Raises:
         UserError: they are scaled in a way that we do not know.
     """
-    given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    given = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}  # in the order of `transformers`
     base = given.get("rope_theta", theirs.get("rope_theta", 10_000.0))
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":

@@ -188,13 +188,48 @@ def test_rope_scaling_in_the_older_keys() -> None:
     assert expected.rope_base == 5000.0
 
 
+def test_the_older_rope_key_counts_where_both_are() -> None:
+    files = files_of(random_model(CASES["llama scaled"]()))
+    expected = build(files).config
+    files.config |= {"rope_scaling": files.config["rope_parameters"], "rope_parameters": ROPE}
+    assert (transformers.LlamaConfig(**files.config).rope_parameters or {}).get("rope_type") == "llama3"
+    assert build(files).config == expected
+
+
+@torch.no_grad()
+def test_the_epsilon_of_nanochats_query_and_key_norm() -> None:
+    """As large as it is here, it changes the logits, unless it is taken from where `transformers` takes it."""
+    theirs = random_model(transformers.NanoChatConfig(vocab_size=61, rope_parameters=ROPE, rms_norm_eps=0.5, **SHAPE))
+    ours = build(files_of(theirs)).eval()
+    ids = some_ids(61)
+    torch.testing.assert_close(ours.logits(ours(ids)), theirs(input_ids=ids).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_default_width_is_written_out() -> None:
+    """Only GPT-2's configuration knows a width of null."""
+    ours = GPT(GPTConfig(vocab_size=61, n_embd=32, norm="rmsnorm", activation="swiglu")).eval()
+    config, tensors = describe(ours)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    theirs.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    ids = some_ids(61)
+    torch.testing.assert_close(theirs(input_ids=ids).logits, ours.logits(ours(ids)), atol=1e-4, rtol=0)
+
+
 def test_a_bare_gpt2_with_buffers() -> None:
     """The files of the original GPT-2 have no `transformer.` in their names, and hold attention's masks."""
     files = files_of(random_model(CASES["gpt2"]()))
     expected = build(files).state_dict()
     files.tensors = {name.removeprefix("transformer."): tensor for name, tensor in files.tensors.items()}
     files.tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(3)}
+    files.tensors |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
     assert all(map(torch.equal, build(files).state_dict().values(), expected.values()))
+
+
+def test_the_frequencies_in_older_llama_files() -> None:
+    files = files_of(random_model(CASES["llama"]()))
+    files.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    build(files)
 
 
 def test_half_precision_becomes_float32() -> None:
@@ -210,7 +245,8 @@ BAD_CONFIGS = {
     "wide heads": ({"head_dim": 16}, "head_dim=16 is not supported"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn"}}, "type yarn are not supported, only default and llama3"),
     "half a scaling": ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "lack low_freq_factor, high_freq"),
-    "odd heads": ({"num_attention_heads": 5}, "n_embd=32: must be a multiple of n_head=5"),
+    "odd heads": ({"num_attention_heads": 5}, "folder: model.n_embd=32: must be a multiple of n_head=5"),
+    "text for a number": ({"intermediate_size": "44"}, "folder: "),
 }
 
 
@@ -223,6 +259,24 @@ def test_configurations_that_we_do_not_compute(what: str) -> None:
         build(files)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("gpt2", "scale_attn_weights", False),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("gpt2", "add_cross_attention", True),
+        ("llama", "mlp_bias", True),
+        ("qwen2", "use_sliding_window", True),
+        ("nanochat", "attention_bias", True),
+    ],
+)
+def test_what_no_gpt_of_ours_computes(family: str, key: str, value: bool) -> None:
+    files = files_of(random_model(CASES[family]()))
+    files.config[key] = value
+    with pytest.raises(UserError, match=f"{key}={value} of a {family} is not supported, only {not value}"):
+        build(files)
 
 
 def test_a_key_that_is_missing() -> None:
