@@ -48,6 +48,15 @@ def choices(group: str) -> list[str]:
     return sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
 
 
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_experiments_are_runs_that_can_be_changed(experiment: str) -> None:
+    run, _ = parse(composed(f"experiment={experiment}", "learning_rate=0.5"))
+    assert experiment.endswith(run.mode)
+    assert run.learning_rate == 0.5
+    assert run.init_from is not None
+    assert run.num_epochs >= 2
+
+
 # --- what there is to choose -----------------------------------------------------------------------------------------
 
 
