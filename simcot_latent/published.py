@@ -196,7 +196,7 @@ def nanochat_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: it is not there, or only as a pickle.
     """
-    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file():
+    if (folder / "tokenizer.json").is_file():
         return read_tokenizer(folder)
     raise UserError(
         f"{folder}: holds no tokenizer.json; nanochat keeps its tokenizer as a pickle, which is not read: put the "

@@ -10,7 +10,8 @@ tiktoken's rule and with the tokens of lower ids only, end as a pair of the list
 nothing that is joined before the token crosses its borders, so no other pair that makes the token ever meets.
 `tokenizer_of_tokens` checks both; `write_tokenizer` finds the pairs of the list that way.
 
-One thing differs on purpose: text that spells a special token is ordinary text here (see `Tokenizer.encode`).
+One thing differs on purpose: text that spells a special token is ordinary text here (see `Tokenizer.encode`), where
+Hugging Face's library needs `split_special_tokens=True` for that. All added tokens count as special.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
 _BYTE = {character: byte for byte, character in _CHARACTER.items()}
 
-# `x{1,3}+` does not give back what it took in tiktoken's regular expressions; in Hugging Face's it is `(x{1,3})+`.
+# `x{1,3}+` is possessive in tiktoken's regular expressions, and `(x{1,3})+` in Hugging Face's.
 _AMBIGUOUS = re.compile(r"\{\d*,?\d*\}\+")
 
 # A character of each general category that texts have, and blanks, each before each.
@@ -131,8 +132,8 @@ def tokenizer_of_tokens(
     """
     if _AMBIGUOUS.search(pattern):
         raise UserError(f"pattern {pattern!r}: a + after braces means another thing in tiktoken")
-    special_tokens = {tokens[i]: i for i in special}
-    id_of = {token: i for i, token in enumerate(tokens) if i not in special}
+    special_tokens = {tokens[i]: i for i in sorted(special)}
+    id_of = {token: i for i, token in enumerate(tokens) if token not in special_tokens}
     try:
         bytes_of = {i: bytes(map(_BYTE.__getitem__, token)) for token, i in id_of.items()}
     except KeyError as error:
@@ -154,10 +155,11 @@ def tokenizer_of_tokens(
     for i, token in sorted(bytes_of.items()):
         if len(token) == 1:
             continue
-        splits = {(token[:n], token[n:]) for n in range(1, len(token))}
         if tuple(_bpe(token, ranks)) in pairs:
             ranks[token] = i
-        elif ignore_merges and all(split in pairs for split in splits if every_token.issuperset(split)):
+            continue
+        splits = {(token[:n], token[n:]) for n in range(1, len(token))}
+        if ignore_merges and all(split in pairs for split in splits if every_token.issuperset(split)):
             ranks[token] = i  # a whole piece, or whatever makes it: so Hugging Face writes what was tiktoken's
         elif not ignore_merges and splits.isdisjoint(pairs):
             special_tokens[_unused(i)] = i
@@ -184,10 +186,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     for token, i in sorted(tokenizer.ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             parts = _bpe(token, ranks)
-            splits = [(token[:n], token[n:]) for n in range(1, len(token))]
-            # A token that BPE does not arrive at is a whole piece, or is made by tokens of higher ids.
-            made_by = [parts] if len(parts) == 2 else [s for s in splits if tokenizer.ranks.keys() >= set(s)]
-            merges += [" ".join(map(_byte_level, pair)) for pair in made_by]
+            pairs = [parts]
+            if len(parts) > 2:  # a whole piece, or made by tokens of higher ids: by any two that are tokens
+                splits = [(token[:n], token[n:]) for n in range(1, len(token))]
+                pairs = [split for split in splits if tokenizer.ranks.keys() >= set(split)]
+            merges += [" ".join(map(_byte_level, pair)) for pair in pairs]
             ranks[token] = i
     special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -419,11 +422,10 @@ def _bpe(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """What tiktoken's rule joins the bytes of a token to."""
     parts = [token[n : n + 1] for n in range(len(token))]
     while True:
-        joins = ((ranks.get(left + right), n) for n, (left, right) in enumerate(pairwise(parts)))
-        first = min(((rank, n) for rank, n in joins if rank is not None), default=None)
-        if first is None:
+        pairs = [(rank, n) for n, pair in enumerate(pairwise(parts)) if (rank := ranks.get(b"".join(pair))) is not None]
+        if not pairs:
             return parts
-        n = first[1]
+        n = min(pairs)[1]
         parts[n : n + 2] = [parts[n] + parts[n + 1]]
 
 

@@ -250,11 +250,12 @@ class Tokenizer:
         """
         text, spans = self._normalised_spans(text, spans)
         if self._misses(text):
-            ids, ends = self._encode_without_missing(text)
+            ids, starts, ends = self._encode_without_missing(text)
         else:
             ids = self.encoding.encode_ordinary(text)
             # Tokens cut the text's bytes, so a running sum of their lengths says which bytes each one holds.
             ends = list(accumulate(map(self._lengths.__getitem__, ids)))
+            starts = [0, *ends[:-1]]
         in_span = [False] * len(ids)
         for start, end in spans:
             if start == end:
@@ -262,32 +263,31 @@ class Tokenizer:
             if not text.isascii():
                 start, end = len(text[:start].encode()), len(text[:end].encode())
             first = bisect_right(ends, start)  # the first token that ends after the span's start
-            last = bisect_left(ends, end)  # the token that reaches the span's end
-            in_span[first : last + 1] = [True] * (last + 1 - first)
+            stop = bisect_left(starts, end)  # the first that starts after the span
+            in_span[first:stop] = [True] * (stop - first)
         return ids, in_span
 
     def _misses(self, text: str) -> bool:
         """Whether some byte of `text` is no token."""
         return bool(self.missing_bytes) and not set(self.missing_bytes).isdisjoint(text.encode())
 
-    def _encode_without_missing(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of normalised text whose missing bytes are left out, and the byte of `text` that each ends before.
+    def _encode_without_missing(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of normalised text whose missing bytes are left out; where in its bytes each starts and ends.
 
         Tokens may join bytes on both sides of one that is left out, but only inside a piece, so the pieces are cut
         first: tiktoken, which does not tell them, is given them one by one.
         """
         ids: list[int] = []
-        ends: list[int] = []
+        kept: list[int] = []  # where the bytes are that are not left out
         begin = 0
         for match in regex.finditer(self.pattern, text):
             piece = match.group().encode()
-            kept = [i for i, byte in enumerate(piece) if byte not in self.missing_bytes]
-            if kept:
-                piece_ids = self.encoding._encode_single_piece(bytes(piece[i] for i in kept))
-                ids += piece_ids
-                ends += [begin + kept[n - 1] + 1 for n in accumulate(map(self._lengths.__getitem__, piece_ids))]
+            kept += (begin + i for i, byte in enumerate(piece) if byte not in self.missing_bytes)
             begin += len(piece)
-        return ids, ends
+            if rest := piece.translate(None, self.missing_bytes):
+                ids += self.encoding._encode_single_piece(rest)
+        bounds = list(accumulate(map(self._lengths.__getitem__, ids), initial=0))
+        return ids, [kept[n] for n in bounds[:-1]], [kept[n - 1] + 1 for n in bounds[1:]]
 
     def _normalised_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
         """The text that is encoded, and where spans of the given one lie in it."""
