@@ -19,7 +19,7 @@ from simcot_latent.config import as_plain, config_dir, one_line
 from simcot_latent.errors import UserError
 
 # Keys whose value is free text or a path: taken as it stands, whatever hydra's grammar makes of `?`, `,` or `'`.
-TEXT_KEYS = ("question", "ckpt", "data.path", "out_dir", "init_from", "run", "out")
+TEXT_KEYS = ("question", "ckpt", "data.path", "out_dir", "init_from", "run", "out", "source", "base")
 
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 

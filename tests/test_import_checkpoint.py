@@ -79,7 +79,7 @@ class Base:
             if parameter.dim() == 1:
                 parameter.data = 0.2 * noise + (0.0 if name.endswith("bias") else 1.0)
             else:
-                parameter.data = noise * (0.5 if parameter.shape[0] >= 100 else 0.25)
+                parameter.data = noise * (0.5 if parameter.shape[0] >= 100 else 0.18)
         return model.eval()
 
 
@@ -181,17 +181,17 @@ class Published:
 
 def publish(kind: str, base: Base, *, projector: bool = True) -> Published:
     """Random weights of a kind; of CODI with LoRA on all linear layers of the blocks."""
-    model = base.model(base.vocab_size + ADDED, seed=1)
+    model = base.model(base.vocab_size + ADDED, seed=11)
     made = Published(kind, base, model)
     if kind.startswith("simcot"):
         made.decoder = base.model(base.vocab_size, seed=2)
     if kind.endswith("codi"):
-        torch.manual_seed(3)
+        torch.manual_seed(5)
         width = model.config.hidden_size
         for name, module in model.named_modules():
             if (".h." in name or ".layers." in name) and getattr(module, "weight", torch.empty(0)).dim() == 2:
                 weight = module.weight.T if base.family == "gpt2" else module.weight  # (out, in)
-                made.lora[name] = (0.2 * torch.randn(RANK, weight.shape[1]), 0.2 * torch.randn(len(weight), RANK))
+                made.lora[name] = (0.1 * torch.randn(RANK, weight.shape[1]), 0.1 * torch.randn(len(weight), RANK))
         if projector:
             norm = nn.LayerNorm(width)
             norm.weight.data += 0.1 * torch.randn(width)
@@ -240,6 +240,8 @@ def reference(published: Published, question: str, fed: int, max_new_tokens: int
         logits_V = model.lm_head(read(vectors))
         first, answer = logits_V, []
         while True:
+            best, second = logits_V.topk(2).values.tolist()
+            assert best - second > 1e-3, "too close to call: take another seed"
             answer.append(int(logits_V.argmax()))
             if answer[-1] == base.end_id or len(answer) == max_new_tokens:
                 return Thought(torch.stack(latents), first, answer)
@@ -320,13 +322,14 @@ def test_the_decoder_says_as_published(kind: str, base: Base, tmp_path: Path) ->
     theirs = [decoder_logits(published, group_CD, ids) for group_CD, ids in zip(groups_NCD, texts, strict=False)]
     assert_close(logits_MV[by_group_M], torch.cat(theirs))
 
-    said = [text for groups in decode_steps(checkpoint, latents_BKD) for text in groups]
-    for group_CD, text in zip(groups_NCD, said, strict=True):
+    said = [text for groups in decode_steps(checkpoint, latents_BKD) for text in groups][:5]
+    for group_CD, text in zip(groups_NCD, said, strict=False):
         ids: list[int] = []
-        while len(ids) < 80 and base.end_id not in ids:
+        while len(ids) < 15 and base.end_id not in ids:
             ids.append(int(decoder_logits(published, group_CD, ids)[-1].argmax()))
-        assert text[:40] == base.tokenizer.decode(ids)[:40]
-    assert len(set(said)) > len(said) // 2
+        start = base.tokenizer.decode(ids)
+        assert text == start if base.end_id in ids else text.startswith(start.rstrip("\ufffd"))
+    assert len(set(said)) > 1
 
 
 def test_codi_without_a_projector_or_lora(gpt2_base: Base, tmp_path: Path) -> None:

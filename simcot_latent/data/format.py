@@ -55,7 +55,7 @@ class Example:
 def encode_question(tokenizer: Tokenizer, question: str, *, thinks: bool, end: str = "") -> list[int]:
     """The prompt: the question and `end`, then `<|bot|>` for a model that thinks, a newline for one that writes."""
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = begin + tokenizer.encode(question.strip()) + (tokenizer.encode(end) if end else [])
+    ids = begin + tokenizer.encode(question.strip() + end)
     return ids + ([tokenizer.bot_id] if thinks else tokenizer.encode("\n"))
 
 

@@ -383,14 +383,15 @@ def _roles(
     token_of = {i: token for token, i in special.items()}
 
     def named(role: str) -> str | None:
-        for config in models:
-            ids = config.get(f"{role}_token_id")
-            i = ids[0] if isinstance(ids, list) and ids else ids
-            if isinstance(i, int) and i in token_of:
-                return token_of[i]
         token = tokenizers.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        return token if isinstance(token, str) and token in special else None
+        token = token if isinstance(token, str) and token in special else None
+        for config in models:
+            ids = config.get(f"{role}_token_id")
+            names = [token_of[i] for i in (ids if isinstance(ids, list) else [ids]) if i in token_of]
+            if names:  # of several, Llama 3's for example, the tokenizer's is the one that ends an answer
+                return token if token in names else names[0]
+        return token
 
     end = named("eos") or end
     roles = {"end": end, "pad": named("pad") or end, "bos": bos}

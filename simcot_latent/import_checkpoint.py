@@ -1,0 +1,391 @@
+"""Checkpoints that the field has published, as checkpoints of ours: Coconut, CODI, and SIM-CoT on either of them.
+
+Command: python -m simcot_latent.import_checkpoint source=FILE_OR_FOLDER kind=KIND base=FOLDER out=DIR
+
+What their state dicts hold, by the first part of a tensor's name:
+
+    kind             the model        the auxiliary decoder   besides
+    coconut          base_causallm                            embedding: the model's table once more
+    simcot_coconut   base_causallm    expainable_llm          the same
+    codi             codi                                     prj: the projector of thoughts, if there is one
+    simcot_codi      codi             decoder                 the same
+
+Models go by Hugging Face's names. The table of each has three rows behind the base model's; CODI's is wrapped by PEFT
+(https://github.com/huggingface/peft), its LoRA factors not merged yet. Decoders read the model's table and have an
+output head of their own, of as many rows as the base model's. Sources: https://github.com/facebookresearch/coconut
+(coconut.py, dataset.py), https://github.com/zhenyi4/codi (src/model.py, test.py), https://github.com/InternLM/SIM-CoT.
+
+Shapes: I numbers in and O out of a linear layer, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+
+from simcot_latent import cli
+from simcot_latent.checkpoint import Checkpoint, new_folder, write_checkpoint
+from simcot_latent.config import require, require_choice, typed
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
+from simcot_latent.logs import make_console
+from simcot_latent.model.families import build
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.step_decoder import StepDecoder
+from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.pretrained import with_projector
+from simcot_latent.published import Published, read_published, read_tensor_file, read_weights
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One flavour of published checkpoint, and how its model thinks.
+
+    Attributes:
+        model, decoder, besides: first parts of names, see the module.
+        added: what the three rows behind the base model's vocabulary stand for.
+        roles: those of them that our prompts need.
+        thoughts: how it answers, as published.
+        missing: what a group without a step was taught, see `align_steps`.
+        first_position: of the decoder.
+        max_new_tokens: of an answer, in the published evaluation.
+    """
+
+    model: str
+    decoder: str | None
+    besides: str
+    added: tuple[str, str, str]
+    roles: Mapping[str, str]
+    thoughts: ThoughtFormat
+    missing: str
+    first_position: int
+    max_new_tokens: int
+
+    @property
+    def models(self) -> set[str]:
+        return {self.model} if self.decoder is None else {self.model, self.decoder}
+
+
+COCONUT = Kind(
+    model="base_causallm",
+    decoder=None,
+    besides="embedding",
+    added=("<|start-latent|>", "<|end-latent|>", "<|latent|>"),
+    roles={"bot": "<|start-latent|>", "eot": "<|end-latent|>"},
+    thoughts=ThoughtFormat(thinks=True, n_latents=10, latents_per_step=2, question_end="\n", answer_mark="###"),
+    missing="answer",
+    first_position=1,
+    max_new_tokens=64,
+)
+CODI = Kind(
+    model="codi",
+    decoder=None,
+    besides="prj",
+    added=("<|pad|>", "<|bot|>", "<|eot|>"),  # they have no names there
+    roles={"bot": "<|bot|>", "eot": "<|eot|>"},
+    # Six are fed; the seventh is only decoded.
+    thoughts=ThoughtFormat(thinks=True, n_latents=7, feeds_last=False, answer_mark="The answer is:"),
+    missing="mask",
+    first_position=0,
+    max_new_tokens=256,
+)
+KINDS = {
+    "coconut": COCONUT,
+    "simcot_coconut": replace(COCONUT, decoder="expainable_llm"),
+    "codi": CODI,
+    "simcot_codi": replace(CODI, decoder="decoder"),
+}
+
+PROJECTOR = {"1": "up", "3": "down", "ln": "norm"}
+PEFT = "base_model.model."
+TABLES = ("wte.weight", "embed_tokens.weight")
+BLOCK = re.compile(r"\.(?:h|layers)\.([0-9]+)\.")
+LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+@dataclass
+class ImportConfig:
+    """Keys of `configs/import.yaml`."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    kind: str | None = None
+    base: str | None = None
+    out: str | None = None
+    n_latents: int | None = None
+    latents_per_step: int | None = None
+    lora_alpha: float = 32.0
+
+    def __post_init__(self) -> None:
+        for key, what in {
+            "source": "FILE_OR_FOLDER, what was published",
+            "kind": f"one of {', '.join(KINDS)}",
+            "base": "FOLDER, the model that it was made from, for its shape and tokenizer",
+            "out": "DIR, the checkpoint folder to write",
+        }.items():
+            if getattr(self, key) is None:
+                raise UserError(f"{key} is missing; give {key}={what}")
+        for key in ("n_latents", "latents_per_step"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "at least 1, or null: as published")
+        require(0 < self.lora_alpha < math.inf, "lora_alpha", self.lora_alpha, "above 0, finite")
+
+
+def import_checkpoint(
+    source: str | Path,
+    kind: str,
+    base: str | Path,
+    n_latents: int | None = None,
+    latents_per_step: int | None = None,
+    lora_alpha: float = 32.0,
+) -> Checkpoint:
+    """A published checkpoint as one of ours.
+
+    Args:
+        source: a file of tensors, or a folder with one or sharded ones.
+        kind: one of `KINDS`.
+        base: the model that it was made from, see `read_published`; its configuration and its tokenizer are taken.
+        n_latents: thoughts that are fed. None: as published.
+        latents_per_step: thoughts a step group. None: as published.
+        lora_alpha: LoRA's change of a weight counts lora_alpha / rank.
+
+    Raises:
+        UserError: there is no such kind, a file is missing or broken, `source` is of another kind or not made from
+            `base`, or a tensor is missing, left over or of another shape.
+    """
+    require_choice("kind", kind, tuple(KINDS))
+    flavour = KINDS[kind]
+    thoughts = thought_format(flavour, n_latents, latents_per_step)
+    parts = split(read_source(source), source, kind)
+    published = read_published(base, "base")
+    # GPT-2's linear weights are stored as (in, out).
+    transposed = published.config.get("model_type") == "gpt2"
+    model = model_like(published, without_peft(parts[flavour.model], lora_alpha, transposed, source), source)
+    if "prj" in parts:
+        model = projecting(model, parts["prj"], source)
+    decoder = None
+    if flavour.decoder is not None:
+        weights = parts[flavour.decoder]
+        theirs = model_like(published, weights, f"{source} ({flavour.decoder}.*)", count_blocks(weights))
+        decoder = step_decoder(theirs, model, flavour.first_position)
+    latent = {
+        "n_latents": thoughts.n_latents,
+        "latents_per_step": thoughts.latents_per_step,
+        "surplus": "merge",
+        "missing": flavour.missing,
+    }
+    return Checkpoint(
+        model=model.eval(),
+        step_decoder=None if decoder is None else decoder.eval(),
+        tokenizer=extended_tokenizer(published, flavour, model.config.vocab_size),
+        thoughts=thoughts,
+        config={
+            "mode": "latent",
+            "max_new_tokens": flavour.max_new_tokens,
+            "latent": latent,
+            "imported": {"kind": kind, "source": str(source), "base": str(base)},
+        },
+    )
+
+
+def thought_format(kind: Kind, n_latents: int | None, latents_per_step: int | None) -> ThoughtFormat:
+    """How a model thinks, with `n_latents` fed thoughts.
+
+    Raises:
+        UserError: thoughts do not make whole step groups.
+    """
+    thoughts = kind.thoughts
+    unfed = 0 if thoughts.feeds_last else 1
+    c = latents_per_step or thoughts.latents_per_step
+    K = thoughts.n_latents if n_latents is None else n_latents + unfed
+    if K % c:
+        also = " and one that is not fed" * unfed
+        raise UserError(f"n_latents={K - unfed}{also}: must make whole groups of latents_per_step={c}")
+    return replace(thoughts, n_latents=K, latents_per_step=c)
+
+
+def read_source(source: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file, or of the one file or all shards in a folder.
+
+    Raises:
+        UserError: there is nothing, a shard is missing, or a file holds anything but tensors.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return read_weights(path)
+    if path.is_file():
+        return read_tensor_file(path)
+    raise UserError(f"source={path}: does not exist; give a file of tensors, or a folder that holds one or its shards")
+
+
+def split(weights: Mapping[str, Tensor], source: str | Path, kind: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the first part of their names, which is cut off.
+
+    Raises:
+        UserError: they are of another kind, or some belong nowhere.
+    """
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in weights.items():
+        first, _, rest = name.partition(".")
+        parts[first][rest] = tensor
+    models = parts.keys() & set[str]().union(*(kind.models for kind in KINDS.values()))
+    looks = next((name for name, kind in KINDS.items() if kind.models == models), None)
+    if looks != kind:
+        hint = "no such kind is known" if looks is None else f"that is kind={looks}"
+        raise UserError(f"kind={kind}: the tensors of source={source} begin with {', '.join(sorted(parts))}; {hint}")
+    if "pj_in" in parts or "pj_out" in parts:
+        raise UserError(
+            f"source={source}: its decoder is of another width or vocabulary than its model (pj_in, pj_out), which is "
+            "not supported; only a decoder made from the same base model is"
+        )
+    known = KINDS[kind]
+    if unknown := [name for name in weights if name.partition(".")[0] not in {*known.models, known.besides}]:
+        raise UserError(f"source={source}: has {', '.join(unknown)}, which kind={kind} has not")
+    return dict(parts)
+
+
+def model_like(base: Published, tensors: dict[str, Tensor], path: str | Path, n_layer: int | None = None) -> GPT:
+    """A model of the base's shape, but for the rows of its table, and for `n_layer` blocks if that is given.
+
+    Args:
+        path: where the tensors are from, for errors.
+
+    Raises:
+        UserError: see `build`.
+    """
+    config = dict(base.config)
+    for name, tensor in tensors.items():
+        if name.endswith(TABLES):
+            config["vocab_size"] = len(tensor)
+    if n_layer is not None:
+        config["n_layer" if "n_layer" in config else "num_hidden_layers"] = n_layer
+    return build(replace(base, path=Path(path), config=config, tensors=tensors))
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """How many blocks tensors are of, by their names."""
+    return 1 + max((int(match[1]) for match in map(BLOCK.search, names) if match), default=-1)
+
+
+def without_peft(
+    tensors: Mapping[str, Tensor], alpha: float, transposed: bool, source: str | Path
+) -> dict[str, Tensor]:
+    """A model's weights by its own names; if PEFT has wrapped it, with LoRA merged: W + alpha / R * B A.
+
+    Source: LoRA, https://arxiv.org/abs/2106.09685, section 4.1.
+
+    Raises:
+        UserError: factors do not fit each other or their weight.
+    """
+
+    def turned(weight: Tensor) -> Tensor:
+        return weight.T if transposed else weight
+
+    weights = {
+        name.removeprefix(PEFT).replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): tensor
+        for name, tensor in tensors.items()
+        if ".original_module." not in name
+    }
+    for name in [name for name in weights if name.endswith(LORA_A)]:
+        layer = name.removesuffix(LORA_A)
+        a_RI, b_OR, weight = weights.pop(name), weights.pop(layer + LORA_B, None), weights.get(f"{layer}.weight")
+        if b_OR is None or weight is None or weight.dim() != 2:
+            raise UserError(f"source={source}: has {name}, but no lora_B or no matrix for them to change")
+        R, (O, I) = len(a_RI), turned(weight).shape  # noqa: E741
+        if (a_RI.shape, b_OR.shape) != ((R, I), (O, R)):
+            raise UserError(
+                f"source={source}: LoRA of {layer} does not fit: lora_A is {tuple(a_RI.shape)} and lora_B "
+                f"{tuple(b_OR.shape)}; they must be (rank, {I}) and ({O}, rank)"
+            )
+        weights[f"{layer}.weight"] = turned(turned(weight).float() + alpha / R * b_OR.float() @ a_RI.float())
+    return weights
+
+
+def projecting(model: GPT, tensors: Mapping[str, Tensor], source: str | Path) -> GPT:
+    """The model with a published projector.
+
+    Raises:
+        UserError: it is another than Linear, GELU, Linear, LayerNorm.
+    """
+    names = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in PROJECTOR.items() for kind in ("weight", "bias")}
+    if tensors.keys() != names.keys():
+        raise UserError(
+            f"source={source}: its projector holds prj.{', prj.'.join(tensors)}; Linear, GELU, Linear, LayerNorm hold "
+            f"prj.{', prj.'.join(names)}"
+        )
+    model = with_projector(model, len(tensors["1.bias"]))
+    weights = {f"projector.{ours}": tensors[theirs] for theirs, ours in names.items()}
+    for name, weight in weights.items():
+        if weight.shape != model.get_parameter(name).shape:
+            raise UserError(f"source={source}: its projector (prj.*) is not of a model of width {model.config.n_embd}")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def step_decoder(theirs: GPT, model: GPT, first_position: int) -> StepDecoder:
+    """A published decoder: it reads the model's table, its own is its output head.
+
+    Args:
+        first_position: what its positions start at. Rotary ones only know distances.
+    """
+    state = {f"transformer.{name}": weight for name, weight in theirs.transformer.state_dict().items()}
+    config = replace(theirs.config, tie_head=False)
+    if config.positions == "learned":
+        state["transformer.positions.weight"] = state["transformer.positions.weight"][first_position:]
+        config = replace(config, context_length=config.context_length - first_position)
+    decoder = StepDecoder(config, model.embedding)
+    decoder.load_state_dict(state | {"head.weight": theirs.output_table, "embedding.weight": model.embedding.weight})
+    return decoder
+
+
+def extended_tokenizer(base: Published, kind: Kind, n_vocab: int) -> Tokenizer:
+    """The base model's tokenizer with the three added tokens, which have the last ids.
+
+    Raises:
+        UserError: the imported model's vocabulary is another, or the base's has no token that texts end with.
+    """
+    tokenizer, before = base.tokenizer(), n_vocab - len(kind.added)
+    # CODI adds rows to the table, Coconut to the tokens, of which there may be fewer.
+    if tokenizer.n_vocab > before or before not in (tokenizer.n_vocab, base.config["vocab_size"]):
+        raise UserError(
+            f"base={base.path}: has {tokenizer.n_vocab} tokens and {base.config['vocab_size']} rows, the imported "
+            f"model {before} before {', '.join(kind.added)}; give the model that it was made from"
+        )
+    tokenizer.id_of("end")
+    return tokenizer.filled_up_to(before).with_tokens(kind.added).with_roles(kind.roles)
+
+
+def main(raw: DictConfig) -> None:
+    """Imports one checkpoint."""
+    config = typed(ImportConfig, raw)
+    console = make_console()
+    with new_folder(config.out or "") as folder:
+        checkpoint = import_checkpoint(
+            config.source or "",
+            config.kind or "",
+            config.base or "",
+            config.n_latents,
+            config.latents_per_step,
+            config.lora_alpha,
+        )
+        checkpoint.config["data"] = config.data
+        write_checkpoint(checkpoint, folder)
+    n_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    thoughts, decoder = checkpoint.thoughts, checkpoint.step_decoder
+    unfed = "" if thoughts.feeds_last else ", the last one only decoded"
+    console.print(
+        f"{config.kind} | {n_parameters:,} parameters | {thoughts.n_latents} thoughts, {thoughts.latents_per_step} a "
+        f"step{unfed} | {f'decoder of {decoder.config.n_layer} blocks' if decoder else 'no decoder'} | {config.out}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, "import")
