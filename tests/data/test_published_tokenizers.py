@@ -382,6 +382,8 @@ def test_roles_come_from_the_configuration(layouts: dict[str, Layout], tmp_path:
     assert roles(tokenizer_config={"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>"}) == pad
     assert roles(config={"eos_token_id": 2, "pad_token_id": 0}, tokenizer_config={"eos_token": "<repo_name>"}) == pad
     assert roles(generation_config={"eos_token_id": [2, 0]}, config={"eos_token_id": 3, "pad_token_id": None}) == end
+    # Of several, as Llama 3 has, the one that ends an answer.
+    assert roles(generation_config={"eos_token_id": [0, 2]}, tokenizer_config={"eos_token": "<|im_end|>"}) == end
     # An id that is no special token is a class's default that nobody has changed.
     assert roles(config={"eos_token_id": 70}, tokenizer_config={"eos_token": "<|im_end|>"}) == end
 
