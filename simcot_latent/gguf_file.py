@@ -1,6 +1,6 @@
 """GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): Llama and Qwen2 models, dequantised.
 
-Shapes: D width, H heads, E head width.
+Shapes: D width, H heads, E head width, F frequencies (E / 2).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from simcot_latent.data.published_tokenizers import (
 )
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
+from simcot_latent.model.rotary import RopeScaling
 from simcot_latent.published import Published
 
 # Keys of Hugging Face's configuration, and GGUF's without the architecture that they begin with.
@@ -59,6 +60,7 @@ PATTERNS = {
 """What `tokenizer.ggml.pre` stands for."""
 
 ARCHITECTURES = ("llama", "qwen2")
+TOKENIZER_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 """Token types that are special."""
 
@@ -75,9 +77,9 @@ def read_gguf(path: Path) -> Published:
         raise UserError(f"{path}: reading GGUF takes the gguf package; pip install 'simcot-latent[gguf]'") from error
     try:
         reader = gguf.GGUFReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise UserError(f"{path}: not a whole GGUF file ({' '.join(str(error).split())})") from error
-    fields = {key: field.contents() for key, field in reader.fields.items()}
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: general.architecture={architecture}: must be one of {', '.join(ARCHITECTURES)}")
@@ -85,22 +87,24 @@ def read_gguf(path: Path) -> Published:
         raise UserError(
             f"{path}: {architecture}.rope.scaling.type={fields[f'{architecture}.rope.scaling.type']}: not supported"
         )
+    if (parts := fields.get("split.count", 1)) > 1:
+        raise UserError(f"{path}: is one of {parts} parts; join them with llama.cpp's `llama-gguf-split --merge`")
     config = config_of(fields, architecture, path)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
 
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
-        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        try:
+            weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        except NotImplementedError as error:
+            raise UserError(f"{path}: {tensor.name} is {tensor.tensor_type.name}, which gguf does not read") from error
         name, part = hf_name(tensor.name)
         if architecture == "llama" and part in heads:
             weight = half_split(weight, heads[part])
         tensors[name] = weight
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    # Llama 3's scaled rotary positions come as a tensor of divisors, from which their settings cannot be told.
     if "rope_freqs.weight" in tensors:
-        raise UserError(
-            f"{path}: rope_freqs.weight, scaled rotary positions, are not supported; give the original folder"
-        )
+        config["rope_scaling"] = llama3_scaling(tensors.pop("rope_freqs.weight"), config["rope_theta"], path)
     return Published(path, config, tensors, lambda: tokenizer_of(fields, path))
 
 
@@ -122,6 +126,27 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return rearrange(weight, "(h e two) ... -> (h two e) ...", h=heads, two=2)
 
 
+def llama3_scaling(divisor_F: Tensor, base: float, path: Path) -> dict[str, Any]:
+    """Llama 3's `rope_scaling` from what each rotary frequency is divided by, which is all that a GGUF file tells.
+
+    Of its four settings all published models (Llama 3.1 to 3.3) share three; the factor is the largest divisor.
+
+    Raises:
+        UserError: these settings do not give the divisors.
+    """
+    scaling = RopeScaling(divisor_F.max().item(), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    frequency_F = base ** -(torch.arange(len(divisor_F)) / len(divisor_F))
+    if not torch.allclose(frequency_F / scaling(frequency_F), divisor_F, rtol=1e-3):
+        raise UserError(f"{path}: rope_freqs.weight is not the scaling of Llama 3; give the original folder")
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_context,
+    }
+
+
 def config_of(fields: Mapping[str, Any], architecture: str, path: Path) -> dict[str, Any]:
     """Hugging Face's configuration.
 
@@ -130,8 +155,9 @@ def config_of(fields: Mapping[str, Any], architecture: str, path: Path) -> dict[
     """
     heads = f"{architecture}.attention.head_count"
     fields = {f"{heads}_kv": fields.get(heads), **fields}
-    if missing := [key for key in KEYS.values() if f"{architecture}.{key}" not in fields]:
-        raise UserError(f"{path}: lacks {', '.join(f'{architecture}.{key}' for key in missing)}")
+    needed = (*(f"{architecture}.{key}" for key in KEYS.values()), *TOKENIZER_KEYS)
+    if missing := [key for key in needed if key not in fields]:
+        raise UserError(f"{path}: lacks {', '.join(missing)}")
     return {
         "model_type": architecture,
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
@@ -153,10 +179,11 @@ def tokenizer_of(fields: Mapping[str, Any], path: Path) -> Tokenizer:
         raise UserError(f"{path}: tokenizer.ggml.pre={pre}: must be one of {', '.join(PATTERNS)}")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     special = [i for i, t in enumerate(fields["tokenizer.ggml.token_type"]) if t in (CONTROL, USER_DEFINED, UNUSED)]
-    end = fields["tokenizer.ggml.eos_token_id"]
-    roles = {"end": tokens[end], "pad": tokens[fields.get("tokenizer.ggml.padding_token_id", end)]}
+    end = fields.get("tokenizer.ggml.eos_token_id")
+    ids = {"end": end, "pad": fields.get("tokenizer.ggml.padding_token_id", end)}
     if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        roles["bos"] = tokens[fields["tokenizer.ggml.bos_token_id"]]
+        ids["bos"] = fields.get("tokenizer.ggml.bos_token_id")
+    roles = {role: tokens[i] for role, i in ids.items() if i is not None}
     try:
         return tokenizer_of_tokens(
             path.stem,

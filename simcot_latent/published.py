@@ -18,7 +18,7 @@ from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # no `./folder`
 WEIGHTS, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
 
 # nanochat's names in Hugging Face's, from transformers' models/nanochat/convert_nanochat_checkpoints.py.
@@ -38,6 +38,8 @@ NANOCHAT_KEYS = {
     "num_key_value_heads": "n_kv_head",
     "hidden_size": "n_embd",
 }
+NANOCHAT_EPS = torch.finfo(torch.float32).eps
+"""Of its norms: `torch.nn.functional.rms_norm` with none given. transformers' converter writes 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ def read_published(source: str | Path, key: str = "source") -> Published:
 
         return read_gguf(path)
     if path.is_dir():
-        if sorted(path.glob("model_*.pt")):
-            return read_nanochat(path)
+        if steps := nanochat_steps(path):
+            return read_nanochat(path, steps[-1])
         if (path / "config.json").is_file():
             return read_folder(path)
         raise UserError(f"{key}={path}: holds no model; it needs config.json and safetensors, or nanochat's model_*.pt")
-    if not path.exists() and HUB_ID.fullmatch(str(source)):
+    if not path.exists() and path.suffix != ".gguf" and HUB_ID.fullmatch(str(source)):
         return read_folder(download(str(source), key))
     raise UserError(
         f"{key}={source}: must be a folder in Hugging Face's layout, a hub id (owner/name), a .gguf file, a nanochat "
@@ -101,11 +103,16 @@ def download(hub_id: str, key: str) -> Path:
         UserError: it cannot be had.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{key}={hub_id}: its licence must be accepted on the model's page at the hub first, and `hf auth login` "
+            "say by whom; or give a folder that holds the repository's files"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: no id that the hub could have
         raise UserError(
             f"{key}={hub_id}: cannot be downloaded, nor is it in the hub's cache; without a network give a folder that "
             f"holds the repository's files ({one_line(str(error))[:120]})"
@@ -128,7 +135,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors that an index names.
+    """All tensors of the shards that an index names.
 
     Raises:
         UserError: a shard is missing or broken, or lacks a tensor.
@@ -142,10 +149,9 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         found = read_tensor_file(index.parent / shard)
-        wanted = [name for name, file in shard_of.items() if file == shard]
-        if lacking := [name for name in wanted if name not in found]:
+        if lacking := [name for name, file in shard_of.items() if file == shard and name not in found]:
             raise UserError(f"{index.parent / shard}: lacks {', '.join(lacking)}, which {index.name} says it holds")
-        tensors |= {name: found[name] for name in wanted}
+        tensors |= found
     return tensors
 
 
@@ -163,40 +169,59 @@ def read_tensor_file(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: no such file; the checkpoint is incomplete") from error
     except Exception as error:  # broken bytes end in whatever they happen to mean to the unpickler
         raise UserError(f"{file}: not plain tensors as torch.save writes them, and nothing else is read") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    state = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(x, Tensor) for n, x in tensors.items())
+    if not state:
         raise UserError(f"{file}: not a state dict, names to plain tensors; nothing else is read")
     return tensors
 
 
-def read_nanochat(folder: Path) -> Published:
-    """The newest model of an original nanochat checkpoint folder (https://github.com/karpathy/nanochat).
+def nanochat_steps(folder: Path) -> list[str]:
+    """The steps of which nanochat has saved a model, as file names have them, the last one last."""
+    matches = (re.fullmatch(r"model_(\d+)\.pt", file.name) for file in folder.iterdir())
+    return sorted((match[1] for match in matches if match), key=int)
+
+
+def read_nanochat(folder: Path, step: str) -> Published:
+    """A model of an original nanochat checkpoint folder (https://github.com/karpathy/nanochat).
 
     Raises:
-        UserError: its `meta_*.json` is missing or lacks the model's shape.
+        UserError: its `meta_*.json` is missing or lacks the model's shape, or a later version of nanochat wrote it.
     """
-    weights = sorted(folder.glob("model_*.pt"))[-1]
-    meta = weights.with_name(weights.name.replace("model_", "meta_")).with_suffix(".json")
+    weights, meta = folder / f"model_{step}.pt", folder / f"meta_{step}.json"
     shape = read_json(meta).get("model_config")
     if not isinstance(shape, dict) or not shape.keys() >= set(NANOCHAT_KEYS.values()):
         raise UserError(f"{meta}: model_config must hold {', '.join(NANOCHAT_KEYS.values())}")
+    if later := shape.keys() - set(NANOCHAT_KEYS.values()):
+        raise UserError(
+            f"{meta}: model_config has {', '.join(sorted(later))}: later versions of nanochat are other models; only "
+            "the first published one is read"
+        )
     tensors: dict[str, Tensor] = {}
     for name, tensor in read_tensor_file(weights).items():
         for pattern, replacement in NANOCHAT_NAMES:
             name = re.sub(pattern, replacement, name)
         tensors[name] = tensor
     config = {key: shape[theirs] for key, theirs in NANOCHAT_KEYS.items()}
-    config |= {"model_type": "nanochat", "intermediate_size": 4 * config["hidden_size"], "tie_word_embeddings": False}
+    config |= {
+        "model_type": "nanochat",
+        "intermediate_size": 4 * config["hidden_size"],
+        "rms_norm_eps": NANOCHAT_EPS,
+        "tie_word_embeddings": False,
+    }
     return Published(weights, config, tensors, lambda: nanochat_tokenizer(folder))
 
 
 def nanochat_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer beside a nanochat checkpoint, if it is in a format that can be read safely.
+    """The tokenizer of a nanochat checkpoint: beside it, or where nanochat keeps it, if it can be read safely.
+
+    nanochat's own places are BASE/base_checkpoints/d20/ and BASE/tokenizer/.
 
     Raises:
         UserError: it is not there, or only as a pickle.
     """
-    if (folder / "tokenizer.json").is_file():
-        return read_tokenizer(folder)
+    for place in (folder, folder.parent / "tokenizer", folder.parent.parent / "tokenizer"):
+        if (place / "tokenizer.json").is_file():
+            return read_tokenizer(place)
     raise UserError(
         f"{folder}: holds no tokenizer.json; nanochat keeps its tokenizer as a pickle, which is not read: put the "
         "tokenizer.json of its Hugging Face export beside the checkpoint"

@@ -67,6 +67,8 @@ def write(
     tied: bool = True,
     quantised: gguf.GGMLQuantizationType | None = None,
     leave_out: str = "nothing",
+    rope: dict[str, Any] | None = None,
+    rope_divisors: np.ndarray | None = None,
     **fields: Any,
 ) -> tuple[transformers.PreTrainedModel, tokenizers.Tokenizer]:
     """A small random model and tokenizer as llama.cpp's converter writes them."""
@@ -82,7 +84,7 @@ def write(
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        rope_parameters=rope or {"rope_type": "default", "rope_theta": 1000.0},
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -97,17 +99,26 @@ def write(
         writer.add_feed_forward_length(96)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(1000.0)
+    writer.add_rope_freq_base(rope["rope_theta"] if rope else 1000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     tokens = [token for token, _ in vocabulary]
     writer.add_tokenizer_model(fields.get("tokenizer_model", "gpt2"))
     writer.add_tokenizer_pre(fields.get("tokenizer_pre", pre))
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t.startswith("<|") else gguf.TokenType.NORMAL for t in tokens])
+    if leave_out != "token_type":
+        writer.add_token_types(
+            [gguf.TokenType.CONTROL if t.startswith("<|") else gguf.TokenType.NORMAL for t in tokens]
+        )
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_eos_token_id(1)
+    if "parts" in fields:
+        writer.add_uint16("split.count", fields["parts"])
+    if rope_divisors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_divisors)
+    if "integers" in fields:
+        writer.add_tensor("integers", np.zeros(4, np.int8))
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and tied:
             continue
@@ -138,6 +149,33 @@ def test_logits(architecture: str, tied: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(ours.logits(ours(ids)), theirs(input_ids=ids).logits, atol=1e-4, rtol=0)
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def divisors(factor: float, original: float = 8192.0) -> np.ndarray:
+    """What llama.cpp's converter writes of Llama 3's scaling, heads 16 wide, low factor 1, high factor 4."""
+    waves = original * 500_000.0 ** -(np.arange(8) / 8) / (2 * np.pi)
+    smooth = np.clip((waves - 1) / 3, 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+@torch.no_grad()
+def test_llama_3s_scaling(tmp_path: Path) -> None:
+    """From what frequencies are divided by; the text is long enough that the slow ones turn."""
+    theirs, _ = write(tmp_path / "model.gguf", rope=LLAMA3, rope_divisors=divisors(32.0))
+    write(tmp_path / "unscaled.gguf", rope=LLAMA3)
+    assert len(set(divisors(32.0).tolist())) > 2
+    ids = torch.arange(250)[None]
+    expected = theirs(input_ids=ids).logits
+    found, other = (
+        model.logits(model(ids))
+        for model in (load_pretrained(tmp_path / f"{name}.gguf").model for name in ("model", "unscaled"))
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (other - expected).abs().max() > 1e-2
+
+
 @torch.no_grad()
 def test_quantised(tmp_path: Path) -> None:
     theirs, _ = write(tmp_path / "model.gguf", quantised=gguf.GGMLQuantizationType.Q8_0)
@@ -163,10 +201,21 @@ def test_token_ids(pre: str, tmp_path: Path) -> None:
         assert [ours.decode([i]) for i in ours.encode("1995")] == ["1", "9", "9", "5"]
 
 
+def test_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file need not name its end token."""
+    monkeypatch.setattr(gguf.GGUFWriter, "add_eos_token_id", lambda *_: None)
+    write(tmp_path / "model.gguf")
+    assert load_pretrained(tmp_path / "model.gguf").tokenizer.roles == {}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"architecture": "mamba"}, "general.architecture=mamba: must be one of llama, qwen2"),
     "another tokenizer": ({"tokenizer_model": "llama"}, "tokenizer.ggml.model=llama: must be gpt2"),
     "another pattern": ({"tokenizer_pre": "deepseek-llm"}, "tokenizer.ggml.pre=deepseek-llm: must be one of gpt-2"),
+    "another scaling": ({"rope": LLAMA3, "rope_divisors": divisors(32.0, 4096.0)}, "is not the scaling of Llama 3"),
+    "integers": ({"integers": True}, "integers is I8, which gguf does not read"),
+    "a part": ({"parts": 3}, "is one of 3 parts; join them"),
+    "no token types": ({"leave_out": "token_type"}, "lacks tokenizer.ggml.token_type"),
     "a missing field": ({"leave_out": "feed_forward_length"}, "lacks llama.feed_forward_length"),
 }
 

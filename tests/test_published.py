@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from simcot_latent.errors import UserError
+from simcot_latent.model.families import build
 from simcot_latent.pretrained import load_pretrained
 from simcot_latent.published import read_published
 
@@ -107,6 +110,20 @@ def test_the_hubs_layout_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"init_from=someone/else: cannot be downloaded.*give a folder") as error:
         load_pretrained("someone/else", key="init_from")
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"init_from=some--one/small: cannot be downloaded"):  # no id of the hub's
+        load_pretrained("some--one/small", key="init_from")
+
+
+def test_a_gated_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise huggingface_hub.errors.GatedRepoError.__new__(huggingface_hub.errors.GatedRepoError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"source=someone/gated: its licence must be accepted"):
+        load_pretrained("someone/gated")
 
 
 @pytest.fixture
@@ -147,6 +164,79 @@ def nanochat(tmp_path: Path) -> tuple[Path, transformers.PreTrainedModel]:
 def test_nanochat(nanochat: tuple[Path, transformers.PreTrainedModel]) -> None:
     folder, theirs = nanochat
     assert_same(folder, theirs, folder)
+
+
+def test_nanochats_last_step_is_the_highest(nanochat: tuple[Path, transformers.PreTrainedModel]) -> None:
+    """Of files that nanochat wrote, whatever lies beside them; steps may have more digits than it pads them to."""
+    folder, theirs = nanochat
+    for kind in ("model_{}.pt", "meta_{}.json"):
+        (folder / kind.format("000100")).rename(folder / kind.format("999999"))
+        (folder / kind.format("000650")).rename(folder / kind.format("1000000"))
+    (folder / "model_2000000_backup.pt").touch()
+    assert_same(folder, theirs, folder)
+
+
+def test_nanochats_tokenizer_in_its_own_place(tmp_path: Path) -> None:
+    """BASE/tokenizer, of checkpoints in BASE/base_checkpoints/d20."""
+    folder = tmp_path / "base_checkpoints" / "d20"
+    folder.mkdir(parents=True)
+    write_nanochat(folder, "000001", {"transformer.wte.weight": torch.zeros(1, 1)})
+    (tmp_path / "tokenizer").mkdir()
+    theirs = write_tokenizer(tmp_path / "tokenizer")
+    assert read_published(folder).tokenizer().encode(TEXT) == theirs.encode(TEXT).ids
+
+
+def write_nanochat(folder: Path, step: str, state: dict[str, Tensor], **changes: Any) -> None:
+    """A checkpoint as nanochat writes it."""
+    shape = {"sequence_len": 64, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+    torch.save(state, folder / f"model_{step}.pt")
+    (folder / f"meta_{step}.json").write_text(json.dumps({"model_config": shape | changes}))
+
+
+def nanochat_logits(state: dict[str, Tensor], ids_T: Tensor) -> Tensor:
+    """The formulas of https://github.com/karpathy/nanochat, nanochat/gpt.py of October 2025; 4 heads, 2 of keys."""
+
+    def norm(x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],))
+
+    def rotated(x_THE: Tensor) -> Tensor:
+        left, right = x_THE.chunk(2, -1)
+        angle = torch.arange(len(x_THE)).outer(1e4 ** -(torch.arange(4) / 4)).unsqueeze(1)
+        return torch.cat((left * angle.cos() + right * angle.sin(), right * angle.cos() - left * angle.sin()), -1)
+
+    x_TD = norm(state["transformer.wte.weight"][ids_T])
+    for layer in range(2):
+        block = {name.split(".", 3)[3]: w for name, w in state.items() if name.startswith(f"transformer.h.{layer}.")}
+        q, k, v = (F.linear(norm(x_TD), block[f"attn.c_{x}.weight"]).unflatten(-1, (-1, 8)) for x in "qkv")
+        q, k = norm(rotated(q)), norm(rotated(k))
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x_TD = x_TD + F.linear(seen.transpose(0, 1).flatten(1), block["attn.c_proj.weight"])
+        x_TD = x_TD + F.linear(F.relu(F.linear(norm(x_TD), block["mlp.c_fc.weight"])) ** 2, block["mlp.c_proj.weight"])
+    return 15 * torch.tanh(F.linear(norm(x_TD), state["lm_head.weight"]) / 15)
+
+
+@torch.no_grad()
+def test_nanochats_own_formulas(tmp_path: Path) -> None:
+    """Small embeddings, on which its norms' epsilon shows: transformers' 1e-6 is 3e-3 off here."""
+    write_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    shapes = {"attn.c_q": (32, 32), "attn.c_k": (16, 32), "attn.c_v": (16, 32), "attn.c_proj": (32, 32)}
+    shapes |= {"mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
+    state = {"transformer.wte.weight": 0.02 * torch.randn(50, 32), "lm_head.weight": torch.randn(50, 32) / 32**0.5}
+    for layer in range(2):
+        for name, shape in shapes.items():
+            state[f"transformer.h.{layer}.{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
+    write_nanochat(tmp_path, "000001", state)
+    ids_T = torch.randint(50, (20,))
+    ours = build(read_published(tmp_path))
+    torch.testing.assert_close(ours.logits(ours(ids_T[None]))[0], nanochat_logits(state, ids_T), atol=1e-4, rtol=0)
+
+
+def test_a_later_nanochat(tmp_path: Path) -> None:
+    write_nanochat(tmp_path, "000001", {}, window_pattern="SSSL")
+    with pytest.raises(UserError, match=r"meta_000001.json: model_config has window_pattern: later versions"):
+        read_published(tmp_path)
 
 
 def test_nanochats_pickled_tokenizer_is_not_read(nanochat: tuple[Path, transformers.PreTrainedModel]) -> None:
@@ -192,6 +282,15 @@ def only_a_pickle(content: Any) -> Callable[[Path], None]:
     return damage
 
 
+def broken_pickle(folder: Path) -> None:
+    """What is no longer a storage's key; torch ends in a bare KeyError."""
+    only_a_pickle({"x": torch.ones(1)})(folder)
+    file = folder / "pytorch_model.bin"
+    content = file.read_bytes()
+    assert b"FloatStorage" in content
+    file.write_bytes(content.replace(b"FloatStorage", b"FlootStorage"))
+
+
 def cut_short(folder: Path) -> None:
     file = sorted(folder.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
@@ -220,6 +319,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "an index without a map": ("20KB", damage_map, "lacks weight_map"),
     "a pickle of something else": ("5GB", only_a_pickle({"x": NotTensors()}), "not plain tensors"),
+    "a pickle without names": ("5GB", only_a_pickle({1: torch.ones(1)}), "not a state dict"),
+    "a pickle that is broken": ("5GB", broken_pickle, "not plain tensors"),
     "a pickle of numbers": ("5GB", only_a_pickle({"x": 3}), "not a state dict"),
     "a file cut short": ("5GB", cut_short, "not a whole safetensors file"),
     "no weights": ("5GB", no_weights, "holds no weights; it needs model.safetensors"),
@@ -238,7 +339,7 @@ def test_what_is_broken_is_named(what: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["nothing", "model.gguf", "a/b/c"])
+@pytest.mark.parametrize("source", ["nothing", "./nothing", "model.gguf", "a/model.gguf", "a/b/c"])
 def test_what_is_nothing(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"init_from={source}: must be a folder .* a hub id"):
