@@ -49,6 +49,8 @@ class Family:
             with `blocks.`.
         ignored: endings of names that hold no weights.
         transposed: whether linear layers are stored as (in, out).
+        norm_biases: whether norms have biases even where linear layers have none. Ours have none then: those that are
+            zero are left out, and written as zero.
         reorder: modules of theirs whose rows are in another order; each function undoes itself.
     """
 
@@ -65,6 +67,7 @@ class Family:
     modules: Mapping[str, tuple[str, ...]]
     ignored: tuple[str, ...] = ()
     transposed: bool = False
+    norm_biases: bool = False
     reorder: Mapping[str, Callable[[Tensor, GPTConfig], Tensor]] = field(default_factory=dict)
 
     @property
@@ -122,6 +125,8 @@ class Family:
         found = [f"{key}={getattr(config, key)}" for key, value in self.fixed.items() if getattr(config, key) != value]
         if config.activation not in self.activations.values():
             found.append(f"activation={config.activation}")
+        if "qkv_bias" not in self.fixed and config.qkv_bias != config.bias:
+            found.append(f"qkv_bias={config.qkv_bias}")
         if "n_kv_head" not in self.keys and config.kv_heads != config.n_head:
             found.append(f"n_kv_head={config.n_kv_head}")
         return found
@@ -314,6 +319,27 @@ FAMILIES = (
         modules={**_LLAMA_MODULES, "blocks.mlp.up": ("mlp.fc1",), "blocks.mlp.down": ("mlp.fc2",)},
         reorder={"self_attn.q_proj": swap_halves, "self_attn.k_proj": swap_halves},
     ),
+    Family(  # of our presets, model=tiny is one
+        model_type="starcoder2",
+        architecture="Starcoder2ForCausalLM",
+        keys={**_LLAMA_KEYS, "norm_eps": "norm_epsilon", "bias": "use_bias"},
+        defaults={
+            "max_position_embeddings": 4096,
+            "num_key_value_heads": 2,
+            "norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "use_bias": True,
+        },
+        activation_key="hidden_act",
+        activations={"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"},
+        fixed={key: value for key, value in _LLAMA_FIXED.items() if key not in ("bias", "qkv_bias")}
+        | {"norm": "layernorm"},
+        required={"sliding_window": None},
+        body="model.",
+        layer="layers.{}.",
+        modules={**_LLAMA_MODULES, "blocks.mlp.up": ("mlp.c_fc",), "blocks.mlp.down": ("mlp.c_proj",)},
+        norm_biases=True,
+    ),
 )
 
 
@@ -374,6 +400,8 @@ def build(published: PublishedModel) -> GPT:
             found.append(family.reorder[module](tensor, config) if module in family.reorder else tensor)
         if len(found) == len(parts):
             state[ours] = torch.cat([tensor.float() for tensor in found]).contiguous()
+    if family.norm_biases:
+        tensors = {n: x for n, x in tensors.items() if not (n.endswith("norm.bias") and x.count_nonzero() == 0)}
     problems += [f"has {name}, which a {family.model_type} has not" for name in tensors]
     if problems:
         raise UserError(
@@ -414,4 +442,7 @@ def describe(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if module in family.reorder:
                 tensor = family.reorder[module](tensor, config)
             tensors[name] = family.turned(tensor, ours).contiguous()
+    if family.norm_biases and not config.bias:
+        scales = {name: x for name, x in tensors.items() if name.endswith("norm.weight")}
+        tensors |= {name.replace("norm.weight", "norm.bias"): torch.zeros_like(x) for name, x in scales.items()}
     return family.describe(config), tensors

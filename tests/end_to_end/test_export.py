@@ -30,6 +30,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("llama", LLAMA | {"tie_head": True, "n_kv_head": 1}),
     "qwen2": ("llama", {"qkv_bias": True, "tie_head": True}),
     "nanochat": ("nanochat", {"embedding_norm": True, "norm_eps": 1e-6, "tie_head": False}),
+    "tiny": (
+        "llama",
+        {"norm": "layernorm", "activation": "gelu", "n_kv_head": None, "ffn_width": None, "tie_head": True},
+    ),
 }
 """By the family that `transformers` has for it: a family of the `make_model` fixture, and changes."""
 CLASSES = {
@@ -38,6 +42,7 @@ CLASSES = {
     "llama tied": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "nanochat": "NanoChatForCausalLM",
+    "tiny": "Starcoder2ForCausalLM",
 }
 
 TEXTS = [
@@ -250,8 +255,7 @@ def test_what_is_there_is_not_written_over(
 
 
 def test_a_shape_that_no_family_has(make_run_folder: Callable[..., Any], tmp_path: Path) -> None:
-    """That of model=tiny: layer norms without biases, and rotary positions."""
-    folder, _ = make_run_folder(norm="layernorm", activation="gelu", n_kv_head=None)
+    folder, _ = make_run_folder(norm="rmsnorm", activation="gelu", positions="learned")
     message = export(folder).error
     assert "norm" in message
     assert names(tmp_path) == ["run"]

@@ -61,6 +61,12 @@ CASES: dict[str, Any] = {
         vocab_size=67, rope_parameters=ROPE, tie_word_embeddings=True, **SHAPE
     ),
     "nanochat": lambda: transformers.NanoChatConfig(vocab_size=61, rope_parameters=ROPE, **SHAPE),
+    "starcoder2": lambda: transformers.Starcoder2Config(
+        vocab_size=61, rope_parameters=ROPE, tie_word_embeddings=False, **SHAPE
+    ),
+    "starcoder2 without biases": lambda: transformers.Starcoder2Config(
+        vocab_size=67, rope_parameters=ROPE, use_bias=False, hidden_act="gelu", **SHAPE
+    ),
     "nanochat tied, soft": lambda: transformers.NanoChatConfig(
         vocab_size=64, rope_parameters=ROPE, tie_word_embeddings=True, final_logit_softcapping=3.0, **SHAPE
     ),
@@ -85,6 +91,8 @@ def random_model(config: Any, seed: int = 0) -> transformers.PreTrainedModel:
         noise = torch.randn(parameter.shape, generator=generator)
         is_scale = parameter.dim() == 1 and not name.endswith("bias")
         parameter.data = 1 + 0.2 * noise if is_scale else 0.3 * noise
+        if name.endswith("norm.bias") and not model.config.use_bias:
+            parameter.data.zero_()  # what we can say of norms beside linear layers without biases
     return model
 
 
@@ -320,9 +328,16 @@ def test_a_head_that_is_not_the_embedding() -> None:
 
 
 def test_a_model_like_no_family() -> None:
-    config = GPTConfig(vocab_size=61, n_embd=32, norm="layernorm", activation="gelu")  # as model=tiny
-    with pytest.raises(UserError, match=r"no published family is like this model: .* has not .*norm=layernorm"):
+    config = GPTConfig(vocab_size=61, n_embd=32, norm="rmsnorm", activation="gelu", positions="learned")
+    with pytest.raises(UserError, match=r"no published family is like this model: .* has not .*positions=learned"):
         describe(GPT(config))
+
+
+def test_biases_of_norms_alone_are_not_dropped() -> None:
+    files = files_of(random_model(CASES["starcoder2 without biases"]()))
+    files.tensors["model.norm.bias"] += 1
+    with pytest.raises(UserError, match=r"has model.norm.bias, which a starcoder2 has not"):
+        build(files)
 
 
 def test_a_projector_is_left_out() -> None:
