@@ -148,7 +148,12 @@ def is_checkpoint(path: str | Path) -> bool:
         folder = find_checkpoint(path)
     except UserError:
         return False
-    return (folder / TOKENIZER).is_dir() and "thoughts" in read_json(folder / CONFIG)
+    return (folder / TOKENIZER).is_dir() and is_ours(read_json(folder / CONFIG))
+
+
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is of a checkpoint of ours, not of a published model."""
+    return "thoughts" in config
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", key: str = "ckpt") -> Checkpoint:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
+from simcot_latent.checkpoint import Checkpoint, is_checkpoint, is_ours, load_checkpoint
 from simcot_latent.data.tokenizer import BOT, END, EOT, PAD, VOCABULARY_MULTIPLE, Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.model.families import build
@@ -31,7 +31,7 @@ def load_pretrained(source: str | Path, device: str | torch.device = "cpu", key:
 
     Args:
         source: a folder in Hugging Face's layout, a hub id (`owner/name`), a GGUF file, a nanochat checkpoint folder,
-            or a checkpoint (or `out_dir`) of ours.
+            or a checkpoint of ours (a folder, an `out_dir`, or what `push_to_hub` made of it).
         key: what `source` came from, for errors.
 
     Returns:
@@ -43,6 +43,8 @@ def load_pretrained(source: str | Path, device: str | torch.device = "cpu", key:
     if is_checkpoint(source):
         return load_checkpoint(source, device, key)
     published = read_published(source, key)
+    if is_ours(published.config):  # on the hub, where the rest of it lies in a folder of its own
+        return Checkpoint.from_pretrained(source, device)
     model = build(published)
     tokenizer = fitting_tokenizer(published, model.config.vocab_size)
     return Checkpoint(

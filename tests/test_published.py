@@ -15,7 +15,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from simcot_latent.checkpoint import Checkpoint, write_checkpoint
+from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.model.families import build
 from simcot_latent.pretrained import load_pretrained
 from simcot_latent.published import read_published
@@ -124,6 +128,26 @@ def test_a_gated_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=r"source=someone/gated: its licence must be accepted"):
         load_pretrained("someone/gated")
+
+
+def test_our_own_from_the_hub(
+    make_model: Callable[..., GPT], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants as constants
+
+    model = make_model("llama", vocab_size=tokenizer.n_vocab)
+    thoughts = ThoughtFormat(True, 4, 2)
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--me--mine" / "snapshots" / revision
+    folder.mkdir(parents=True)
+    write_checkpoint(Checkpoint(model, None, tokenizer, thoughts, {"max_new_tokens": 8}), folder)
+    (tmp_path / "models--me--mine" / "refs").mkdir()
+    (tmp_path / "models--me--mine" / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    loaded = load_pretrained("me/mine")
+    assert (loaded.thoughts, loaded.tokenizer) == (thoughts, tokenizer)
+    assert torch.equal(loaded.model.embedding.weight, model.embedding.weight)
 
 
 @pytest.fixture
