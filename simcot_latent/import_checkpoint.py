@@ -37,7 +37,7 @@ from simcot_latent.config import require, require_choice, typed
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.logs import make_console
-from simcot_latent.model.families import build
+from simcot_latent.model.families import Family, build, family_of
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
@@ -106,8 +106,6 @@ KINDS = {
 
 PROJECTOR = {"1": "up", "3": "down", "ln": "norm"}
 PEFT = "base_model.model."
-TABLES = ("wte.weight", "embed_tokens.weight")
-BLOCK = re.compile(r"\.(?:h|layers)\.([0-9]+)\.")
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -166,15 +164,14 @@ def import_checkpoint(
     thoughts = thought_format(flavour, n_latents, latents_per_step)
     parts = split(read_source(source), source, kind)
     published = read_published(base, "base")
-    # GPT-2's linear weights are stored as (in, out).
-    transposed = published.config.get("model_type") == "gpt2"
-    model = model_like(published, without_peft(parts[flavour.model], lora_alpha, transposed, source), source)
+    family = family_of(published.config, published.path)
+    model = model_like(published, without_peft(parts[flavour.model], lora_alpha, family, source), source)
     if "prj" in parts:
         model = projecting(model, parts["prj"], source)
     decoder = None
     if flavour.decoder is not None:
         weights = parts[flavour.decoder]
-        theirs = model_like(published, weights, f"{source} ({flavour.decoder}.*)", count_blocks(weights))
+        theirs = model_like(published, weights, f"{source} ({flavour.decoder}.*)", count_blocks(weights, family))
         decoder = step_decoder(theirs, model, flavour.first_position)
     latent = {
         "n_latents": thoughts.n_latents,
@@ -261,23 +258,22 @@ def model_like(base: Published, tensors: dict[str, Tensor], path: str | Path, n_
     Raises:
         UserError: see `build`.
     """
-    config = dict(base.config)
+    config, family = dict(base.config), family_of(base.config, base.path)
     for name, tensor in tensors.items():
-        if name.endswith(TABLES):
-            config["vocab_size"] = len(tensor)
+        if name.endswith(f"{family.modules['embedding'][0]}.weight"):
+            config[family.keys["vocab_size"]] = len(tensor)
     if n_layer is not None:
-        config["n_layer" if "n_layer" in config else "num_hidden_layers"] = n_layer
+        config[family.keys["n_layer"]] = n_layer
     return build(replace(base, path=Path(path), config=config, tensors=tensors))
 
 
-def count_blocks(names: Iterable[str]) -> int:
+def count_blocks(names: Iterable[str], family: Family) -> int:
     """How many blocks tensors are of, by their names."""
-    return 1 + max((int(match[1]) for match in map(BLOCK.search, names) if match), default=-1)
+    block = re.compile(r"(?:^|\.)" + r"([0-9]+)".join(map(re.escape, family.layer.split("{}"))))
+    return 1 + max((int(match[1]) for match in map(block.search, names) if match), default=-1)
 
 
-def without_peft(
-    tensors: Mapping[str, Tensor], alpha: float, transposed: bool, source: str | Path
-) -> dict[str, Tensor]:
+def without_peft(tensors: Mapping[str, Tensor], alpha: float, family: Family, source: str | Path) -> dict[str, Tensor]:
     """A model's weights by its own names; if PEFT has wrapped it, with LoRA merged: W + alpha / R * B A.
 
     Source: LoRA, https://arxiv.org/abs/2106.09685, section 4.1.
@@ -287,7 +283,7 @@ def without_peft(
     """
 
     def turned(weight: Tensor) -> Tensor:
-        return weight.T if transposed else weight
+        return weight.T if family.transposed else weight
 
     weights = {
         name.removeprefix(PEFT).replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): tensor
