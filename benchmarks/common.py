@@ -16,10 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from simcot_latent.config import as_plain, config_dir
-from simcot_latent.model.gpt import Block, GPTConfig
+from simcot_latent.model.gpt import GPTConfig
 
 SIZES = {
     "S": GPTConfig(vocab_size=8192, n_layer=4, n_head=4, n_embd=256),
@@ -53,14 +52,6 @@ def add_block_options(parser: argparse.ArgumentParser) -> None:
     """The training options that change what a block does."""
     parser.add_argument("--compile", action="store_true", help="compile=true")
     parser.add_argument("--activation-checkpointing", action="store_true", help="activation_checkpointing=true")
-
-
-def apply_block_options(module: nn.Module, args: argparse.Namespace) -> None:
-    """As the trainer does."""
-    for block in (part for part in module.modules() if isinstance(part, Block)):
-        block.checkpointing = args.activation_checkpointing
-        if args.compile:
-            block.compile_parts()
 
 
 def take_turns(sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:

@@ -27,7 +27,6 @@ from rich.table import Table
 from benchmarks.common import (
     SIZES,
     add_block_options,
-    apply_block_options,
     compare,
     make_parser,
     report,
@@ -41,7 +40,7 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.distributed import autocast
-from simcot_latent.model.gpt import GPT
+from simcot_latent.model.gpt import GPT, set_block_options
 from simcot_latent.objectives.base import Objective, WrittenBatch
 from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
 from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
@@ -90,7 +89,7 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
     """Medians of our step, of the bound and of the peer, in seconds, at one size and batch size."""
     torch.manual_seed(args.seed)
     objective = make_objective(size, args)
-    apply_block_options(objective, args)
+    set_block_options(objective, args.compile, args.activation_checkpointing)
     optimizers = make_optimizers(objective, objective.run)
     dtype = getattr(torch, args.dtype)
 

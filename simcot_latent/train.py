@@ -41,7 +41,7 @@ from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, 
 from simcot_latent.errors import UserError
 from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
 from simcot_latent.losses import add_up
-from simcot_latent.model.gpt import GPT, Block, GPTConfig
+from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.base import Objective
@@ -140,10 +140,7 @@ class Trainer:
         self.step = 0
         if run.resume:
             self.restore()
-        for block in (m for m in objective.modules() if isinstance(m, Block)):
-            block.checkpointing = run.activation_checkpointing
-            if run.compile:
-                block.compile_parts()
+        set_block_options(objective, run.compile, run.activation_checkpointing)
         self.module = self.wrap(self.thoughts_now())
         self.warned_weights = False
 

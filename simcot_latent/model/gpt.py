@@ -276,6 +276,14 @@ class Block(nn.Module):
         self.compiled = tuple(torch.compile(f, dynamic=True, fullgraph=True) for f in (self.before, self.after))
 
 
+def set_block_options(module: nn.Module, compile: bool, checkpointing: bool) -> None:
+    """Compiles all blocks within a module, and says whether they compute activations again; see `Block`."""
+    for block in (part for part in module.modules() if isinstance(part, Block)):
+        block.checkpointing = checkpointing
+        if compile:
+            block.compile_parts()
+
+
 class Transformer(nn.Module):
     """Positions, blocks and final norm: input embeddings to hidden states."""
 
