@@ -60,16 +60,16 @@ class KVCache:
     def fill(self, k_BTGE: Tensor, v_BTGE: Tensor) -> None:
         """Takes the next layer's keys and values of a first pass; columns beyond a row's length hold nothing."""
         B, _, G, E = k_BTGE.shape
-        kept = _Layer(k_BTGE.new_zeros(2, B, G, self.capacity, E))
-        self._layers.append(kept)
-        self._links.append(_Fill.apply(k_BTGE, v_BTGE, kept.kv))  # type: ignore[arg-type]
+        layer = _Layer(k_BTGE.new_zeros(2, B, G, self.capacity, E))
+        self._layers.append(layer)
+        self._links.append(_Fill.apply(k_BTGE, v_BTGE, layer))  # type: ignore[arg-type]
 
     def attend(self, layer: int, qkv_PXE: Tensor, view: CacheView) -> Tensor:
         """Attention of a later pass (P, H * E): writes its keys and values, and its queries see all that they may.
 
-        The gradient of the cache is one buffer a layer. It is handed from the last pass back to the first along a
-        chain of links (tensors without storage that only tell autograd the order); each pass adds to it what its
-        queries saw, and takes out the gradient of its own columns, which is complete by then.
+        Going back, a pass only leaves behind what its queries did with the columns. Along a chain of links (tensors
+        without numbers that only tell autograd the order) an earlier pass finds all later ones done, and takes the
+        gradient of its own columns; that of the first pass, which has nearly all columns, is one product.
 
         Args:
             qkv_PXE: queries, keys and values, not rotated yet; X = H + 2G.
@@ -84,20 +84,56 @@ class KVCache:
         assert self.length_B is not None
         self.length_B = self.length_B[rows_N]
         self._layers = [_Layer(layer.kv[:, rows_N]) for layer in self._layers]
-        self._links = [layer.link() for layer in self._layers]
+        self._links = [layer.new_link() for layer in self._layers]
 
 
 class _Layer:
-    """One layer's keys and values (2, B, G, C, E), and views of them."""
+    """One layer's keys and values (2, B, G, C, E), and views of them; what passes going back have left behind."""
 
     def __init__(self, kv: Tensor) -> None:
         self.kv = kv
         self.k, self.v = (rearrange(half, "b g c e -> (b g) c e") for half in kv)
         self.k_rows, self.v_rows = (rearrange(half, "b g c e -> (b g c) e") for half in kv)
+        self.queries = 0  # R * T of all later passes so far
+        self.left: _LeftBehind | None = None
 
-    def link(self) -> Tensor:
-        """Of the shape of `kv`, since its gradient is that of `kv`; without storage."""
-        return self.kv.new_empty(1).expand(self.kv.shape)
+    def new_link(self) -> Tensor:
+        return self.kv.new_empty(0)
+
+
+class _LeftBehind:
+    """What the queries of later passes, S = R * T of them all, did with keys and values.
+
+    Attributes:
+        scores: gradients of their scores, scaled, and their weights: (2, B * G, S, C).
+        others: the queries themselves, and the gradients of what they saw: (2, B * G, S, E). The gradient of column c's
+            key and value is the product of `scores[..., c]` and this.
+        begin: the queries before this one are still to come.
+    """
+
+    def __init__(self, kv: Tensor, queries: int) -> None:
+        _, B, G, C, E = kv.shape
+        self.scores, self.others = kv.new_empty(2, B * G, queries, C), kv.new_empty(2, B * G, queries, E)
+        self.begin = queries
+
+    def next(self, queries: int) -> tuple[Tensor, Tensor]:
+        """Where an earlier pass is to leave its `scores` and `others`."""
+        self.begin, end = self.begin - queries, self.begin
+        return self.scores[:, :, self.begin : end], self.others[:, :, self.begin : end]
+
+    def grad_first_columns(self, length: int) -> Tensor:
+        """Gradients of the keys and values of the first columns, (2, B * G, T, E)."""
+        scores, others = self._so_far()
+        return torch.bmm(scores[:, :, :length].transpose(1, 2), others).unflatten(0, (2, -1))
+
+    def grad_columns(self, column: Tensor) -> Tensor:
+        """The same of T columns of each row and head: (2 * B * G, 1, T)."""
+        scores, others = self._so_far()
+        scores = scores.gather(2, column.expand(-1, scores.shape[1], -1))
+        return torch.bmm(scores.transpose(1, 2), others).unflatten(0, (2, -1))
+
+    def _so_far(self) -> tuple[Tensor, Tensor]:
+        return self.scores[:, :, self.begin :].flatten(0, 1), self.others[:, :, self.begin :].flatten(0, 1)
 
 
 class CacheView:
@@ -127,25 +163,30 @@ class CacheView:
         self.end = C if torch.is_grad_enabled() else cache.longest + packing.longest
         head_G = torch.arange(G, device=device)
         self.slot_N = rearrange((packing.row_P.unsqueeze(1) * G + head_G) * C + position_P.unsqueeze(1), "p g -> (p g)")
-        hidden_BTC = torch.arange(self.end, device=device) > packing.pad(position_P).unsqueeze(2)
+        position_BT = packing.pad(position_P)
+        self.column = repeat(position_BT, "b t -> (half b g) 1 t", half=2, g=G)
+        hidden_BTC = torch.arange(self.end, device=device) > position_BT.unsqueeze(2)
         bias_BTC = torch.zeros(hidden_BTC.shape, device=device).masked_fill_(hidden_BTC, -math.inf)
         self.bias = repeat(bias_BTC, "b t c -> (b g) (r t) c", g=G, r=H // G)
 
 
 class _Fill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k_BTGE: Tensor, v_BTGE: Tensor, kv: Tensor) -> Tensor:
+    def forward(ctx: Any, k_BTGE: Tensor, v_BTGE: Tensor, layer: _Layer) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.length = T = k_BTGE.shape[1]
-        kv[0, :, :, :T] = k_BTGE.transpose(1, 2)
-        kv[1, :, :, :T] = v_BTGE.transpose(1, 2)
-        return _Layer(kv).link()
+        ctx.layer, ctx.length = layer, k_BTGE.shape[1]
+        layer.kv[0, :, :, : ctx.length] = k_BTGE.transpose(1, 2)
+        layer.kv[1, :, :, : ctx.length] = v_BTGE.transpose(1, 2)
+        return layer.new_link()
 
     @staticmethod
-    def backward(ctx: Any, grad_kv: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        if grad_kv is None:
+    def backward(ctx: Any, link: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        if link is None:  # no later pass counts
             return None, None, None
-        grad_k, grad_v = grad_kv[:, :, :, : ctx.length].transpose(2, 3)
+        layer = ctx.layer
+        grad = layer.left.grad_first_columns(ctx.length)
+        layer.left = None
+        grad_k, grad_v = rearrange(grad, "half (b g) t e -> half b t g e", b=layer.kv.shape[1])
         return grad_k, grad_v, None
 
 
@@ -168,29 +209,39 @@ class _Attend(torch.autograd.Function):
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         out_BTD = rearrange(torch.bmm(weights, v), "(b g) (r t) e -> b t (g r e)", g=G, **view.sizes)
         ctx.save_for_backward(q, weights)
-        ctx.layer, ctx.view, ctx.scale = layer, view, scale
-        return view.packing.unpad(out_BTD), layer.link()
+        layer.queries += q.shape[1]
+        ctx.layer, ctx.view, ctx.scale, ctx.queries = layer, view, scale, layer.queries
+        return view.packing.unpad(out_BTD), layer.new_link()
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, grad_PD: Tensor | None, grad_kv: Tensor | None
+        ctx: Any, grad_PD: Tensor | None, link: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         layer, view = ctx.layer, ctx.view
+        if link is None:
+            if grad_PD is None:
+                return None, None, None, None
+            layer.left = _LeftBehind(layer.kv, ctx.queries)  # the last pass that counts
         (H, G), E = view.heads, layer.kv.shape[-1]
-        grads = _Layer(torch.zeros_like(layer.kv) if grad_kv is None else grad_kv)
-        grad_PXE = layer.kv.new_zeros(len(view.packing), H + 2 * G, E)
-        if grad_PD is not None:  # None: nothing came of these queries, only of the keys beside them
-            q, weights = ctx.saved_tensors
+        q, weights = ctx.saved_tensors
+        scores, others = layer.left.next(q.shape[1])
+        if grad_PD is None:  # nothing came of these queries, only of the keys beside them
+            scores.zero_()
+            others.zero_()
+            grad_q_PHE = q.new_zeros(len(view.packing), H, E)
+        else:
             grad_out = rearrange(view.packing.pad(grad_PD), "b t (g r e) -> (b g) (r t) e", g=G, e=E, **view.sizes)
-            grads.v.baddbmm_(weights.transpose(1, 2), grad_out)
             grad_weights = torch.bmm(grad_out, layer.v.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grads.k.baddbmm_(grad_scores.transpose(1, 2), q, alpha=ctx.scale)
-            grad_q = torch.bmm(grad_scores, layer.k).mul_(ctx.scale)
-            grad_q_BTHE = rearrange(grad_q, "(b g) (r t) e -> b t (g r) e", g=G, **view.sizes)
-            grad_PXE[:, :H] = view.packing.unpad(grad_q_BTHE)
-        grad_PXE[:, H : H + G] = grads.k_rows.index_select(0, view.slot_N).unflatten(0, (-1, G))
-        grad_PXE[:, H + G :] = grads.v_rows.index_select(0, view.slot_N).unflatten(0, (-1, G))
+            torch.mul(grad_scores, ctx.scale, out=scores[0])
+            scores[1].copy_(weights)
+            others[0].copy_(q)
+            others[1].copy_(grad_out)
+            grad_q = rearrange(torch.bmm(scores[0], layer.k), "(b g) (r t) e -> b t (g r) e", g=G, **view.sizes)
+            grad_q_PHE = view.packing.unpad(grad_q)
+        grad_kv = rearrange(layer.left.grad_columns(view.column), "half (b g) t e -> b t half g e", g=G)
+        grad_k_PGE, grad_v_PGE = view.packing.unpad(grad_kv).unbind(1)
+        grad_PXE = torch.cat((grad_q_PHE, grad_k_PGE, grad_v_PGE), dim=1)
         if view.rotary is not None:
             grad_PXE[:, : H + G] = view.rotary.turn_back(grad_PXE[:, : H + G])
-        return grad_PXE, grads.kv, None, None
+        return grad_PXE, layer.new_link(), None, None
