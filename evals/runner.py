@@ -29,7 +29,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, wilson_interval
-from simcot_latent.probe import decode_steps, gold_groups, think
+from simcot_latent.probe import decode_steps, gold_groups, latents_of
 
 
 @dataclass
@@ -130,7 +130,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
             decoded: list[list[str]] = [[] for _ in chosen]
             gold: list[list[str | None]] = [[] for _ in chosen]
             if checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents:
-                decoded = decode_steps(checkpoint, think(checkpoint, questions))
+                decoded = decode_steps(checkpoint, latents_of(generations))
                 gold = [gold_groups(checkpoint, problem) for problem in chosen]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):
             predictions[i] = Prediction(problem, generation, said, wanted)

@@ -9,7 +9,7 @@ Shapes: B rows, N rows still writing, P prompt tokens of all rows, D width, V vo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -70,12 +70,14 @@ class Generation:
         n_tokens: what it took: thoughts, and tokens written, end token included.
         finished: whether it came to its end token (else it ran into a limit).
         answer_mark: see `ThoughtFormat`.
+        latents_KD: its thoughts; None for a model that writes its steps.
     """
 
     text: str
     n_tokens: int
     finished: bool
     answer_mark: str = ANSWER_MARK
+    latents_KD: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def answer(self) -> str:
@@ -146,8 +148,10 @@ def generate(
     spent = thoughts.n_latents + thoughts.thinks
     limits = [min(max_new_tokens, model.config.context_length - len(ids) - spent) for ids in prompts]
     B, room = len(prompts), thoughts.thinks + max(limits)
+    latents: Sequence[Tensor | None] = [None] * B
     if thoughts.n_latents:
         state = think_about(model, thoughts, prompts, room)
+        latents = state.latents_BKD.unbind()
         eot_BD = model.embedding(torch.full((B,), tokenizer.eot_id, device=device))
         hidden_ND = go_on(model, state, eot_BD, to_device(pack_texts([1] * B, thoughts.feeds_last), device))
         cache = state.cache
@@ -185,8 +189,8 @@ def generate(
             packing = to_device(Packing.of([row in writes for row in range(len(rows))]), device)
         hidden_ND = model(ids_N, packing, cache)
     return [
-        Generation(tokenizer.decode(ids), thoughts.n_latents + len(ids), done, thoughts.answer_mark)
-        for ids, done in zip(written, finished, strict=True)
+        Generation(tokenizer.decode(ids), thoughts.n_latents + len(ids), done, thoughts.answer_mark, latents_KD)
+        for ids, done, latents_KD in zip(written, finished, latents, strict=True)
     ]
 
 

@@ -30,7 +30,7 @@ from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.data.sources import SPLITS, Source
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError
-from simcot_latent.generate import encode_prompts, generate_all, think_about
+from simcot_latent.generate import Generation, encode_prompts, generate, think_about
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
 from simcot_latent.model.cache import KVCache
@@ -112,12 +112,21 @@ def think(checkpoint: Checkpoint, questions: Sequence[str]) -> Thoughts:
         UserError: the model does not think, or a question is empty or does not fit the context.
     """
     model, thoughts = checkpoint.model, checkpoint.thoughts
-    if thoughts.n_latents == 0:
-        raise UserError(f"{checkpoint.path}: this model writes its steps and has no thoughts; use one of mode=latent")
+    _require_thoughts(checkpoint)
     prompts = encode_prompts(model, checkpoint.tokenizer, thoughts, questions)
     if not prompts:
         return Thoughts(torch.empty(0, thoughts.n_latents, model.config.n_embd, device=checkpoint.device), KVCache(0))
     return think_about(model, thoughts, prompts)
+
+
+def _require_thoughts(checkpoint: Checkpoint) -> None:
+    if checkpoint.thoughts.n_latents == 0:
+        raise UserError(f"{checkpoint.path}: this model writes its steps and has no thoughts; use one of mode=latent")
+
+
+def latents_of(generations: Sequence[Generation]) -> Tensor:
+    """The thoughts (B, K, D) that answers (at least one) of a model that thinks came from."""
+    return torch.stack([g.latents_KD for g in generations if g.latents_KD is not None])
 
 
 def decode_steps(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[list[str]]:
@@ -150,19 +159,28 @@ def group_prefix(checkpoint: Checkpoint, latents_BKD: Tensor) -> Tensor:
 
 def probe_questions(checkpoint: Checkpoint, questions: Sequence[str]) -> list[QuestionProbe]:
     """Questions without gold solutions: what their thoughts say, and the answers."""
-    decoded = decode_groups(checkpoint, think(checkpoint, questions))
-    answers = generate_all(checkpoint, questions, batch_size=max(1, len(questions)))
+    generations, latents_BKD = _answer(checkpoint, questions)
     return [
         QuestionProbe(question, [GroupProbe(text, steps_are_right(text), p) for text, p in groups], generation.answer)
-        for question, groups, generation in zip(questions, decoded, answers, strict=True)
+        for question, groups, generation in zip(
+            questions, decode_groups(checkpoint, latents_BKD), generations, strict=True
+        )
     ]
+
+
+def _answer(checkpoint: Checkpoint, questions: Sequence[str]) -> tuple[list[Generation], Tensor]:
+    """Answers to questions as one batch, and the thoughts (B, K, D) that they came from."""
+    require_decoder(checkpoint)
+    _require_thoughts(checkpoint)
+    model, limit = checkpoint.model, checkpoint.config["max_new_tokens"]
+    generations = generate(model, checkpoint.tokenizer, checkpoint.thoughts, questions, limit)
+    return generations, latents_of(generations) if generations else think(checkpoint, []).latents
 
 
 def probe_problems(checkpoint: Checkpoint, problems: Sequence[Problem]) -> list[QuestionProbe]:
     """Problems with gold solutions, as one batch: as `probe_questions`, and each group against its gold steps."""
-    latents_BKD = think(checkpoint, [problem.question for problem in problems]).latents
+    answers, latents_BKD = _answer(checkpoint, [problem.question for problem in problems])
     decoded = decode_groups(checkpoint, latents_BKD)
-    answers = generate_all(checkpoint, [problem.question for problem in problems], batch_size=max(1, len(problems)))
     gold = [gold_groups(checkpoint, problem) for problem in problems]
     forced = teacher_forced(checkpoint, latents_BKD, [text for groups in gold for text in groups])
     G = checkpoint.thoughts.groups

@@ -89,6 +89,7 @@ def naive_generation(
     vectors = [model.embedding.weight[i] for i in prompt]
     for _ in range(thoughts.n_latents):
         vectors.append(last_state())
+    latents_KD = torch.stack(vectors[len(prompt) :]) if thoughts.n_latents else None
     if thoughts.thinks:
         vectors.append(model.embedding.weight[tokenizer.eot_id])
     written: list[int] = []
@@ -98,8 +99,8 @@ def naive_generation(
         lead = min(lead, (best[0] - best[1]).item())
         written.append(int(ids[0]))
         vectors.append(model.embedding.weight[written[-1]])
-    text = tokenizer.decode(written)
-    return Generation(text, thoughts.n_latents + len(written), tokenizer.end_id in written), lead
+    text, finished = tokenizer.decode(written), tokenizer.end_id in written
+    return Generation(text, thoughts.n_latents + len(written), finished, latents_KD=latents_KD), lead
 
 
 # The same alone and in company
@@ -112,6 +113,8 @@ def test_equals_a_naive_loop(ending_model: GPT, tokenizer: Tokenizer, thoughts: 
     expected = [naive_generation(ending_model, tokenizer, thoughts, q, MAX_NEW_TOKENS) for q in QUESTIONS]
     assert min(lead for _, lead in expected) > 1e-3, "so near a tie that rounding decides: take another seed"
     assert generations == [generation for generation, _ in expected]
+    for found, (wanted, _) in zip(generations, expected, strict=True):
+        torch.testing.assert_close(found.latents_KD, wanted.latents_KD, atol=1e-4, rtol=1e-4)
     lengths = {generation.n_tokens for generation in generations}
     assert len(lengths) >= 4, f"too much alike to prove anything: {lengths}"
     assert len({generation.text for generation in generations}) >= 4
