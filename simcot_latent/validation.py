@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from simcot_latent.config import RunConfig
 from simcot_latent.data.batch import by_length, to_device
 from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.distributed import Ranks
-from simcot_latent.generate import encode_prompts, generate, think_about
+from simcot_latent.generate import generate
 from simcot_latent.losses import add_up
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.thoughts import ThoughtFormat, geometry
@@ -50,30 +48,23 @@ def validate(
     objective.eval()
     batches = [objective.collate([held_out.examples[i] for i in batch], thoughts) for batch in plan]
     totals = ranks.sum({key: value.to(device) for key, value in add_up([b.totals for b in batches]).items()})
-    shares = ranks.sum(add_up([objective(to_device(batch, device), totals) for batch in batches]))
-    correct = sum(count_correct(objective, thoughts, [held_out.problems[i] for i in batch], run) for batch in plan)
-    correct_all = ranks.sum({"correct": torch.tensor(float(correct), device=device)})["correct"].item()
-    metrics = {f"val_{key}": value.item() for key, value in shares.items()}
-    metrics["val_accuracy"] = correct_all / len(held_out.examples)
-    if thoughts.n_latents:
-        # One batch is plenty for a mean distance; rank 0's, so that all ranks report the same.
-        questions = [held_out.problems[i].question for i in range(min(run.eval_batch_size, len(held_out.problems)))]
-        metrics |= geometry(latents(objective, thoughts, questions), objective.model.embedding.weight)
+    found = add_up([objective(to_device(batch, device), totals) for batch in batches])
+    shares = {f"val_{key}": value for key, value in ranks.sum(found).items()}
+    correct, latents = 0, []
+    for batch in plan:
+        problems = [held_out.problems[i] for i in batch]
+        questions = [problem.question for problem in problems]
+        generations = generate(objective.model, objective.tokenizer, thoughts, questions, run.max_new_tokens)
+        correct += sum(same_number(g.answer, p.answer) for g, p in zip(generations, problems, strict=True))
+        latents += [g.latents_KD for g in generations if g.latents_KD is not None]
+    means = {"val_accuracy": correct / len(mine)}
+    if latents:
+        means |= geometry(torch.stack(latents), objective.model.embedding.weight)
+    sums = ranks.sum({key: torch.tensor(value * len(mine), device=device) for key, value in means.items()})
     objective.train()
-    return metrics
-
-
-def count_correct(objective: Objective, thoughts: ThoughtFormat, problems: Sequence[Problem], run: RunConfig) -> int:
-    """How many problems the model answers right, strictly."""
-    questions = [problem.question for problem in problems]
-    generations = generate(objective.model, objective.tokenizer, thoughts, questions, run.max_new_tokens)
-    return sum(same_number(g.answer, p.answer) for g, p in zip(generations, problems, strict=True))
-
-
-def latents(objective: Objective, thoughts: ThoughtFormat, questions: Sequence[str]) -> Tensor:
-    """The thoughts about some questions, (B, K, D)."""
-    prompts = encode_prompts(objective.model, objective.tokenizer, thoughts, questions)
-    return think_about(objective.model, thoughts, prompts).latents_BKD
+    return {key: value.item() for key, value in shares.items()} | {
+        key: value.item() / len(held_out.examples) for key, value in sums.items()
+    }
 
 
 def have_collapsed(metrics: dict[str, float]) -> bool:
