@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from huggingface_hub.errors import (
 from simcot_latent.checkpoint import CONFIG, DECODER, MODEL, TOKENIZER, Checkpoint, load_checkpoint, write_checkpoint
 from simcot_latent.config import one_line
 from simcot_latent.errors import UserError
+from simcot_latent.published import HUB_ID
 
 FILES = [CONFIG, MODEL, DECODER, f"{TOKENIZER}/*"]
 """What of a repository is downloaded."""
@@ -57,7 +60,8 @@ class HubCheckpoint(
         self.checkpoint = checkpoint
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_checkpoint(self.checkpoint, save_directory)
+        config = without_local_paths(self.checkpoint.config)
+        write_checkpoint(replace(self.checkpoint, config=config), save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, device: str | torch.device, **options: Any) -> HubCheckpoint:
@@ -84,6 +88,22 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str, **options: Any) -> str:
     """See `Checkpoint.push_to_hub`."""
     with hub_errors(f"repo_id={repo_id}: cannot be pushed to the hub"):
         return HubCheckpoint(checkpoint).push_to_hub(repo_id, model_card_kwargs={"title": repo_id}, **options)
+
+
+def without_local_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what only holds on the machine that it ran on, where others would look in vain.
+
+    So an eval of the source that it was trained on takes the hub's copy of the data.
+    """
+    config = deepcopy(config)
+    start = str(config.get("init_from"))
+    if Path(start).exists() or not HUB_ID.fullmatch(start):
+        config.pop("init_from", None)
+    config.pop("out_dir", None)
+    for section, key in (("data", "path"), ("tokenizer", "ranks")):
+        if key in config.get(section, {}):
+            config[section][key] = None
+    return config
 
 
 @contextmanager

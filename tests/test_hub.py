@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,31 @@ def test_what_is_saved_comes_back(checkpoint: Checkpoint, tmp_path: Path) -> Non
     assert files_of(tmp_path / "saved") == FILES | {"step_decoder.safetensors"}
     assert_same(Checkpoint.from_pretrained(tmp_path / "saved"), checkpoint)
     assert_same(sl.load_checkpoint(tmp_path / "saved"), checkpoint)
+
+
+@pytest.mark.parametrize("start", ["me/base", "runs/weighted", "/home/me/base.gguf", None])
+def test_no_path_of_this_machine_is_published(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str | None
+) -> None:
+    """Data are then looked for where anyone finds them; what a run started from is kept where it is on the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "weighted").mkdir(parents=True)
+    local = {
+        "data": {"path": "/home/me/gsm8k", "hub_id": "openai/gsm8k"},
+        "tokenizer": {"ranks": "mine.tiktoken"},
+        "out_dir": "/home/me/runs/latent",
+        "init_from": start,
+        "seed": 3,
+    }
+    checkpoint.config |= local
+    before = deepcopy(checkpoint.config)
+    checkpoint.save_pretrained(tmp_path / "saved")
+    saved = sl.load_checkpoint(tmp_path / "saved").config
+    assert saved["data"] == {"path": None, "hub_id": "openai/gsm8k"}
+    assert (saved["tokenizer"], saved["seed"], saved["mode"]) == ({"ranks": None}, 3, "latent")
+    assert saved.get("init_from") == ("me/base" if start == "me/base" else None)
+    assert "/home" not in (tmp_path / "saved" / "config.json").read_text()
+    assert checkpoint.config == before, "the checkpoint itself is another matter"
 
 
 def test_a_run_is_a_source_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
