@@ -20,12 +20,12 @@ from rich.table import Table
 
 from simcot_latent import cli
 from simcot_latent.checkpoint import load_checkpoint, write_json
-from simcot_latent.config import instantiate, require, require_choice, typed
+from simcot_latent.config import instantiate, typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, same_number
 from simcot_latent.data.sources import SPLITS, Source
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, wilson_interval

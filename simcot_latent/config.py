@@ -18,7 +18,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, require, require_choice
 
 T = TypeVar("T")
 
@@ -27,17 +27,6 @@ def config_dir() -> Path:
     """The yaml files: inside an installed package, or beside it in a checkout."""
     packaged = Path(__file__).parent / "configs"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def require(ok: bool, key: str, value: object, right: str) -> None:
-    """Raises a `UserError` that names the key, its value and what would be right, unless `ok`."""
-    if not ok:
-        raise UserError(f"{key}={value}: must be {right}")
-
-
-def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
-    """`require` for a value that is one of a few words."""
-    require(value in choices, key, value, f"one of {', '.join(choices)}")
 
 
 def _is_whole(value: object) -> bool:

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from simcot_latent import cli
 from simcot_latent.checkpoint import Checkpoint, new_folder, write_checkpoint
-from simcot_latent.config import require, require_choice, typed
+from simcot_latent.config import typed
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.logs import make_console
 from simcot_latent.model.families import Family, build, family_of
 from simcot_latent.model.gpt import GPT

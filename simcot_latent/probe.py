@@ -23,13 +23,13 @@ from torch import Tensor
 
 from simcot_latent import cli
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder
-from simcot_latent.config import instantiate, require, require_choice, typed
+from simcot_latent.config import instantiate, typed
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.data.sources import SPLITS, Source
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, encode_prompts, generate, think_about
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.model.cache import CacheView, KVCache
 from simcot_latent.model.linear import Embedding, Linear, gathered_again
 from simcot_latent.model.packing import Packing
@@ -81,25 +81,21 @@ class GPTConfig:
                 raise UserError(f"model.rope_scaling: {error}") from error
         for key in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
             value = getattr(self, key)
-            _require(isinstance(value, int) and value >= 1, key, value, "a whole number, at least 1")
-        _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head={self.n_head}")
-        _require(
-            self.kv_heads >= 1 and self.n_head % self.kv_heads == 0,
-            "n_kv_head",
-            self.n_kv_head,
-            f"a divisor of n_head={self.n_head}",
-        )
-        _require(self.positions in ("learned", "rotary"), "positions", self.positions, "learned or rotary")
-        _require(
-            self.positions != "rotary" or self.head_width % 2 == 0, "n_embd", self.n_embd, "even per head for rotary"
-        )
-        _require(self.norm in ("layernorm", "rmsnorm"), "norm", self.norm, "layernorm or rmsnorm")
-        _require(self.activation in _ACTIVATIONS, "activation", self.activation, f"one of {', '.join(_ACTIVATIONS)}")
+            require(isinstance(value, int) and value >= 1, f"model.{key}", value, "a whole number, at least 1")
+        width, heads = self.n_embd, self.n_head
+        require(width % heads == 0, "model.n_embd", width, f"a multiple of n_head={heads}")
+        shared = self.kv_heads >= 1 and heads % self.kv_heads == 0
+        require(shared, "model.n_kv_head", self.n_kv_head, f"a divisor of n_head={heads}")
+        require_choice("model.positions", self.positions, ("learned", "rotary"))
+        halves = self.positions != "rotary" or self.head_width % 2 == 0
+        require(halves, "model.n_embd", width, "even per head for rotary")
+        require_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        require_choice("model.activation", self.activation, tuple(_ACTIVATIONS))
         for key in ("ffn_width", "projector_width"):
-            _require(getattr(self, key) is None or getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        _require(
-            self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", self.logit_softcap, "above 0 or null"
-        )
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"model.{key}", value, "at least 1")
+        softcap = self.logit_softcap
+        require(softcap is None or softcap > 0, "model.logit_softcap", softcap, "above 0 or null")
 
     @property
     def kv_heads(self) -> int:
@@ -108,11 +104,6 @@ class GPTConfig:
     @property
     def head_width(self) -> int:
         return self.n_embd // self.n_head
-
-
-def _require(ok: bool, key: str, value: object, right: str) -> None:
-    if not ok:
-        raise UserError(f"model.{key}={value}: must be {right}")
 
 
 def _swiglu(x: Tensor) -> Tensor:
