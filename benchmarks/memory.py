@@ -161,8 +161,7 @@ def padded_loss(objective: LatentObjective, batch: LatentBatch) -> Tensor:
 
 def split_rows(ids_P: Tensor, packing: Packing) -> list[Tensor]:
     """Packed token ids as one tensor a row."""
-    grid_BT = packing.pad(ids_P)
-    return [row[:length] for row, length in zip(grid_BT, packing.length_B.tolist(), strict=True)]
+    return [ids_P[packing.row_P == row] for row in range(packing.rows)]
 
 
 class ProcessMemory:

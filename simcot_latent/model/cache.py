@@ -57,12 +57,23 @@ class KVCache:
         self.length_B = packing.length_B if self.length_B is None else self.length_B + packing.length_B
         self.longest += packing.longest
 
-    def fill(self, k_BTGE: Tensor, v_BTGE: Tensor) -> None:
-        """Takes the next layer's keys and values of a first pass; columns beyond a row's length hold nothing."""
-        B, _, G, E = k_BTGE.shape
-        layer = _Layer(k_BTGE.new_zeros(2, B, G, self.capacity, E))
+    def slots(self, packing: Packing, position_P: Tensor, kv_heads: int) -> Tensor:
+        """Where the keys, and the values, of new tokens lie in a layer's (B * G * C, E): (P * G,)."""
+        head_G = torch.arange(kv_heads, device=position_P.device)
+        slot_PG = (packing.row_P.unsqueeze(1) * kv_heads + head_G) * self.capacity + position_P.unsqueeze(1)
+        return rearrange(slot_PG, "p g -> (p g)")
+
+    def fill(self, k_PGE: Tensor, v_PGE: Tensor, rows: int, slot_N: Tensor) -> None:
+        """Takes the next layer's keys and values of a first pass; columns beyond a row's length hold nothing.
+
+        Args:
+            rows: B.
+            slot_N: see `slots`.
+        """
+        _, G, E = k_PGE.shape
+        layer = _Layer(k_PGE.new_zeros(2, rows, G, self.capacity, E))
         self._layers.append(layer)
-        self._links.append(_Fill.apply(k_BTGE, v_BTGE, layer))  # type: ignore[arg-type]
+        self._links.append(_Fill.apply(k_PGE, v_PGE, layer, slot_N))  # type: ignore[arg-type]
 
     def attend(self, layer: int, qkv_PXE: Tensor, view: CacheView) -> Tensor:
         """Attention of a later pass (P, H * E): writes its keys and values, and its queries see all that they may.
@@ -121,13 +132,13 @@ class _LeftBehind:
         self.begin, end = self.begin - queries, self.begin
         return self.scores[:, :, self.begin : end], self.others[:, :, self.begin : end]
 
-    def grad_first_columns(self, length: int) -> Tensor:
-        """Gradients of the keys and values of the first columns, (2, B * G, T, E)."""
+    def grad_all_columns(self) -> Tensor:
+        """Gradients of keys and values at all columns, (2, B * G, C, E)."""
         scores, others = self._so_far()
-        return torch.bmm(scores[:, :, :length].transpose(1, 2), others).unflatten(0, (2, -1))
+        return torch.bmm(scores.transpose(1, 2), others).unflatten(0, (2, -1))
 
     def grad_columns(self, column: Tensor) -> Tensor:
-        """The same of T columns of each row and head: (2 * B * G, 1, T)."""
+        """The same at T columns of each row and head, (2 * B * G, 1, T): (2, B * G, T, E)."""
         scores, others = self._so_far()
         scores = scores.gather(2, column.expand(-1, scores.shape[1], -1))
         return torch.bmm(scores.transpose(1, 2), others).unflatten(0, (2, -1))
@@ -161,8 +172,7 @@ class CacheView:
         # Columns that nobody has reached yet are left out; in training the whole buffer is used, whose gradient
         # products want it contiguous.
         self.end = C if torch.is_grad_enabled() else cache.longest + packing.longest
-        head_G = torch.arange(G, device=device)
-        self.slot_N = rearrange((packing.row_P.unsqueeze(1) * G + head_G) * C + position_P.unsqueeze(1), "p g -> (p g)")
+        self.slot_N = cache.slots(packing, position_P, G)
         position_BT = packing.pad(position_P)
         self.column = repeat(position_BT, "b t -> (half b g) 1 t", half=2, g=G)
         hidden_BTC = torch.arange(self.end, device=device) > position_BT.unsqueeze(2)
@@ -172,22 +182,21 @@ class CacheView:
 
 class _Fill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k_BTGE: Tensor, v_BTGE: Tensor, layer: _Layer) -> Tensor:
+    def forward(ctx: Any, k_PGE: Tensor, v_PGE: Tensor, layer: _Layer, slot_N: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.layer, ctx.length = layer, k_BTGE.shape[1]
-        layer.kv[0, :, :, : ctx.length] = k_BTGE.transpose(1, 2)
-        layer.kv[1, :, :, : ctx.length] = v_BTGE.transpose(1, 2)
+        ctx.layer, ctx.slot_N = layer, slot_N
+        layer.k_rows.index_copy_(0, slot_N, k_PGE.flatten(0, 1))
+        layer.v_rows.index_copy_(0, slot_N, v_PGE.flatten(0, 1))
         return layer.new_link()
 
     @staticmethod
-    def backward(ctx: Any, link: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, link: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if link is None:  # no later pass counts
-            return None, None, None
+            return None, None, None, None
         layer = ctx.layer
-        grad = layer.left.grad_first_columns(ctx.length)
-        layer.left = None
-        grad_k, grad_v = rearrange(grad, "half (b g) t e -> half b t g e", b=layer.kv.shape[1])
-        return grad_k, grad_v, None
+        grads, layer.left = layer.left.grad_all_columns().flatten(1, 2), None
+        grad_k_PGE, grad_v_PGE = (x.index_select(0, ctx.slot_N).unflatten(0, (-1, layer.kv.shape[2])) for x in grads)
+        return grad_k_PGE, grad_v_PGE, None, None
 
 
 class _Attend(torch.autograd.Function):

@@ -146,8 +146,10 @@ class Sight:
         if config.positions == "rotary":
             self.rotary = Rotary.at(self.position_P, config.head_width, config.rope_base, config.rope_scaling)
         self.layer = 0  # layers attend one after the other
-        self.view = None
-        if cache is not None and not cache.is_empty:
+        self.view = self.slot_N = None
+        if cache is not None and cache.is_empty:
+            self.slot_N = cache.slots(packing, self.position_P, G)
+        elif cache is not None:
             self.view = CacheView(cache, packing, self.position_P, self.rotary, (H, G))
         self.device = packing.row_P.device.type
         self.in_autocast = torch.is_autocast_enabled(self.device)
@@ -155,7 +157,7 @@ class Sight:
     def attend(self, qkv_PXE: Tensor) -> Tensor:
         """Scaled dot-product attention of the next layer, (P, H * E).
 
-        The only place where rows are padded to a rectangle. Attention on a CPU stays in float32: its fused kernel's
+        The only place where rows are padded to rectangles. Attention on a CPU stays in float32: its fused kernel's
         bfloat16 backward is 4x slower.
 
         Args:
@@ -170,16 +172,21 @@ class Sight:
         if self.cache is not None and self.view is not None:
             self.layer += 1
             return self.cache.attend(self.layer - 1, qkv_PXE, self.view)
-        (H, G), pad = self.heads, self.packing.pad
+        H, G = self.heads
         qk_PXE, v_PGE = qkv_PXE.split((H + G, G), dim=1)
-        qk_BTXE, v_BTGE = pad(qk_PXE if self.rotary is None else self.rotary(qk_PXE)), pad(v_PGE)
-        q_BTHE, k_BTGE = qk_BTXE.split((H, G), dim=2)
-        if self.cache is not None:
-            self.cache.fill(k_BTGE, v_BTGE)
+        q_PHE, k_PGE = (qk_PXE if self.rotary is None else self.rotary(qk_PXE)).split((H, G), dim=1)
+        if self.cache is not None and self.slot_N is not None:
+            self.cache.fill(k_PGE, v_PGE, self.packing.rows, self.slot_N)
+        rectangles = zip(*(self.packing.lay_out(x) for x in (q_PHE, k_PGE, v_PGE)), strict=True)
+        return self.packing.unpad(*(self._attend_within(*rectangle) for rectangle in rectangles))
+
+    def _attend_within(self, q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor) -> Tensor:
+        """Attention of a first pass in one rectangle, (B, T, H * E)."""
         # Padding is on the right, where causality alone keeps it from being seen.
         q_BHTE, k_BGTE, v_BGTE = (rearrange(x, "b t h e -> b h t e") for x in (q_BTHE, k_BTGE, v_BTGE))
-        out_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BGTE, v_BGTE, is_causal=True, enable_gqa=H != G)
-        return self.packing.unpad(rearrange(out_BHTE, "b h t e -> b t (h e)"))
+        gqa = q_BHTE.shape[1] != k_BGTE.shape[1]
+        out_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BGTE, v_BGTE, is_causal=True, enable_gqa=gqa)
+        return rearrange(out_BHTE, "b h t e -> b t (h e)")
 
 
 def last(x_PD: Tensor, count: int | None) -> Tensor:

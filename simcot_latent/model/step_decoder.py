@@ -52,7 +52,7 @@ class PackedSteps:
         return cls(
             ids_L=torch.tensor(list(chain.from_iterable(groups)), dtype=torch.long),
             # Every group's first thought, every group's second, .., then the tokens.
-            packing=Packing.of(*[[1] * len(groups)] * latents_per_step, lengths.tolist()),
+            packing=Packing.of(*[[1] * len(groups)] * latents_per_step, lengths.tolist(), tight=True),
             label_M=torch.tensor([*first, *chain.from_iterable(others)], dtype=torch.long),
             group_M=torch.cat((group_N, group_N.repeat_interleave(lengths))),
         )

@@ -110,7 +110,7 @@ class Objective(nn.Module, ABC):
         """Prompts without loss, then texts in which the tokens of steps weigh `step_weight_multiplier`."""
         silent = [prompt[:-1] for prompt in prompts]
         predicting = [[prompt[-1], *text.ids[:-1]] for prompt, text in zip(prompts, texts, strict=True)]
-        packing = Packing.of(list(map(len, silent)), list(map(len, predicting)))
+        packing = Packing.of(list(map(len, silent)), list(map(len, predicting)), tight=True)
         targets = self.text_targets(texts)
         return WrittenBatch(
             flat_ids(silent, predicting), packing, targets, target_totals(targets) | position_totals(packing)
@@ -159,5 +159,5 @@ def position_totals(*packings: Packing) -> dict[str, Tensor]:
     """Tokens that are read, and the slots of the rectangles in which attention lays them out."""
     return {
         "positions": torch.tensor(float(sum(map(len, packings)))),
-        "slots": torch.tensor(float(sum(packing.rows * packing.longest for packing in packings))),
+        "slots": torch.tensor(float(sum(packing.slots for packing in packings))),
     }

@@ -117,7 +117,7 @@ class LatentObjective(Objective):
 
         B = len(examples)
         silent, bots = [e.question[:-1] for e in examples], [e.question[-1:] for e in examples]
-        questions = Packing.of(list(map(len, silent)), [1] * B)
+        questions = Packing.of(list(map(len, silent)), [1] * B, tight=True)
         # Steps that no thought has replaced yet follow <|eot|> as text.
         remaining = [example.steps[groups:] if groups < self.config.latent.groups else [] for example in examples]
         texts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -179,7 +180,7 @@ def test_the_order_of_tokens_does_not_matter(model: GPT, assert_equal_gradients:
     first, second = Packing.of([4, 1, 2]), Packing.of([2, 3, 1])
     order_P = torch.tensor([4, 0, 5, 3, 1, 2])
     row_P, offset_P, slot_P = (x[order_P] for x in (second.row_P, second.offset_P, second.slot_P))
-    mixed = Packing(row_P, offset_P, slot_P, second.length_B, second.longest, is_grid=False)
+    mixed = replace(second, row_P=row_P, offset_P=offset_P, slot_P=slot_P)
     ids_P, more_P, weight_PD = random_ids(1, 7)[0], random_ids(1, 6, seed=1)[0], random_weights(6, WIDTH)
     hidden = []
     for packing, more in ((second, more_P), (mixed, more_P[order_P])):
@@ -188,6 +189,19 @@ def test_the_order_of_tokens_does_not_matter(model: GPT, assert_equal_gradients:
         hidden.append(model(more, packing, cache))
     torch.testing.assert_close(hidden[1], hidden[0][order_P], atol=1e-5, rtol=1e-5)
     assert_equal_gradients((hidden[1] * weight_PD[order_P]).sum(), (hidden[0] * weight_PD).sum(), model)
+
+
+def test_a_first_piece_in_tight_rectangles(model: GPT, assert_equal_gradients: Callable[..., None]) -> None:
+    """Rows of one or two tokens beside a long one: what later pieces see, and all gradients, are the same."""
+    sections, second = ([1, 7, 2, 0], [1, 1, 1, 1]), Packing.of([2, 1, 0, 3])
+    ids_P, more_P, weight_PD = random_ids(1, 14)[0], random_ids(1, 6, seed=1)[0], random_weights(20, WIDTH)
+    found = []
+    for tight in (False, True):
+        first, cache = Packing.of(*sections, tight=tight), KVCache(11)
+        assert len(first.rectangles) == (4 if tight else 1)
+        found.append(torch.cat((model(ids_P, first, cache), model(more_P, second, cache))))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert_equal_gradients(*((hidden_PD * weight_PD).sum() for hidden_PD in found), model)
 
 
 # Several graphs

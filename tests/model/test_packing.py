@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, combinations, pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.nn.functional as F
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from simcot_latent.data.batch import to_device
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.packing import Packing, take
+from simcot_latent.model.packing import WORTH_A_RECTANGLE, Packing, take, tight_rectangles
 
 FAMILIES = ["gpt2", "llama", "nanochat"]
 WIDTH, VOCAB = 32, 61
@@ -30,7 +33,7 @@ def shuffled(packing: Packing, seed: int) -> tuple[Packing, Tensor]:
     """The same tokens in an order that no `Packing.of` gives; and which token each of them was."""
     order_P = torch.randperm(len(packing), generator=torch.Generator().manual_seed(seed))
     row_P, offset_P, slot_P = (x[order_P] for x in (packing.row_P, packing.offset_P, packing.slot_P))
-    return Packing(row_P, offset_P, slot_P, packing.length_B, packing.longest, is_grid=False), order_P
+    return replace(packing, row_P=row_P, offset_P=offset_P, slot_P=slot_P), order_P
 
 
 def row_by_row(packing: Packing, x_PN: Tensor) -> list[Tensor]:
@@ -66,6 +69,7 @@ def test_sections_are_laid_out_one_after_the_other(sections: list[list[int]]) ->
     assert list(zip(packing.row_P.tolist(), packing.offset_P.tolist(), strict=True)) == tokens
     assert packing.length_B.tolist() == lengths
     assert packing.longest == max(lengths, default=0)
+    assert packing.rectangles == ((packing.rows, packing.longest),)
     assert packing.slot_P.tolist() == [row * packing.longest + offset for row, offset in tokens]
     assert (len(packing), packing.rows) == (len(tokens), len(lengths))
     assert not packing.is_grid
@@ -90,6 +94,44 @@ def test_a_packing_moves_to_a_device_whole() -> None:
     assert {x.device.type for x in (moved.row_P, moved.offset_P, moved.slot_P, moved.length_B)} == {"meta"}
     assert (moved.longest, moved.is_grid, len(moved), moved.rows) == (4, False, 8, 3)
     assert to_device(Packing.grid(2, 3), torch.device("meta")).is_grid
+
+
+def cost(lengths: Sequence[int], cuts: Sequence[int]) -> float:
+    """Slots of rows, longest first, that are cut into rectangles, and the price of these."""
+    price = WORTH_A_RECTANGLE * sum(lengths)
+    return sum((end - begin) * lengths[begin] + price for begin, end in pairwise([0, *cuts, len(lengths)]))
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8).map(lambda lengths: sorted(lengths, reverse=True)))
+@example([40, 40, 39, 6, 5, 5, 1, 0]).via("worth cutting")
+@example([10, 10, 10, 9, 9, 9]).via("not worth it")
+@settings(deadline=None)
+def test_rectangles_are_the_best_there_are(lengths: list[int]) -> None:
+    """Against all ways to cut the rows."""
+    rectangles = tight_rectangles(lengths)
+    assert sum(rows for rows, _ in rectangles) == len(lengths)
+    cuts = list(accumulate(rows for rows, _ in rectangles))
+    assert [width for _, width in rectangles] == [lengths[begin] for begin in [0, *cuts[:-1]]]
+    ways = [cost(lengths, way) for n in range(len(lengths)) for way in combinations(range(1, len(lengths)), n)]
+    assert cost(lengths, cuts[:-1]) == pytest.approx(min(ways))
+
+
+@given(sections_of(st.integers(1, 6), longest=9), st.integers(0, 1000))
+@settings(deadline=None)
+def test_tight_rectangles_hold_every_row_once(sections: list[list[int]], seed: int) -> None:
+    """Rows and their zeros, as in one rectangle, in fewer slots or as many; there and back."""
+    packing, _ = shuffled(Packing.of(*sections, tight=True), seed)
+    loose = Packing.of(*sections)
+    assert len(packing) <= packing.slots <= loose.slots == loose.rows * loose.longest
+    x_PN = random_numbers(len(packing), 2, seed=seed)
+    laid_out = packing.lay_out(x_PN)
+    assert [x_BTN.shape[:2] for x_BTN in laid_out] == list(packing.rectangles)
+    found = sorted(row_TN.tolist() for x_BTN in laid_out for row_TN in x_BTN)
+    widths = [width for rows, width in packing.rectangles for _ in range(rows)]
+    by_length = sorted(row_by_row(packing, x_PN), key=len, reverse=True)
+    expected = [F.pad(row_TN, (0, 0, 0, width - len(row_TN))) for row_TN, width in zip(by_length, widths, strict=True)]
+    assert found == sorted(row_TN.tolist() for row_TN in expected)
+    assert torch.equal(packing.unpad(*laid_out), x_PN)
 
 
 @given(sections_of(st.integers(1, 5)), st.integers(0, 1000))
@@ -133,19 +175,20 @@ def test_taking_rows(index: list[int]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@given(sections=sections_of(st.integers(1, 4)), shuffle=st.booleans(), seed=st.integers(0, 1000))
+@given(sections=sections_of(st.integers(1, 4)), tight=st.booleans(), shuffle=st.booleans(), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=40)
 def test_a_row_is_the_same_in_any_company(
     make_model: Callable[..., GPT],
     assert_equal_gradients: Callable[..., None],
     family: str,
     sections: list[list[int]],
+    tight: bool,
     shuffle: bool,
     seed: int,
 ) -> None:
     """Hidden states and gradients of ragged rows, their tokens in any order, are those of each row alone."""
     model = make_model(family)
-    packing = Packing.of(*sections)
+    packing = Packing.of(*sections, tight=tight)
     if shuffle:
         packing, _ = shuffled(packing, seed)
     ids_P = random_ids(len(packing), seed)

@@ -20,7 +20,7 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.packing import Packing
+from simcot_latent.model.packing import Packing, tight_rectangles
 from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, think
 from simcot_latent.objectives import latent as latent_module
 from simcot_latent.objectives.base import WrittenBatch
@@ -607,8 +607,12 @@ def test_totals_count_positions(make_objective: MakeObjective, problems: list[Pr
     steps = [per_step + len(encoder.encode(text)) for text in groups if text is not None]
     thoughts = len(problems) * (GROUPS * per_step - 1)
     assert batch.totals["positions"].item() == sum(questions) + thoughts + sum(texts) + sum(steps)
-    rectangles = [len(rows) * max(rows) for rows in (questions, texts, steps)]
-    assert batch.totals["slots"].item() == thoughts + sum(rectangles)
+    rectangles = [
+        (len(texts), max(texts)),
+        *(shape for lengths in (questions, steps) for shape in tight_rectangles(sorted(lengths, reverse=True))),
+    ]
+    assert len(rectangles) > 3
+    assert batch.totals["slots"].item() == thoughts + sum(rows * width for rows, width in rectangles)
     assert batch.totals["tokens"].item() == len(batch.targets)
     assert batch.totals["step_tokens"].item() == batch.totals["group_tokens_G"].sum().item() == len(batch.step_group_M)
 

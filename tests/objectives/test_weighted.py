@@ -24,7 +24,7 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.packing import Packing
+from simcot_latent.model.packing import Packing, tight_rectangles
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives import base as base_module
 from simcot_latent.objectives.base import WrittenBatch
@@ -157,7 +157,7 @@ def test_multiplier_one_is_plain_fine_tuning_to_the_last_bit(
     predicting = [row[len(e.question) - 1 : -1] for row, e in zip(rows, examples, strict=True)]
     labels = [i for row, e in zip(rows, examples, strict=True) for i in row[len(e.question) :]]
     ids_P = torch.tensor([i for part in (silent, predicting) for row in part for i in row])
-    packing = Packing.of([len(row) for row in silent], [len(row) for row in predicting])
+    packing = Packing.of([len(row) for row in silent], [len(row) for row in predicting], tight=True)
     hidden_MD = plain(ids_P, packing, read_out=len(labels))
     mean_M = torch.full((len(labels),), 1.0) / len(labels)
     loss = cross_entropy(Labelled(hidden_MD, plain.output_table, torch.tensor(labels), mean_M)).loss
@@ -344,7 +344,7 @@ def test_it_writes_at_every_stage(make_objective: MakeObjective) -> None:
 
 
 def test_totals_count_positions(make_objective: MakeObjective, problems: list[Problem]) -> None:
-    """Tokens that are read, which is all but each row's last, and the rectangle that attention lays them out in: what
+    """Tokens that are read, which is all but each row's last, and the rectangles that attention lays them out in: what
     padding costs is read from these."""
     objective = make_objective()
     examples = [objective.encode(problem) for problem in problems]
@@ -352,4 +352,5 @@ def test_totals_count_positions(make_objective: MakeObjective, problems: list[Pr
     assert isinstance(batch, WrittenBatch)
     lengths = [example.length - 1 for example in examples]
     assert batch.totals["positions"].item() == len(batch.ids_P) == sum(lengths)
-    assert batch.totals["slots"].item() == len(lengths) * max(lengths)
+    rectangles = tight_rectangles(sorted(lengths, reverse=True))
+    assert batch.totals["slots"].item() == sum(rows * width for rows, width in rectangles) < len(lengths) * max(lengths)
