@@ -366,7 +366,8 @@ class Trainer:
         """Goes on from the newest checkpoint of `out_dir`.
 
         Raises:
-            UserError: there is none, it is of another shape, or it was to train for another number of steps.
+            UserError: there is none, it is of another shape, it was to train for another number of steps, or with
+                another optimizer.
         """
         folder = find_checkpoint(self.job.out_dir, key="out_dir")
         saved = load_checkpoint(folder, self.job.device)
@@ -377,7 +378,14 @@ class Trainer:
                 f"{self.num_steps}; "
                 "give the same num_iterations, num_epochs, data and target_examples_per_step"
             )
+        if saved.config["optimizer"] != self.run.optimizer:
+            raise UserError(
+                f"resume: {folder} was trained with optimizer={saved.config['optimizer']}, whose moments are of no use "
+                f"to optimizer={self.run.optimizer}; give the same"
+            )
         copy_weights(saved, self.objective)
+        if changes := changed_options(saved.config, self.job.raw):
+            warn(self.console, f"resume: from here on other options than before: {', '.join(changes)}")
         owner = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         for name, parameter in self.objective.named_parameters():
             prefix = f"optimizer/{name}/"
@@ -491,6 +499,18 @@ def copy_weights(saved: Checkpoint, objective: Objective) -> None:
             raise UserError(f"{saved.path}: its model or decoder is not the one that this run is configured for")
         if ours is not None and theirs is not None:
             ours.load_state_dict(theirs.state_dict())
+
+
+def changed_options(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key (was .., is ..)` of each option that a resumed run was given another value for."""
+    changes: list[str] = []
+    for key in sorted((before.keys() | now.keys()) - (set() if prefix else {"resume", "out_dir"})):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += changed_options(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(f"{prefix}{key} (was {old}, is {new})")
+    return changes
 
 
 def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:

@@ -293,6 +293,20 @@ def test_another_mode_does_not_resume_a_run(tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
+def test_resuming_with_other_options_is_said(tmp_path: Path) -> None:
+    once = (TRAIN, *TWENTY_STEPS, *MODES["latent"])
+    run(*once, "out_dir=once", folder=tmp_path).ok()
+    for name in ("same", "other"):
+        cut_back(tmp_path / "once", 10, tmp_path / name)
+    assert "other options" not in run(*once, "out_dir=same", "resume=true", folder=tmp_path).ok().out
+    refused = run(*once, "optimizer=adamw", "out_dir=other", "resume=true", folder=tmp_path)
+    assert "optimizer=muon" in refused.error
+    changed = run(*once, "seed=5", "latent.missing=answer", "out_dir=other", "resume=true", folder=tmp_path).ok()
+    assert (
+        "resume: from here on other options than before: latent.missing (was mask, is answer), seed (was 0, is 5)"
+    ) in " ".join(changed.out.split())
+
+
 @contextmanager
 def signal_after(step: int, number: signal.Signals) -> Iterator[None]:
     """While this lasts, a run in this process gets a signal as soon as it has logged `step`."""
