@@ -197,22 +197,13 @@ def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, 
     Killed at any moment, it leaves `latest` at a complete checkpoint.
     """
     name = f"step_{checkpoint.step:07d}"
-    folder, partial = out_dir / name, out_dir / f".{name}.partial"
+    folder = out_dir / name
     if folder.exists() and (out_dir / LATEST).resolve() == folder.resolve():
         return folder  # the same step of the same run: replacing it would leave `latest` at nothing for a moment
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    write_checkpoint(checkpoint, partial)
-    save_file(state.tensors, partial / STATE_TENSORS)
-    write_json(partial / STATE_JSON, state.values)
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with written_beside(folder) as partial:
+        write_checkpoint(checkpoint, partial)
+        save_file(state.tensors, partial / STATE_TENSORS)
+        write_json(partial / STATE_JSON, state.values)
     link = out_dir / f".{LATEST}.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
@@ -250,12 +241,25 @@ def new_folder(out: str | Path, key: str = "out") -> Iterator[Path]:
     out = Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{key}={out}: is there already; give a new folder, or an empty one")
-    partial = out.with_name(f".{out.name}.partial")
+    with written_beside(out) as partial:
+        yield partial
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` once all is written, and on the disk."""
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(out)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
