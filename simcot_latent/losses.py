@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Logits are computed for as many labels at once as keep them under so many numbers (32 MB in float32).
-CHUNK_NUMBERS = 2**23
+# Logits are held for as many labels at once as keep them under so many bytes: enough that a product with the table is
+# worth adding to the table's gradient, which is as large as the table itself.
+CHUNK_BYTES = 2**26
+# Softmax and gradient, in float32, are worked out a piece of that at a time (8 MB), which a CPU's cache holds.
+PIECE_NUMBERS = 2**21
 
 
 @dataclass
@@ -117,35 +120,38 @@ class _CrossEntropy(torch.autograd.Function):
         grad_table = torch.empty_like(table, dtype=torch.float32) if wants_table else None
         nll_M = torch.empty_like(scale_M)
         correct_M = torch.empty_like(label_M, dtype=torch.bool)
-        size = max(1, CHUNK_NUMBERS // len(table))
+        n_chunk = max(1, CHUNK_BYTES // (len(table) * table.element_size()))
+        n_piece = max(1, PIECE_NUMBERS // len(table)) if device == "cpu" else n_chunk
         with torch.autocast(device, enabled=False):
-            for begin in range(0, len(label_M), size):
-                part = slice(begin, begin + size)
-                label_C1 = label_M[part].unsqueeze(1)
-                logits_CV = (hidden[part] @ table.T).float()
-                if softcap is not None:
-                    logits_CV = torch.tanh(logits_CV / softcap)
-                    slope_CV = 1 - logits_CV.square() if wants_hidden or wants_table else None
-                    logits_CV = logits_CV * softcap
-                else:
-                    slope_CV = None
-                log_probs_CV = logits_CV.log_softmax(-1)
-                del logits_CV
-                label_log_prob_C = log_probs_CV.gather(1, label_C1).squeeze(1)
-                nll_M[part] = -label_log_prob_C
-                correct_M[part] = label_log_prob_C >= log_probs_CV.amax(-1)  # far cheaper than argmax
-                if not (wants_hidden or wants_table):
-                    continue
-                grad_CV = log_probs_CV.exp_()
-                grad_CV.scatter_add_(1, label_C1, -torch.ones_like(label_C1, dtype=grad_CV.dtype))
-                grad_CV *= scale_M[part].unsqueeze(1)
-                if slope_CV is not None:
-                    grad_CV *= slope_CV
-                grad_CV = grad_CV.to(dtype)
+            for chunk in _slices(len(label_M), n_chunk):
+                logits_CV = hidden[chunk] @ table.T
+                for piece in _slices(len(logits_CV), n_piece):
+                    labels = slice(chunk.start + piece.start, chunk.start + piece.stop)
+                    label_P1 = label_M[labels].unsqueeze(1)
+                    logits_PV = logits_CV[piece].float()
+                    if softcap is not None:
+                        logits_PV = torch.tanh(logits_PV / softcap)
+                        slope_PV = 1 - logits_PV.square() if wants_hidden or wants_table else None
+                        logits_PV = logits_PV * softcap
+                    else:
+                        slope_PV = None
+                    log_probs_PV = logits_PV.log_softmax(-1)
+                    label_log_prob_P = log_probs_PV.gather(1, label_P1).squeeze(1)
+                    nll_M[labels] = -label_log_prob_P
+                    correct_M[labels] = label_log_prob_P >= log_probs_PV.amax(-1)  # far cheaper than argmax
+                    if not (wants_hidden or wants_table):
+                        continue
+                    grad_PV = log_probs_PV.exp_()
+                    grad_PV.scatter_add_(1, label_P1, -torch.ones_like(label_P1, dtype=grad_PV.dtype))
+                    grad_PV *= scale_M[labels].unsqueeze(1)
+                    if slope_PV is not None:
+                        grad_PV *= slope_PV
+                    logits_CV[piece] = grad_PV  # nobody needs the logits any more
+                grad_CV = logits_CV
                 if grad_hidden is not None:
-                    torch.mm(grad_CV, table, out=grad_hidden[part])
+                    torch.mm(grad_CV, table, out=grad_hidden[chunk])
                 if grad_table is not None:
-                    _add_product(grad_table, grad_CV.T, hidden[part], first=begin == 0)
+                    _add_product(grad_table, grad_CV.T, hidden[chunk], first=chunk.start == 0)
         ctx.mark_non_differentiable(nll_M, correct_M)
         ctx.dtypes = hidden_MD.dtype, table_VD.dtype
         if grad_table is not None and len(label_M) == 0:
@@ -163,6 +169,11 @@ class _CrossEntropy(torch.autograd.Function):
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
         return hidden, table, None, None, None, None
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    """The slices of at most `size` that cover `length`."""
+    return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

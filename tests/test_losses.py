@@ -88,6 +88,12 @@ class Recorder(TorchDispatchMode):
         return result
 
 
+def cut(monkeypatch: pytest.MonkeyPatch, per_chunk: int, per_piece: int, vocab: int = VOCAB) -> None:
+    """Makes `cross_entropy` go in chunks and pieces of so many labels, at float32; a few bytes more, as in life."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * (per_chunk * vocab + 2))
+    monkeypatch.setattr(losses, "PIECE_NUMBERS", per_piece * vocab + 2)
+
+
 # Where labels are
 
 
@@ -114,16 +120,17 @@ def test_targets_of_nothing_have_their_types_too() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("make_parts", [one_part, two_parts_of_one_table, two_parts_of_two_tables])
-@pytest.mark.parametrize("chunk_numbers", [1, 3 * VOCAB + 2, 6 * VOCAB, losses.CHUNK_NUMBERS])
+@pytest.mark.parametrize("sizes", [(0, 0), (3, 2), (6, 4), (6, 100), None])
 def test_cross_entropy_equals_pytorch_with_full_logits(
     make_parts: Callable[[], list[Labelled]],
     softcap: float | None,
-    chunk_numbers: int,
+    sizes: tuple[int, int] | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loss, each label's part of it, correctness and the gradients of all hidden states and tables: of one label at a
-    time, of chunks of 3 or of 6, the last one smaller, and of all labels at once."""
-    monkeypatch.setattr(losses, "CHUNK_NUMBERS", chunk_numbers)
+    time, of chunks of 3 or of 6 in pieces of 2, of 4 or whole, the last ones smaller, and of all labels at once."""
+    if sizes is not None:
+        cut(monkeypatch, *sizes)
     parts = make_parts()
     found, expected = cross_entropy(*parts, softcap=softcap), textbook(parts, softcap)
     torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-6)
@@ -195,7 +202,7 @@ def test_gradients_are_handed_out_once() -> None:
 @pytest.mark.parametrize("wanted", ["hidden_MD", "table_VD"])
 def test_only_gradients_that_are_wanted(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states of a frozen model, or a frozen table: the other's gradient is the same, its product is saved."""
-    monkeypatch.setattr(losses, "CHUNK_NUMBERS", 3 * VOCAB)
+    cut(monkeypatch, 3, 2)
     part = random_part(8)
     expected = torch.autograd.grad(cross_entropy(part).loss, getattr(part, wanted))[0]
     alone = Labelled(part.hidden_MD.detach(), part.table_VD.detach(), part.label_M, part.scale_M)
@@ -209,7 +216,7 @@ def test_only_gradients_that_are_wanted(wanted: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_without_gradients_none_is_computed(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation: the same numbers, from one product a chunk."""
-    monkeypatch.setattr(losses, "CHUNK_NUMBERS", 3 * VOCAB)
+    cut(monkeypatch, 3, 2)
     part = random_part(8)
     with_gradients = cross_entropy(part, softcap=softcap)
     with torch.no_grad(), Recorder() as recorder:
@@ -225,7 +232,7 @@ def test_without_gradients_none_is_computed(softcap: float | None, monkeypatch: 
 def test_full_logits_are_never_held(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, no result of any operation is larger than a chunk, whatever the number of labels."""
     n_labels, per_chunk = 500, 10
-    monkeypatch.setattr(losses, "CHUNK_NUMBERS", per_chunk * 1001)
+    cut(monkeypatch, per_chunk, 3, vocab=1000)
     generator = torch.Generator().manual_seed(0)
     hidden_MD = torch.randn(n_labels, WIDTH, generator=generator).requires_grad_()
     table_VD = torch.randn(1000, WIDTH, generator=generator).requires_grad_()
@@ -246,7 +253,7 @@ def test_in_bfloat16_autocast(
 ) -> None:
     """The very losses of ordinary autocast (a product of rounded numbers), near those in float32, as are the gradients,
     which come in the parameters' own format."""
-    monkeypatch.setattr(losses, "CHUNK_NUMBERS", 3 * VOCAB)
+    cut(monkeypatch, 2, 3)
     parts = make_parts()
     tensors = leaves(parts)
     full = cross_entropy(*parts, softcap=softcap)
@@ -263,16 +270,20 @@ def test_in_bfloat16_autocast(
 
 
 @given(
-    st.integers(0, 12), st.lists(st.integers(0, 12), max_size=3).map(sorted), st.integers(1, 14), st.integers(0, 2**31)
+    st.integers(0, 12),
+    st.lists(st.integers(0, 12), max_size=3).map(sorted),
+    st.integers(1, 14),
+    st.integers(1, 14),
+    st.integers(0, 2**31),
 )
 @settings(deadline=None, max_examples=50)
-def test_any_cut_of_the_labels(n_labels: int, cuts: list[int], per_chunk: int, seed: int) -> None:
-    """Parts and chunks of any size, empty ones among them, give the loss and the gradients of all labels at once."""
+def test_any_cut_of_the_labels(n_labels: int, cuts: list[int], per_chunk: int, per_piece: int, seed: int) -> None:
+    """Parts, chunks and pieces of any size, empty ones among them, give loss and gradients of all labels at once."""
     whole = random_part(n_labels, seed=seed)
     expected = cross_entropy(whole)
     pieces = [slice(a, b) for a, b in pairwise([0, *cuts, max([n_labels, *cuts])])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "CHUNK_NUMBERS", per_chunk * VOCAB)
+        cut(patch, per_chunk, per_piece)
         found = cross_entropy(*[
             Labelled(whole.hidden_MD[piece], whole.table_VD, whole.label_M[piece], whole.scale_M[piece])
             for piece in pieces
