@@ -22,7 +22,7 @@ from simcot_latent import cli
 from simcot_latent.checkpoint import load_checkpoint, write_json
 from simcot_latent.config import instantiate, typed
 from simcot_latent.data.batch import by_length
-from simcot_latent.data.problem import Problem, last_number, same_number
+from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
 from simcot_latent.data.sources import SPLITS, Source
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
@@ -81,7 +81,7 @@ class Prediction:
 
     @property
     def step_matches(self) -> list[bool]:
-        """For each group with gold steps, whether it decodes to exactly those."""
+        """For each group with gold steps, or each gold step of a written answer, whether exactly those were said."""
         return [score_steps(d, g).exact for d, g in zip(self.decoded, self.gold, strict=True) if g is not None]
 
 
@@ -132,6 +132,9 @@ def evaluate(name: str, raw: DictConfig) -> None:
             if checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents:
                 decoded = decode_steps(checkpoint, latents_of(generations))
                 gold = [gold_groups(checkpoint, problem) for problem in chosen]
+            elif not checkpoint.thoughts.n_latents and checkpoint.config["rationale"] != "none":
+                pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
+                decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):
             predictions[i] = Prediction(problem, generation, said, wanted)
 
@@ -161,8 +164,15 @@ def evaluate(name: str, raw: DictConfig) -> None:
     console.print(f"written to {write_report(Path(config.ckpt or ''), name, config.split, report, ordered)}")
 
 
+def written_steps(text: str, problem: Problem) -> tuple[list[str], list[str | None]]:
+    """The well-formed steps of a written answer beside the gold steps, in order: "" where one lacks, None beyond."""
+    said, gold = [step.text for step in parse_steps(text)[0]], [step.text for step in problem.steps]
+    n = max(len(said), len(gold))
+    return said + [""] * (n - len(said)), [*gold, *[None] * (n - len(gold))]
+
+
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Accuracies with 95% Wilson intervals, tokens an answer, and step exact match where thoughts were decoded."""
+    """Accuracies with 95% Wilson intervals, tokens an answer, step exact match where steps were decoded or written."""
     n = len(predictions)
     correct = sum(p.correct for p in predictions)
     correct_last = sum(p.correct_last_number for p in predictions)
@@ -198,7 +208,7 @@ def report_table(report: dict[str, Any]) -> Table:
     table.add_row("accuracy, last number", with_interval("accuracy_last_number", "ci95_last_number"))
     if "step_exact_match" in report:
         text = with_interval("step_exact_match", "step_exact_match_ci95")
-        table.add_row("step exact match, free-running", f"{text} of {report['steps']} step groups")
+        table.add_row("step exact match, free-running", f"{text} of {report['steps']} steps")
     table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {report['thoughts']} thoughts")
     table.add_row("without an end token", str(report["unfinished"]))
     table.add_row("questions/s", f"{report['questions_per_s']:.1f} (batch {report['batch_size']}, {report['dtype']})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from fractions import Fraction
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 from commands import ARITHMETIC, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, read_lines, run, strict_json
+
+from evals.runner import written_steps
+from simcot_latent.data.problem import Problem, parse_steps
 
 GSM8K = "evals.gsm8k"
 
@@ -102,13 +106,52 @@ def test_a_latent_model_is_scored_on_its_thoughts_too(latent_run: Trained, sums:
     assert {line["n_tokens"] for line in lines if line["output"] == "#### 14"} == {8}
 
 
-def test_a_weighted_model_has_no_thoughts_to_score(weighted_run: Trained, tmp_path: Path) -> None:
+def test_a_weighted_model_is_scored_on_the_steps_it_writes(weighted_run: Trained, sums: Path, tmp_path: Path) -> None:
+    """Step by step in their order: one that is missing is wrong, one too many counts for nothing."""
     checkpoint = weighted_run.copy_to(tmp_path / "checkpoint")
-    evaluate(checkpoint, "limit=2").ok()
+    evaluate(checkpoint, f"data.path={sums}").ok()
+    report, lines = report_of(checkpoint)
+    assert report["thoughts"] == 0
+    solutions = [row["answer"] for row in read_lines(sums / "test.jsonl")]
+    matches = total = 0
+    for line, solution in zip(lines, solutions, strict=True):
+        said, gold = (re.findall(r"<<[^<>]*>>", text) for text in (line["output"], solution))
+        assert [step for step in line["gold_steps"] if step is not None] == gold
+        assert [step for step in line["decoded_steps"] if step] == said
+        matches += sum(ours == theirs for ours, theirs in zip(said, gold, strict=False))
+        total += len(gold)
+    assert (report["steps"], report["step_exact_match"]) == (total, pytest.approx(matches / total))
+    assert report["step_exact_match_ci95"] == pytest.approx(wilson(matches, total), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "gold"),
+    [
+        ("<<1+1=2>>\n<<2*3=6>>\n#### 6", ["<<1+1=2>>", "<<2*3=6>>"], ["<<1+1=2>>", "<<2*3=6>>"]),
+        ("Then 1+1 = <<1+1=2>>2\n#### 2", ["<<1+1=2>>", ""], ["<<1+1=2>>", "<<2*3=6>>"]),
+        (
+            "<<a=2>> <<1+1=2>> <<2-1=1>> <<3=3>>",
+            ["<<1+1=2>>", "<<2-1=1>>", "<<3=3>>"],
+            ["<<1+1=2>>", "<<2*3=6>>", None],
+        ),
+        ("#### 6", ["", ""], ["<<1+1=2>>", "<<2*3=6>>"]),
+    ],
+)
+def test_written_steps_beside_gold_ones(text: str, said: list[str], gold: list[str | None]) -> None:
+    rationale = "<<1+1=2>> <<2*3=6>>"
+    assert written_steps(text, Problem("?", parse_steps(rationale)[0], rationale, "6")) == (said, gold)
+
+
+def test_where_no_steps_are_written_none_are_scored(weighted_run: Trained, sums: Path, tmp_path: Path) -> None:
+    checkpoint = weighted_run.copy_to(tmp_path / "checkpoint")
+    config = strict_json((checkpoint / "config.json").read_text())
+    config["run"]["rationale"] = "none"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    outcome = evaluate(checkpoint, f"data.path={sums}", "limit=2").ok()
     report, lines = report_of(checkpoint)
     assert "step_exact_match" not in report
-    assert report["thoughts"] == 0
-    assert all(line["decoded_steps"] == [] for line in lines)
+    assert "step exact match" not in outcome.out
+    assert all(line["decoded_steps"] == line["gold_steps"] == [] for line in lines)
 
 
 def test_the_batch_size_changes_no_answer(checkpoint: Path, sums: Path) -> None:
