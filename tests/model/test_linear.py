@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -271,15 +272,26 @@ def test_a_gathering_goes_with_the_graph(layers: Recurrent, goes_back: bool) -> 
 # The product for few tokens
 
 
+@pytest.mark.parametrize("intel", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_product_equals_linear(bias: bool) -> None:
-    """On either side of the number of tokens at which it is taken the other way round."""
+def test_product_equals_linear(bias: bool, intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On either side of the number of tokens at which it is taken the other way round; only an Intel CPU does so."""
+    monkeypatch.setattr(linear, "INTEL", intel)
+    monkeypatch.setattr(linear, "LARGE", OUT * IN)
     weight_OI, bias_O = random_numbers(OUT, IN), random_numbers(OUT, seed=1) if bias else None
+    other_way = []
     for tokens in range(0, 101):
         x_PI = random_numbers(tokens, IN, seed=tokens)
-        y_PO = product(x_PI, weight_OI, bias_O)
-        torch.testing.assert_close(y_PO, F.linear(x_PI, weight_OI, bias_O))
+        expected_PO = F.linear(x_PI, weight_OI, bias_O)
+        with monkeypatch.context() as patch:
+            ordinary = Mock(wraps=F.linear)
+            patch.setattr(F, "linear", ordinary)
+            y_PO = product(x_PI, weight_OI, bias_O)
+        torch.testing.assert_close(y_PO, expected_PO)
         assert y_PO.is_contiguous()
+        if not ordinary.called:
+            other_way.append(tokens)
+    assert other_way == (list(range(8, 64)) if intel else [])
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 64, 65])
