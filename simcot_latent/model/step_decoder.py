@@ -4,7 +4,7 @@ It reads the thoughts of one step group as a prefix of input vectors and must wr
 trained with the model, so that its loss shapes the thoughts; inference does without it; probing loads it again.
 
 Shapes: N step groups, C thoughts a group, L input tokens of all groups (see `packing`), M = N + L tokens to predict,
-D width, V vocabulary.
+D width, V vocabulary, R groups that still write.
 """
 
 from __future__ import annotations
@@ -135,20 +135,21 @@ class StepDecoder(nn.Module):
         N, C, _ = thoughts_NCD.shape
         max_tokens = min(max_tokens, self.config.context_length - C)
         cache = KVCache(capacity=C + max_tokens)
-        hidden_ND = self.transformer(thoughts_NCD, cache=cache)[:, -1]
-        ids_per_step: list[Tensor] = []
+        hidden_RD = self.transformer(thoughts_NCD, cache=cache)[:, -1]
+        written: list[list[int]] = [[] for _ in range(N)]
         log_prob_N = torch.zeros(N, device=thoughts_NCD.device)
-        done_N = torch.zeros(N, dtype=torch.bool, device=thoughts_NCD.device)
-        one_each = Packing.grid(N, 1, thoughts_NCD.device)
+        going_R = torch.arange(N, device=thoughts_NCD.device)  # groups that still write; the cache holds theirs alone
         for _ in range(max_tokens):
-            log_probs_NV = self.logits(hidden_ND).log_softmax(-1)
-            best_N, ids_N = log_probs_NV.max(-1)
-            log_prob_N += best_N.masked_fill(done_N, 0.0)
-            ids_N = ids_N.masked_fill(done_N, end_id)
-            ids_per_step.append(ids_N)
-            done_N |= ids_N == end_id
-            if done_N.all():
+            best_R, ids_R = self.logits(hidden_RD).log_softmax(-1).max(-1)
+            log_prob_N[going_R] += best_R
+            kept_R = (ids_R != end_id).nonzero().squeeze(1)
+            if len(kept_R) < len(going_R):
+                going_R, ids_R = going_R[kept_R], ids_R[kept_R]
+                cache.keep(kept_R)
+            if len(going_R) == 0:
                 break
-            hidden_ND = self.transformer(self.embedding(ids_N), one_each, cache)
-        rows = torch.stack(ids_per_step, dim=1).tolist()
-        return [row[: row.index(end_id)] if end_id in row else row for row in rows], log_prob_N.exp().tolist()
+            for group, token in zip(going_R.tolist(), ids_R.tolist(), strict=True):
+                written[group].append(token)
+            one_each = Packing.grid(len(going_R), 1, thoughts_NCD.device)
+            hidden_RD = self.transformer(self.embedding(ids_R), one_each, cache)
+        return written, log_prob_N.exp().tolist()
