@@ -29,7 +29,7 @@ from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, wilson_interval
-from simcot_latent.probe import decode_steps, gold_groups, latents_of
+from simcot_latent.probe import decode_taught, gold_groups, latents_of
 
 
 @dataclass
@@ -130,8 +130,8 @@ def evaluate(name: str, raw: DictConfig) -> None:
             decoded: list[list[str]] = [[] for _ in chosen]
             gold: list[list[str | None]] = [[] for _ in chosen]
             if checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents:
-                decoded = decode_steps(checkpoint, latents_of(generations))
                 gold = [gold_groups(checkpoint, problem) for problem in chosen]
+                decoded = decode_taught(checkpoint, latents_of(generations), gold)
             elif not checkpoint.thoughts.n_latents and checkpoint.config["rationale"] != "none":
                 pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
                 decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]

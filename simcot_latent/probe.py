@@ -152,6 +152,15 @@ def decode_groups(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[l
     return [decoded[i : i + G] for i in range(0, len(decoded), G)]
 
 
+def decode_taught(checkpoint: Checkpoint, latents_BKD: Tensor, gold: Sequence[Sequence[str | None]]) -> list[list[str]]:
+    """As `decode_steps`, of the groups with gold alone; the others, which may ramble on, are left empty."""
+    decoder, tokenizer = require_decoder(checkpoint), checkpoint.tokenizer
+    taught_N = torch.tensor([text is not None for groups in gold for text in groups], device=latents_BKD.device)
+    ids, _ = decoder.decode(group_prefix(checkpoint, latents_BKD)[taught_N], tokenizer.end_id, MAX_STEP_TOKENS)
+    texts = iter(map(tokenizer.decode, ids))
+    return [["" if text is None else next(texts) for text in groups] for groups in gold]
+
+
 def group_prefix(checkpoint: Checkpoint, latents_BKD: Tensor) -> Tensor:
     """Thoughts cut into the step groups that the decoder reads, (N, C, D)."""
     return rearrange(latents_BKD, "b (g c) d -> (b g) c d", c=checkpoint.thoughts.latents_per_step)
