@@ -94,6 +94,7 @@ def test_a_latent_model_is_scored_on_its_thoughts_too(latent_run: Trained, sums:
     ]
     assert [len(line["decoded_steps"]) for line in lines] == [3] * 21
     assert all(line["gold_steps"][2] is None for line in lines)  # two steps, three groups
+    assert all(line["decoded_steps"][2] == "" for line in lines), "nobody taught it, so it is not decoded"
     taught = [(said, gold) for said, gold in pairs if gold is not None]
     matches = sum(said == gold for said, gold in taught)
     assert report["steps"] == len(taught) == 42
