@@ -157,6 +157,11 @@ def test_a_group_decodes_the_same_alone_and_in_company(model: GPT, make_decoder:
         assert probability == pytest.approx([probabilities[row]], rel=1e-4)
 
 
+def test_no_groups_decode_to_nothing(model: GPT, make_decoder: MakeDecoder) -> None:
+    """As in an eval's batch of problems without steps."""
+    assert make_decoder(model).decode(random_thoughts(1, 2)[:0], END, 10) == ([], [])
+
+
 def test_decoding_stops_where_the_context_ends(make_model: Callable[..., GPT], make_decoder: MakeDecoder) -> None:
     """A decoder that never ends its step fills its context, whatever was asked for, and does not fall over."""
     decoder = make_decoder(make_model("gpt2", context_length=10), end_factor=0.0)
