@@ -80,9 +80,9 @@ class Prediction:
         return same_number(last_number(self.generation.text), self.problem.answer)
 
     @property
-    def step_matches(self) -> list[bool]:
-        """For each group with gold steps, or each gold step of a written answer, whether exactly those were said."""
-        return [score_steps(d, g).exact for d, g in zip(self.decoded, self.gold, strict=True) if g is not None]
+    def steps(self) -> list[tuple[str, str]]:
+        """For each group with gold steps, or each gold step of a written answer: what was said, and the gold."""
+        return [(said, gold) for said, gold in zip(self.decoded, self.gold, strict=True) if gold is not None]
 
 
 def run(name: str) -> None:
@@ -186,12 +186,16 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "tokens_per_answer": sum(p.generation.n_tokens for p in predictions) / n,
         "unfinished": sum(not p.generation.finished for p in predictions),
     }
-    matches = [match for p in predictions for match in p.step_matches]
-    if matches:
+    steps = [step for p in predictions for step in p.steps]
+    if steps:
+        matches = sum(score_steps(said, gold).exact for said, gold in steps)
         summary |= {
-            "step_exact_match": sum(matches) / len(matches),
-            "step_exact_match_ci95": list(wilson_interval(sum(matches), len(matches))),
-            "steps": len(matches),
+            "step_exact_match": matches / len(steps),
+            "step_exact_match_ci95": list(wilson_interval(matches, len(steps))),
+            "steps": len(steps),
+            # A decoder that knows what is likely, but not what a thought says, says the same of every problem.
+            "different_steps": len({said for said, _ in steps}),
+            "different_gold_steps": len({gold for _, gold in steps}),
         }
     return summary
 
@@ -209,6 +213,7 @@ def report_table(report: dict[str, Any]) -> Table:
     if "step_exact_match" in report:
         text = with_interval("step_exact_match", "step_exact_match_ci95")
         table.add_row("step exact match, free-running", f"{text} of {report['steps']} steps")
+        table.add_row("different steps", f"{report['different_steps']}, gold {report['different_gold_steps']}")
     table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {report['thoughts']} thoughts")
     table.add_row("without an end token", str(report["unfinished"]))
     table.add_row("questions/s", f"{report['questions_per_s']:.1f} (batch {report['batch_size']}, {report['dtype']})")

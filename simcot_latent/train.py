@@ -49,7 +49,7 @@ from simcot_latent.optimizer import make_optimizers, update
 from simcot_latent.pretrained import load_pretrained, with_latent_tokens, with_projector
 from simcot_latent.probe import probe_problems, probe_table
 from simcot_latent.profiling import PROFILED, SKIPPED, WARMUP, StepProfile, part
-from simcot_latent.validation import COLLAPSE_RATIO, HeldOut, have_collapsed, validate, validation_table
+from simcot_latent.validation import HeldOut, collapse, validate, validation_table
 
 
 @dataclass
@@ -303,13 +303,8 @@ class Trainer:
         with autocast(self.job.device, self.job.dtype):
             metrics = validate(self.objective, self.held_out, self.thoughts_now(), self.run, self.ranks)
         log.write(self.step, metrics)
-        if have_collapsed(metrics):
-            warn(
-                self.console,
-                f"thoughts have collapsed: their mean distance {metrics['thought_distance']:.2f} is under "
-                f"{COLLAPSE_RATIO} of their norm {metrics['thought_norm']:.2f}; raise loss.step_weight or lower "
-                "latent.n_latents",
-            )
+        if (collapsed := collapse(metrics)) is not None:
+            warn(self.console, collapsed)
         if show:
             text = " | ".join(f"{key} {value:.3f}" for key, value in metrics.items())
             self.console.print(f"step {self.step:05d}/{self.num_steps:05d} | {text}")

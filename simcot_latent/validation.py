@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +68,17 @@ def validate(
     }
 
 
-def have_collapsed(metrics: dict[str, float]) -> bool:
-    """Whether the thoughts of a question have become one and the same."""
-    return "thought_distance" in metrics and metrics["thought_distance"] < COLLAPSE_RATIO * metrics["thought_norm"]
+def collapse(metrics: dict[str, float]) -> str | None:
+    """What is the matter with thoughts that lie too close together, and what helps; None where nothing is."""
+    least = COLLAPSE_RATIO * metrics.get("thought_norm", 0.0)
+    for key, between in (("thought_distance", "thoughts of a problem"), ("thought_spread", "problems")):
+        if metrics.get(key, math.inf) < least:
+            return (
+                f"thoughts have collapsed: the mean distance between {between}, {metrics[key]:.2f}, is under "
+                f"{COLLAPSE_RATIO} of their norm {metrics['thought_norm']:.2f}; raise loss.step_weight or lower "
+                "latent.n_latents"
+            )
+    return None
 
 
 def validation_table(metrics: dict[str, float], n: int) -> Table:

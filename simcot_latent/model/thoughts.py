@@ -7,13 +7,14 @@ https://arxiv.org/abs/2412.06769, section 3; SIM-CoT, https://arxiv.org/abs/2509
 counting.
 
 Shapes: B rows, P tokens of all questions with `<bot>`, A of all texts from `<eot>` on (see `packing`), K thoughts,
-D width.
+D width; X sets of N points.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from simcot_latent.errors import UserError
@@ -116,15 +117,21 @@ def geometry(latents_BKD: Tensor, embedding_VD: Tensor) -> dict[str, float]:
         `thought_distance`: mean L2 distance between two thoughts of one problem (nan for a single thought);
         `thought_to_embedding`: mean L2 distance of a thought to the mean token embedding
         (both as in SIM-CoT, https://arxiv.org/abs/2509.20317, section 3.1);
-        `thought_norm`: mean L2 norm of a thought, the scale that the other two are read against.
+        `thought_spread`: mean L2 distance between two problems' thoughts of the same index (nan for a single problem);
+        a thought that is the same for every problem says nothing about its own;
+        `thought_norm`: mean L2 norm of a thought, the scale that the others are read against.
     """
     latents_BKD = latents_BKD.float()
-    K = latents_BKD.shape[1]
-    distance_BKK = torch.cdist(latents_BKD, latents_BKD)
-    pairwise = distance_BKK.sum((1, 2)).div(K * (K - 1)).mean().item() if K > 1 else float("nan")
     to_mean = (latents_BKD - embedding_VD.float().mean(0)).norm(dim=-1).mean().item()
     return {
-        "thought_distance": pairwise,
+        "thought_distance": mean_distance(latents_BKD),
+        "thought_spread": mean_distance(rearrange(latents_BKD, "b k d -> k b d")),
         "thought_to_embedding": to_mean,
         "thought_norm": latents_BKD.norm(dim=-1).mean().item(),
     }
+
+
+def mean_distance(points_XND: Tensor) -> float:
+    """Mean L2 distance between two of N points, over X sets of them; nan for a single point."""
+    X, N, _ = points_XND.shape
+    return torch.cdist(points_XND, points_XND).sum().item() / (X * N * (N - 1)) if N > 1 else float("nan")

@@ -102,6 +102,8 @@ def test_a_latent_model_is_scored_on_its_thoughts_too(latent_run: Trained, sums:
     assert report["step_exact_match"] == pytest.approx(matches / 42)
     assert report["step_exact_match_ci95"] == pytest.approx(wilson(matches, 42), abs=1e-12)
     assert "step exact match" in outcome.out
+    assert report["different_steps"] == len({said for said, _ in taught})
+    assert report["different_gold_steps"] == len({gold for _, gold in taught}) > 1
     # Thoughts count as tokens of the answer: three of them, "#### 14" and the end.
     assert report["thoughts"] == 3
     assert {line["n_tokens"] for line in lines if line["output"] == "#### 14"} == {8}

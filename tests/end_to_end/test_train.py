@@ -128,7 +128,7 @@ def test_latent_mode_logs_both_losses_and_the_geometry_of_its_thoughts(latent_ru
     assert thinking[-1]["step_loss"] < 0.5 * thinking[0]["step_loss"]
     last = [line for line in lines if "val_accuracy" in line][-1]
     assert last["val_step_loss"] > 0
-    assert min(last["thought_distance"], last["thought_to_embedding"], last["thought_norm"]) > 0
+    assert min(last[f"thought_{key}"] for key in ("distance", "spread", "to_embedding", "norm")) > 0
 
 
 def test_what_it_prints(trained: Trained) -> None:
