@@ -143,22 +143,24 @@ def decode_steps(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[li
 
 def decode_groups(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[list[tuple[str, float]]]:
     """As `decode_steps`, each text with its probability."""
-    decoder, tokenizer = require_decoder(checkpoint), checkpoint.tokenizer
     latents_BKD = thoughts if isinstance(thoughts, Tensor) else thoughts.latents
-    prefix_NCD = group_prefix(checkpoint, latents_BKD)
-    ids, probabilities = decoder.decode(prefix_NCD, tokenizer.end_id, MAX_STEP_TOKENS)
-    decoded = list(zip(map(tokenizer.decode, ids), probabilities, strict=True))
+    decoded = _decode(checkpoint, group_prefix(checkpoint, latents_BKD))
     G = checkpoint.thoughts.groups
     return [decoded[i : i + G] for i in range(0, len(decoded), G)]
 
 
 def decode_taught(checkpoint: Checkpoint, latents_BKD: Tensor, gold: Sequence[Sequence[str | None]]) -> list[list[str]]:
     """As `decode_steps`, of the groups with gold alone; the others, which may ramble on, are left empty."""
-    decoder, tokenizer = require_decoder(checkpoint), checkpoint.tokenizer
     taught_N = torch.tensor([text is not None for groups in gold for text in groups], device=latents_BKD.device)
-    ids, _ = decoder.decode(group_prefix(checkpoint, latents_BKD)[taught_N], tokenizer.end_id, MAX_STEP_TOKENS)
-    texts = iter(map(tokenizer.decode, ids))
-    return [["" if text is None else next(texts) for text in groups] for groups in gold]
+    decoded = iter(_decode(checkpoint, group_prefix(checkpoint, latents_BKD)[taught_N]))
+    return [["" if text is None else next(decoded)[0] for text in groups] for groups in gold]
+
+
+def _decode(checkpoint: Checkpoint, prefix_NCD: Tensor) -> list[tuple[str, float]]:
+    """What each step group's thoughts say, free-running, and its probability."""
+    decoder, tokenizer = require_decoder(checkpoint), checkpoint.tokenizer
+    ids, probabilities = decoder.decode(prefix_NCD, tokenizer.end_id, MAX_STEP_TOKENS)
+    return list(zip(map(tokenizer.decode, ids), probabilities, strict=True))
 
 
 def group_prefix(checkpoint: Checkpoint, latents_BKD: Tensor) -> Tensor:

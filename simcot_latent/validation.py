@@ -60,7 +60,9 @@ def validate(
         latents += [g.latents_KD for g in generations if g.latents_KD is not None]
     means = {"val_accuracy": correct / len(mine)}
     if latents:
-        means |= geometry(torch.stack(latents), objective.model.embedding.weight)
+        latents_BKD = torch.stack(latents).float()
+        sum_KD = ranks.sum({"latents": latents_BKD.sum(0)})["latents"]
+        means |= geometry(latents_BKD, objective.model.embedding.weight, sum_KD, len(held_out.examples))
     sums = ranks.sum({key: torch.tensor(value * len(mine), device=device) for key, value in means.items()})
     objective.train()
     return {key: value.item() for key, value in shares.items()} | {

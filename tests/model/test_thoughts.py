@@ -270,7 +270,9 @@ def test_groups_of_a_thought_format() -> None:
 def test_geometry_in_closed_form() -> None:
     """Corners of a 3-4-5 triangle, twice as large in a second problem; the mean embedding is (0, 8)."""
     triangle = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
-    found = geometry(torch.stack((triangle, 2 * triangle)), torch.tensor([[-1.0, 8.0], [1.0, 8.0]]))
+    both = torch.stack((triangle, 2 * triangle))
+    embedding = torch.tensor([[-1.0, 8.0], [1.0, 8.0]])
+    found = geometry(both, embedding, both.sum(0), 2)
     assert found["thought_distance"] == pytest.approx((3 + 4 + 5) / 3 * 1.5)
     assert found["thought_spread"] == pytest.approx((0 + 3 + 4) / 3)
     assert found["thought_norm"] == pytest.approx((0 + 3 + 4 + 0 + 6 + 8) / 6)
@@ -278,12 +280,22 @@ def test_geometry_in_closed_form() -> None:
     assert found["thought_to_embedding"] == pytest.approx(sum(to_mean) / 6)
 
 
+def test_geometry_does_not_depend_on_how_problems_are_cut() -> None:
+    latents = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole, *parts = (
+        geometry(part, torch.zeros(5, 4), latents.sum(0), 5) for part in (latents, latents[:2], latents[2:])
+    )
+    for key, value in whole.items():
+        assert value == pytest.approx((2 * parts[0][key] + 3 * parts[1][key]) / 5), key
+
+
 def test_geometry_of_collapsed_and_of_single_thoughts() -> None:
     same = torch.ones(2, 4, 3)
-    assert geometry(same, torch.zeros(5, 3))["thought_distance"] == pytest.approx(0, abs=1e-6)
-    assert math.isnan(geometry(same[:, :1], torch.zeros(5, 3))["thought_distance"]), "there is no pair to measure"
-    assert geometry(same, torch.zeros(5, 3))["thought_spread"] == pytest.approx(0, abs=1e-6)
-    assert math.isnan(geometry(same[:1], torch.zeros(5, 3))["thought_spread"]), "there is no second problem"
+    found = geometry(same, torch.zeros(5, 3), same.sum(0), 2)
+    assert found["thought_distance"] == found["thought_spread"] == pytest.approx(0, abs=1e-6)
+    alone = geometry(same[:1, :1], torch.zeros(5, 3), same[:1, :1].sum(0), 1)
+    assert math.isnan(alone["thought_distance"]), "there is no pair to measure"
+    assert math.isnan(alone["thought_spread"]), "there is no second problem"
 
 
 def test_attention_in_bfloat16_as_on_a_gpu(model: GPT) -> None:
