@@ -5,7 +5,7 @@ tokens, rows of equal length, no padding, logits at as many positions as there a
 base tokens (question, thoughts, answer) in one pass and the decoder's in another: a thought cannot be cheaper than a
 token; this says how much dearer it is. All sides take turns in one process; what is reported is the ratio of their
 medians. Batches are ready made, so reading data is on no side. `--compile` and `--activation-checkpointing` hold for
-the bound too.
+the bound too. With `--dtype bfloat16` our step in float32 takes its turns as well.
 
 Peers: in mode latent `coconut-pytorch`, which has no auxiliary decoder and so does less; in mode weighted a plain
 fine-tuning step of `transformers`.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,12 +60,12 @@ def main() -> None:
         for batch_size in track(args.batch_sizes, f"size {size}", console=Console(stderr=True))
     ]
     columns = ("size", "batch", "base tokens", "decoder tokens", "ours, s", "bound, s", "ours / bound", "padding")
-    table = Table(*columns, "peer / ours")
+    table = Table(*columns, "peer / ours", "float32 / ours")
     for row in rows:
         table.add_row(
             row["size"], str(row["batch_size"]), str(row["base_tokens"]), str(row["decoder_tokens"]),
             f"{row['ours_s']:.3f}", f"{row['bound_s']:.3f}", f"{row['ratio']:.2f}", f"{row['padding']:.1%}",
-            f"{row['peer_to_ours']:.2f}" if "peer_to_ours" in row else "-",
+            *(f"{row[key]:.2f}" if key in row else "-" for key in ("peer_to_ours", "float32_to_ours")),
         )  # fmt: skip
     report("train_step", args, rows, table)
 
@@ -86,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argparse.Namespace) -> dict[str, Any]:
-    """Medians of our step, of the bound and of the peer, in seconds, at one size and batch size."""
+    """Medians of our step, of the bound and of what else is timed, in seconds, at one size and batch size."""
     torch.manual_seed(args.seed)
     objective = make_objective(size, args)
     set_block_options(objective, args.compile, args.activation_checkpointing)
@@ -95,22 +96,21 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
 
     batch, rows = median_batch(objective, problems, batch_size, args.seed)
 
-    def ours() -> None:
+    def step(find_loss: Callable[[], torch.Tensor], dtype: torch.dtype = dtype) -> None:
         with autocast(CPU, dtype):
-            loss = objective(batch, batch.totals)["loss"]
+            loss = find_loss()
         loss.backward()
         update(objective.parameters(), optimizers, max_norm=1.0)
+
+    def our_loss() -> torch.Tensor:
+        return objective(batch, batch.totals)["loss"]
 
     make_bound = latent_bound if isinstance(batch, LatentBatch) else weighted_bound
     bound_loss, tokens = make_bound(objective, batch)  # type: ignore[arg-type]
 
-    def bound() -> None:
-        with autocast(CPU, dtype):
-            loss = bound_loss()
-        loss.backward()
-        update(objective.parameters(), optimizers, max_norm=1.0)
-
-    sides: dict[str, Callable[[], None]] = {"ours": ours, "bound": bound}
+    sides: dict[str, Callable[[], None]] = {"ours": partial(step, our_loss), "bound": partial(step, bound_loss)}
+    if dtype != torch.float32:
+        sides["float32"] = partial(step, our_loss, torch.float32)
     if args.peers:
         sides["peer"] = make_peer(objective, rows, args.thoughts)
     seconds = take_turns(sides, args.repeats)
@@ -118,8 +118,8 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
     found["padding"] = 1 - batch.totals["positions"].item() / batch.totals["slots"].item()
     found |= {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
     found |= compare(seconds, "ours", "bound")
-    if "peer" in sides:
-        found["peer_to_ours"] = found["peer_s"] / found["ours_s"]
+    for name in sides.keys() - {"ours", "bound"}:
+        found[f"{name}_to_ours"] = found[f"{name}_s"] / found["ours_s"]
     return found
 
 

@@ -108,13 +108,14 @@ class LatentConfig:
 
 @dataclass
 class DecoderConfig:
-    """The auxiliary decoder: how many blocks, and whether they start `random` or as the `base`'s first."""
+    """The auxiliary decoder: how many blocks (None: as many as the base), started `random` or as the `base`'s first."""
 
-    n_layer: int = 1
+    n_layer: int | None = 1
     init: str = "random"
 
     def __post_init__(self) -> None:
-        require(self.n_layer >= 1, "decoder.n_layer", self.n_layer, "at least 1")
+        right = "at least 1, or null for as many as the base has"
+        require(self.n_layer is None or self.n_layer >= 1, "decoder.n_layer", self.n_layer, right)
         require_choice("decoder.init", self.init, ("random", "base"))
 
 

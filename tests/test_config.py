@@ -162,7 +162,7 @@ REFUSED = {
     "optimizer=sgd": ("optimizer=sgd", "adamw, muon"),
     "matrix_lr=0": ("matrix_lr=0", "above 0"),
     "latent.reset_optimizer=2x": ("latent.reset_optimizer", "2x"),
-    "decoder.n_layer=0": ("decoder.n_layer=0", "at least 1"),
+    "decoder.n_layer=0": ("decoder.n_layer=0", "at least 1", "null"),
     "decoder.init=zero": ("decoder.init=zero", "random", "base"),
     "loss.answer_weight=-1": ("loss.answer_weight=-1", "at least 0"),
     "loss.step_weight=-1": ("loss.step_weight=-1", "at least 0"),

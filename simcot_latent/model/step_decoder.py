@@ -75,8 +75,11 @@ class StepDecoder(nn.Module):
         self.head = None if config.tie_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     @classmethod
-    def from_base(cls, base: GPT, n_layer: int, init: Literal["random", "base"]) -> StepDecoder:
-        """A decoder of `n_layer` blocks shaped like the base's, with random weights or the base's first blocks."""
+    def from_base(cls, base: GPT, n_layer: int | None, init: Literal["random", "base"]) -> StepDecoder:
+        """A decoder of `n_layer` blocks shaped like the base's (None: as many as it has), with random weights or the
+        base's first blocks.
+        """
+        n_layer = base.config.n_layer if n_layer is None else n_layer
         decoder = cls(replace(base.config, n_layer=n_layer, tie_head=True, projector_width=None), base.embedding)
         if init == "base":
             if n_layer > base.config.n_layer:

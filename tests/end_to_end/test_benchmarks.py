@@ -31,6 +31,15 @@ def test_a_latent_step_against_its_bound_and_its_peer(sums: Path, tmp_path: Path
     assert report["versions"]["torch"]
 
 
+def test_a_bfloat16_step_against_its_bound_and_float32(sums: Path, tmp_path: Path) -> None:
+    arguments = f"--data {sums} --batch-sizes 2 --thoughts 2 --latents-per-step 1 --repeats 1 --dtype bfloat16"
+    report, out = measure("train_step", arguments, tmp_path)
+    (row,) = report["rows"]
+    assert row["float32_to_ours"] == row["float32_s"] / row["ours_s"]
+    assert f"{row['float32_to_ours']:.2f}" in out
+    assert report["dtype"] == "bfloat16"
+
+
 def test_a_weighted_step(sums: Path, tmp_path: Path) -> None:
     report, _ = measure("train_step", f"--data {sums} --mode weighted --batch-sizes 2 --repeats 1 --peers", tmp_path)
     (row,) = report["rows"]

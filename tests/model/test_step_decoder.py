@@ -182,8 +182,9 @@ def test_init_base_copies_the_first_blocks(model: GPT, n_layer: int) -> None:
         assert weight.data_ptr() != base[name].data_ptr()
 
 
-def test_init_base_with_every_block_is_the_base(model: GPT) -> None:
-    decoder = StepDecoder.from_base(model, 2, "base")
+@pytest.mark.parametrize("n_layer", [2, None])
+def test_init_base_with_every_block_is_the_base(model: GPT, n_layer: int | None) -> None:
+    decoder = StepDecoder.from_base(model, n_layer, "base")
     thoughts_NCD = random_thoughts(2, 1)
     ids_NL = torch.tensor([[5, 6], [7, 8]])
     expected_NLD = model.transformer(torch.cat((thoughts_NCD, model.embedding(ids_NL)), dim=1))
