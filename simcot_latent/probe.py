@@ -9,14 +9,16 @@ Shapes: B questions, K thoughts, G step groups, C thoughts a group, N = B * G, D
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -35,7 +37,7 @@ from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.step_decoder import PackedSteps
-from simcot_latent.model.thoughts import Thoughts
+from simcot_latent.model.thoughts import Thoughts, others_thoughts
 
 
 @dataclass
@@ -80,6 +82,8 @@ class GroupProbe:
         exact, operators, operands, result: `decoded` against `gold`, see `StepScore`.
         forced_token_accuracy: share of gold tokens that are most likely after the gold tokens before them.
         gold_probability: what the decoder gives to the whole of `gold`.
+        bits: what the thoughts say about `gold`, log2 of that probability over the one with another problem's thoughts
+            (see `others_thoughts`); None where no other problem has such a group.
     """
 
     decoded: str
@@ -92,6 +96,7 @@ class GroupProbe:
     result: bool | None = None
     forced_token_accuracy: float | None = None
     gold_probability: float | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -188,30 +193,57 @@ def _answer(checkpoint: Checkpoint, questions: Sequence[str]) -> tuple[list[Gene
     return generations, latents_of(generations) if generations else think(checkpoint, []).latents
 
 
-def probe_problems(checkpoint: Checkpoint, problems: Sequence[Problem]) -> list[QuestionProbe]:
-    """Problems with gold solutions, as one batch: as `probe_questions`, and each group against its gold steps."""
-    answers, latents_BKD = _answer(checkpoint, [problem.question for problem in problems])
-    decoded = decode_groups(checkpoint, latents_BKD)
-    gold = [gold_groups(checkpoint, problem) for problem in problems]
-    forced = teacher_forced(checkpoint, latents_BKD, [text for groups in gold for text in groups])
-    G = checkpoint.thoughts.groups
-    return [
-        QuestionProbe(
-            problem.question,
-            [score_group(text, p, gold[row][g], forced[row * G + g]) for g, (text, p) in enumerate(decoded[row])],
-            answers[row].answer,
-            problem.answer,
-        )
-        for row, problem in enumerate(problems)
+def probe_problems(
+    checkpoint: Checkpoint, problems: Sequence[Problem], batch_size: int = 32, console: Console | None = None
+) -> list[QuestionProbe]:
+    """Problems with gold solutions: as `probe_questions`, and each group against its gold steps.
+
+    Args:
+        batch_size: problems at once.
+        console: where to show progress; None: nowhere.
+    """
+    if not problems:
+        return []
+    starts = range(0, len(problems), batch_size)
+    sizes = [len(problems[i : i + batch_size]) for i in starts]
+    console = console or make_console(is_main=False)
+    answered = [
+        _answer(checkpoint, [problem.question for problem in problems[i : i + batch_size]])
+        for i in track(starts, "thinking", console, sizes)
     ]
+    answers = [generation.answer for generations, _ in answered for generation in generations]
+    latents_BKD = torch.cat([latents for _, latents in answered])
+    gold = [gold_groups(checkpoint, problem) for problem in problems]
+    others_BKD, exchanged_BG = others_thoughts(latents_BKD, taught_groups(gold).to(latents_BKD.device))
+    probes = []
+    for i in track(starts, "decoding", console, sizes):
+        rows = slice(i, i + batch_size)
+        decoded = chain.from_iterable(decode_groups(checkpoint, latents_BKD[rows]))
+        own = teacher_forced(checkpoint, latents_BKD[rows], gold[rows])
+        others = teacher_forced(checkpoint, others_BKD[rows], gold[rows])
+        bits = bits_said(own, others, exchanged_BG[rows])
+        groups = map(score_group, decoded, chain.from_iterable(gold[rows]), own, bits)
+        for problem, answer in zip(problems[rows], answers[rows], strict=True):
+            its_groups = list(islice(groups, checkpoint.thoughts.groups))
+            probes.append(QuestionProbe(problem.question, its_groups, answer, problem.answer))
+    return probes
 
 
-def score_group(text: str, probability: float, gold: str | None, forced: tuple[float, float] | None) -> GroupProbe:
+def score_group(decoded: tuple[str, float], gold: str | None, forced: Forced | None, bits: float | None) -> GroupProbe:
+    """A group's decoded text and its probability against gold."""
+    text, probability = decoded
     if gold is None or forced is None:
         return GroupProbe(text, steps_are_right(text), probability)
-    score = score_steps(text, gold)
-    return GroupProbe(text, steps_are_right(text), probability, gold, **asdict(score),
-                      forced_token_accuracy=forced[0], gold_probability=forced[1])  # fmt: skip
+    return GroupProbe(
+        text,
+        steps_are_right(text),
+        probability,
+        gold,
+        **asdict(score_steps(text, gold)),
+        forced_token_accuracy=forced.token_accuracy,
+        gold_probability=math.exp(-forced.nats),
+        bits=bits,
+    )
 
 
 def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
@@ -230,29 +262,55 @@ def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
     return [None if group is None else "\n".join(group) for group in aligned]
 
 
-@torch.no_grad()
+class Forced(NamedTuple):
+    """A gold text as the decoder sees it, token by token after the gold tokens before: share that is most likely, and
+    minus the log of the probability of the whole. The end token is included.
+    """
+
+    token_accuracy: float
+    nats: float
+
+
 def teacher_forced(
-    checkpoint: Checkpoint, latents_BKD: Tensor, gold: Sequence[str | None]
-) -> list[tuple[float, float] | None]:
-    """Token accuracy and probability of gold texts, one a group (None: no gold), end token included."""
+    checkpoint: Checkpoint, latents_BKD: Tensor, gold: Sequence[Sequence[str | None]]
+) -> list[Forced | None]:
+    """Each group's gold text, group by group and row by row; None where there is none."""
     decoder, tokenizer = require_decoder(checkpoint), checkpoint.tokenizer
-    taught = [i for i, text in enumerate(gold) if text is not None]
-    results: list[tuple[float, float] | None] = [None] * len(gold)
+    texts = list(chain.from_iterable(gold))
+    taught = [i for i, text in enumerate(texts) if text is not None]
+    results: list[Forced | None] = [None] * len(texts)
     if not taught:
         return results
-    texts = [tokenizer.encode(gold[i] or "") for i in taught]
-    steps = PackedSteps.of(texts, tokenizer.end_id, checkpoint.thoughts.latents_per_step)
+    ids = [tokenizer.encode(texts[i] or "") for i in taught]
+    steps = PackedSteps.of(ids, tokenizer.end_id, checkpoint.thoughts.latents_per_step)
     steps = to_device(steps, latents_BKD.device)
-    groups_NCD = group_prefix(checkpoint, latents_BKD)[taught]
-    logits_MV = decoder.logits(decoder(groups_NCD, decoder.embedding(steps.ids_L), steps.packing))
-    nll_M = F.cross_entropy(logits_MV, steps.label_M, reduction="none")
-    correct_M = (logits_MV.argmax(-1) == steps.label_M).float()
+    found = decoder.score(group_prefix(checkpoint, latents_BKD)[taught], steps)
     zero_N = torch.zeros(len(taught), device=latents_BKD.device)
-    correct_N = zero_N.index_add(0, steps.group_M, correct_M) / steps.packing.length_B.sub(groups_NCD.shape[1] - 1)
-    probability_N = (-zero_N.index_add(0, steps.group_M, nll_M)).exp()
-    for i, accuracy, probability in zip(taught, correct_N.tolist(), probability_N.tolist(), strict=True):
-        results[i] = (accuracy, probability)
+    labels_N = zero_N.index_add(0, steps.group_M, torch.ones_like(found.nll_M))
+    accuracy_N = zero_N.index_add(0, steps.group_M, found.correct_M.float()) / labels_N
+    nats_N = zero_N.index_add(0, steps.group_M, found.nll_M)
+    for i, accuracy, nats in zip(taught, accuracy_N.tolist(), nats_N.tolist(), strict=True):
+        results[i] = Forced(accuracy, nats)
     return results
+
+
+def taught_groups(gold: Sequence[Sequence[str | None]]) -> Tensor:
+    """Which groups are taught something (B, G)."""
+    return torch.tensor([[text is not None for text in groups] for groups in gold])
+
+
+def bits_said(
+    own: Sequence[Forced | None], others: Sequence[Forced | None], exchanged_BG: Tensor
+) -> list[float | None]:
+    """`GroupProbe.bits` of each group, from gold as read from its own and from another problem's thoughts.
+
+    Args:
+        exchanged_BG: of `others_thoughts`.
+    """
+    return [
+        (b.nats - a.nats) / math.log(2) if exchanged and a is not None and b is not None else None
+        for a, b, exchanged in zip(own, others, exchanged_BG.flatten().tolist(), strict=True)
+    ]
 
 
 def summarise(probes: Sequence[QuestionProbe]) -> dict[str, Any]:
@@ -273,6 +331,7 @@ def summarise_groups(groups: Sequence[GroupProbe]) -> dict[str, Any]:
     if n == 0:
         return {"n": 0}
     exact = sum(bool(g.exact) for g in groups)
+    bits = [g.bits for g in groups if g.bits is not None]
     return {
         "n": n,
         "exact": exact / n,
@@ -284,6 +343,7 @@ def summarise_groups(groups: Sequence[GroupProbe]) -> dict[str, Any]:
         "probability": sum(g.probability for g in groups) / n,
         "forced_token_accuracy": sum(g.forced_token_accuracy or 0.0 for g in groups) / n,
         "gold_probability": sum(g.gold_probability or 0.0 for g in groups) / n,
+        "bits": sum(bits) / len(bits) if bits else None,
     }
 
 
@@ -321,10 +381,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("probability", "probability"),
         ("forced_token_accuracy", "tokens, teacher-forced"),
         ("gold_probability", "probability of gold"),
+        ("bits", "bits said"),
     ]
     table = Table("step", "n", *[title for _, title in keys])
     for name, scores in [*summary["by_step"].items(), ("all", summary["all"])]:
-        table.add_row(name, str(scores["n"]), *[f"{scores[key]:.3f}" if scores["n"] else "-" for key, _ in keys])
+        found = [scores.get(key) for key, _ in keys]
+        table.add_row(name, str(scores["n"]), *["-" if value is None else f"{value:.3f}" for value in found])
     return table
 
 
@@ -341,10 +403,8 @@ def main(raw: DictConfig) -> None:
         else:
             source: Source = instantiate(cli.trained_data(raw, checkpoint.config["data"]), "data")
             problems = source.load(config.split).problems[: config.limit]  # type: ignore[arg-type]
-            batches = [problems[i : i + config.batch_size] for i in range(0, len(problems), config.batch_size)]
             quiet = make_console(is_main=config.format == "table")
-            probes = [p for batch in track(batches, "probing", quiet, list(map(len, batches)))
-                      for p in probe_problems(checkpoint, batch)]  # fmt: skip
+            probes = probe_problems(checkpoint, problems, config.batch_size, quiet)
             summary = summarise(probes)
     if config.format == "json":
         print(json.dumps({"probes": [asdict(probe) for probe in probes], "summary": summary}, indent=2))

@@ -301,7 +301,7 @@ class Trainer:
     def validate(self, log: RunLog, show: bool) -> dict[str, float]:
         """Evaluates the stage that training is in; `show` prints it."""
         with autocast(self.job.device, self.job.dtype):
-            metrics = validate(self.objective, self.held_out, self.thoughts_now(), self.run, self.ranks)
+            metrics = validate(self.objective, self.as_checkpoint(), self.held_out, self.run, self.ranks)
         log.write(self.step, metrics)
         if (collapsed := collapse(metrics)) is not None:
             warn(self.console, collapsed)

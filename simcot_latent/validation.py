@@ -1,13 +1,19 @@
-"""Held-out losses, answers and thought geometry, while training goes on."""
+"""Held-out losses and answers, how thoughts lie and what they say, while training goes on.
+
+Shapes: N problems, K thoughts, G step groups, D width.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
+from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.config import RunConfig
 from simcot_latent.data.batch import by_length, to_device
 from simcot_latent.data.format import Example
@@ -16,8 +22,9 @@ from simcot_latent.distributed import Ranks
 from simcot_latent.generate import generate
 from simcot_latent.losses import add_up
 from simcot_latent.metrics import wilson_interval
-from simcot_latent.model.thoughts import ThoughtFormat, geometry
+from simcot_latent.model.thoughts import geometry, others_thoughts
 from simcot_latent.objectives.base import Objective
+from simcot_latent.probe import bits_said, gold_groups, latents_of, taught_groups, teacher_forced
 
 # Thoughts count as collapsed when they lie this much closer together than they are long. Published distances: 28 in a
 # healthy model, 4 in a collapsed one, where the norm is of the order of the former (SIM-CoT, section 3.1).
@@ -34,14 +41,18 @@ class HeldOut:
 
 @torch.no_grad()
 def validate(
-    objective: Objective, held_out: HeldOut, thoughts: ThoughtFormat, run: RunConfig, ranks: Ranks
+    objective: Objective, checkpoint: Checkpoint, held_out: HeldOut, run: RunConfig, ranks: Ranks
 ) -> dict[str, float]:
     """Metrics of a stage of training: `val_<share>`, `val_accuracy` (strict, greedy) and `thought_*`.
 
     All ranks take part, each with its share of the problems (at least one); all return the same.
+
+    Args:
+        checkpoint: what is trained, as it answers now.
     """
-    device = objective.model.embedding.weight.device
-    mine = range(ranks.rank, len(held_out.examples), ranks.world)
+    model, thoughts, n = objective.model, checkpoint.thoughts, len(held_out.examples)
+    device = checkpoint.device
+    mine = range(ranks.rank, n, ranks.world)
     plan = [
         [mine[i] for i in batch]
         for batch in by_length([held_out.examples[i].length for i in mine], run.eval_batch_size)
@@ -50,24 +61,46 @@ def validate(
     batches = [objective.collate([held_out.examples[i] for i in batch], thoughts) for batch in plan]
     totals = ranks.sum({key: value.to(device) for key, value in add_up([b.totals for b in batches]).items()})
     found = add_up([objective(to_device(batch, device), totals) for batch in batches])
-    shares = {f"val_{key}": value for key, value in ranks.sum(found).items()}
-    correct, latents = 0, []
+    metrics = {f"val_{key}": value.item() for key, value in ranks.sum(found).items()}
+    correct = torch.zeros((), device=device)
+    latents_NKD = torch.zeros(n, thoughts.n_latents, model.config.n_embd, device=device)
     for batch in plan:
         problems = [held_out.problems[i] for i in batch]
         questions = [problem.question for problem in problems]
-        generations = generate(objective.model, objective.tokenizer, thoughts, questions, run.max_new_tokens)
+        generations = generate(model, objective.tokenizer, thoughts, questions, run.max_new_tokens)
         correct += sum(same_number(g.answer, p.answer) for g, p in zip(generations, problems, strict=True))
-        latents += [g.latents_KD for g in generations if g.latents_KD is not None]
-    means = {"val_accuracy": correct / len(mine)}
-    if latents:
-        latents_BKD = torch.stack(latents).float()
-        sum_KD = ranks.sum({"latents": latents_BKD.sum(0)})["latents"]
-        means |= geometry(latents_BKD, objective.model.embedding.weight, sum_KD, len(held_out.examples))
-    sums = ranks.sum({key: torch.tensor(value * len(mine), device=device) for key, value in means.items()})
+        if thoughts.n_latents:
+            latents_NKD[batch] = latents_of(generations).float()
+    everyones = ranks.sum({"correct": correct, "latents": latents_NKD})
+    metrics["val_accuracy"] = everyones["correct"].item() / n
+    if thoughts.n_latents:
+        metrics |= geometry(everyones["latents"], model.embedding.weight)
+    if thoughts.n_latents and checkpoint.step_decoder is not None:
+        metrics["thought_bits"] = thought_bits(checkpoint, held_out.problems, everyones["latents"], plan, ranks)
     objective.train()
-    return {key: value.item() for key, value in shares.items()} | {
-        key: value.item() / len(held_out.examples) for key, value in sums.items()
-    }
+    return metrics
+
+
+def thought_bits(
+    checkpoint: Checkpoint, problems: Sequence[Problem], latents_NKD: Tensor, plan: Sequence[list[int]], ranks: Ranks
+) -> float:
+    """Mean of `GroupProbe.bits` over all problems; nan where there is none.
+
+    The step loss alone does not tell whether thoughts say anything: much of a step can be guessed.
+
+    Args:
+        plan: the batches of problems that this rank scores.
+    """
+    gold = [gold_groups(checkpoint, problem) for problem in problems]
+    others_NKD, exchanged_NG = others_thoughts(latents_NKD, taught_groups(gold).to(latents_NKD.device))
+    bits: list[float] = []
+    for batch in plan:
+        texts = [gold[i] for i in batch]
+        own, others = (teacher_forced(checkpoint, latents[batch], texts) for latents in (latents_NKD, others_NKD))
+        bits += [said for said in bits_said(own, others, exchanged_NG[batch]) if said is not None]
+    sums = ranks.sum({"bits": torch.tensor([sum(bits), float(len(bits))], device=latents_NKD.device)})
+    total, count = sums["bits"].tolist()
+    return total / count if count else math.nan
 
 
 def collapse(metrics: dict[str, float]) -> str | None:

@@ -205,7 +205,7 @@ def test_gold_is_what_was_taught(
 
 
 def test_teacher_forcing_against_a_naive_loop(checkpoint: Checkpoint) -> None:
-    """Share of gold tokens that are most likely after the ones before, and the probability of the whole, end token
+    """Share of gold tokens that are most likely after the ones before, and how unlikely the whole is, end token
     included, one group and one token at a time; None where there is no gold."""
     decoder, tokenizer = checkpoint.step_decoder, checkpoint.tokenizer
     assert decoder is not None
@@ -213,9 +213,9 @@ def test_teacher_forcing_against_a_naive_loop(checkpoint: Checkpoint) -> None:
     latents_BKD = sl.think(checkpoint, questions).latents
     # Where the decoder's own words are gold, all tokens are right.
     own = decode_groups(checkpoint, latents_BKD)[1][0]
-    gold = ["<<3*4=12>>", None, "<<12-2=10>>\n<<10*2=20>>", own[0], None, "#### 4"]
+    gold = [["<<3*4=12>>", None, "<<12-2=10>>\n<<10*2=20>>"], [own[0], None, "#### 4"]]
     forced = teacher_forced(checkpoint, latents_BKD, gold)
-    for group, text in enumerate(gold):
+    for group, text in enumerate([*gold[0], *gold[1]]):
         if text is None:
             assert forced[group] is None
             continue
@@ -229,8 +229,41 @@ def test_teacher_forcing_against_a_naive_loop(checkpoint: Checkpoint) -> None:
             right += int(probabilities_V.argmax()) == i
             probability *= probabilities_V[i].item()
             vectors.append(decoder.embedding.weight[i].detach())
-        assert forced[group] == pytest.approx((right / len(ids), probability), rel=1e-3)
-    assert teacher_forced(checkpoint, latents_BKD, [None] * 6) == [None] * 6
+        assert forced[group] == pytest.approx((right / len(ids), -math.log(probability)), rel=1e-3)
+    assert teacher_forced(checkpoint, latents_BKD, [[None] * 3] * 2) == [None] * 6
+
+
+def test_bits_against_the_decoder_itself(checkpoint: Checkpoint, problems: list[Problem]) -> None:
+    """Two problems, each read from its own and from the other's thoughts; a group that one alone has says None."""
+    pair = [problem for problem in problems if len(problem.steps) > 1][:2]
+    latents_BKD = sl.think(checkpoint, [problem.question for problem in pair]).latents
+    gold = [gold_groups(checkpoint, problem) for problem in pair]
+    own = teacher_forced(checkpoint, latents_BKD, gold)
+    others = teacher_forced(checkpoint, latents_BKD.flip(0), gold)
+    probes = probe_problems(checkpoint, pair)
+    for i, (a, b, group) in enumerate(zip(own, others, [g for p in probes for g in p.groups], strict=True)):
+        both = all(groups[i % GROUPS] is not None for groups in gold)
+        if not both:
+            assert group.bits is None
+            continue
+        assert a is not None
+        assert b is not None
+        assert group.bits == pytest.approx((b.nats - a.nats) / math.log(2), rel=1e-3, abs=1e-4)
+        assert abs(group.bits or 0.0) > 1e-3, "nothing is proven"
+    assert all(group.bits is None for group in probe_problems(checkpoint, pair[:1])[0].groups)
+
+
+def test_probing_does_not_depend_on_batches(checkpoint: Checkpoint, problems: list[Problem]) -> None:
+    """Texts exactly, numbers to float32 rounding; also which problem's thoughts are the others'."""
+    whole = probe_problems(checkpoint, problems)
+    for size in (1, len(problems) - 1):
+        for probe, expected in zip(probe_problems(checkpoint, problems, size), whole, strict=True):
+            assert probe.answer == expected.answer
+            for group, its_expected in zip(probe.groups, expected.groups, strict=True):
+                for key, value in asdict(its_expected).items():
+                    close = pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value
+                    assert getattr(group, key) == close, key
+    assert probe_problems(checkpoint, []) == []
 
 
 def test_probing_problems(
@@ -270,7 +303,8 @@ def test_probing_questions(checkpoint: Checkpoint, questions: list[str]) -> None
 
 
 def scored(exact: bool, result: bool, probability: float, right: bool | None = True) -> GroupProbe:
-    return GroupProbe("x", right, probability, "gold", exact, exact, result, result, 0.75, probability / 2)
+    bits = None if right is None else 4 * probability
+    return GroupProbe("x", right, probability, "gold", exact, exact, result, result, 0.75, probability / 2, bits)
 
 
 def test_a_summary_in_closed_form() -> None:
@@ -287,11 +321,11 @@ def test_a_summary_in_closed_form() -> None:
     assert set(summary["by_step"]) == {"1", "2"}
     expected: dict[str, dict[str, float]] = {
         "all": {"n": 3, "exact": 1 / 3, "operators": 1 / 3, "operands": 2 / 3, "result": 2 / 3, "right": 2 / 3,
-                "probability": 1.7 / 3, "forced_token_accuracy": 0.75, "gold_probability": 0.85 / 3},
+                "probability": 1.7 / 3, "forced_token_accuracy": 0.75, "gold_probability": 0.85 / 3, "bits": 3.0},
         "1": {"n": 2, "exact": 0.5, "operators": 0.5, "operands": 0.5, "result": 0.5, "right": 0.5,
-              "probability": 0.6, "forced_token_accuracy": 0.75, "gold_probability": 0.3},
+              "probability": 0.6, "forced_token_accuracy": 0.75, "gold_probability": 0.3, "bits": 4.0},
         "2": {"n": 1, "exact": 0.0, "operators": 0.0, "operands": 1.0, "result": 1.0, "right": 1.0,
-              "probability": 0.5, "forced_token_accuracy": 0.75, "gold_probability": 0.25},
+              "probability": 0.5, "forced_token_accuracy": 0.75, "gold_probability": 0.25, "bits": 2.0},
     }  # fmt: skip
     for step, scores in expected.items():
         found = summary["all"] if step == "all" else summary["by_step"][step]

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simcot_latent.errors import UserError
+from simcot_latent.losses import CrossEntropy, Labelled, cross_entropy
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, GPTConfig, Transformer, output_logits
 from simcot_latent.model.linear import Embedding
@@ -126,6 +127,14 @@ class StepDecoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""
         return output_logits(hidden, self.output_table, self.config.logit_softcap)
+
+    @torch.no_grad()
+    def score(self, thoughts_NCD: Tensor, steps: PackedSteps) -> CrossEntropy:
+        """How likely every label of `steps` is after the ones before it, were these the groups' thoughts."""
+        hidden_MD = self(thoughts_NCD, self.embedding(steps.ids_L), steps.packing)
+        one_M = torch.ones_like(steps.label_M, dtype=torch.float32)
+        labelled = Labelled(hidden_MD, self.output_table, steps.label_M, one_M)
+        return cross_entropy(labelled, softcap=self.config.logit_softcap)
 
     @torch.no_grad()
     def decode(self, thoughts_NCD: Tensor, end_id: int, max_tokens: int = 64) -> tuple[list[list[int]], list[float]]:

@@ -7,13 +7,14 @@ https://arxiv.org/abs/2412.06769, section 3; SIM-CoT, https://arxiv.org/abs/2509
 counting.
 
 Shapes: B rows, P tokens of all questions with `<bot>`, A of all texts from `<eot>` on (see `packing`), K thoughts,
-D width; N points.
+G step groups of C thoughts, D width; X sets of N points; N rows that are taught a group.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from simcot_latent.errors import UserError
@@ -109,32 +110,48 @@ def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing) ->
     return model.transformer(x, packing, thoughts.cache, read_out=len(texts_AD))
 
 
-def geometry(latents_BKD: Tensor, embedding_VD: Tensor, sum_KD: Tensor, problems: int) -> dict[str, float]:
+def geometry(latents_BKD: Tensor, embedding_VD: Tensor) -> dict[str, float]:
     """How far thoughts lie apart, and from the words: collapse shows here before it shows in accuracy.
-
-    Args:
-        sum_KD, problems: the sum of the thoughts of all problems, and of how many; more than `latents_BKD` has, where
-            that is one rank's share. So no figure depends on how the problems are cut into batches.
 
     Returns:
         `thought_distance`: mean L2 distance between two thoughts of one problem (nan for a single thought);
         `thought_to_embedding`: mean L2 distance of a thought to the mean token embedding
         (both as in SIM-CoT, https://arxiv.org/abs/2509.20317, section 3.1);
-        `thought_spread`: mean L2 distance of a thought to the mean of the other problems' thoughts of the same index
-        (nan for a single problem); a thought that is the same for every problem says nothing about its own;
+        `thought_spread`: mean L2 distance between two problems' thoughts of the same index (nan for a single problem);
+        a thought that is the same for every problem says nothing about its own;
         `thought_norm`: mean L2 norm of a thought, the scale that the others are read against.
     """
     latents_BKD = latents_BKD.float()
-    others_BKD = (sum_KD - latents_BKD) / (problems - 1)
+    to_mean = (latents_BKD - embedding_VD.float().mean(0)).norm(dim=-1).mean().item()
     return {
         "thought_distance": mean_distance(latents_BKD),
-        "thought_spread": (latents_BKD - others_BKD).norm(dim=-1).mean().item(),
-        "thought_to_embedding": (latents_BKD - embedding_VD.float().mean(0)).norm(dim=-1).mean().item(),
+        "thought_spread": mean_distance(rearrange(latents_BKD, "b k d -> k b d")),
+        "thought_to_embedding": to_mean,
         "thought_norm": latents_BKD.norm(dim=-1).mean().item(),
     }
 
 
-def mean_distance(points_BND: Tensor) -> float:
-    """Mean L2 distance between two of N points, over B sets of them; nan for a single point."""
-    B, N, _ = points_BND.shape
-    return torch.cdist(points_BND, points_BND).sum().item() / (B * N * (N - 1)) if N > 1 else float("nan")
+def mean_distance(points_XND: Tensor) -> float:
+    """Mean L2 distance between two of N points, over X sets of them; nan for a single point."""
+    X, N, _ = points_XND.shape
+    return torch.cdist(points_XND, points_XND).sum().item() / (X * N * (N - 1)) if N > 1 else float("nan")
+
+
+def others_thoughts(latents_BKD: Tensor, taught_BG: Tensor) -> tuple[Tensor, Tensor]:
+    """Thoughts of the wrong problem: what a decoder makes of them it does not have from its own problem's thoughts.
+
+    Args:
+        taught_BG: which step groups are taught something. Only these are exchanged, so that a thought that had a step
+            to say stands where one had.
+
+    Returns:
+        The thoughts, each taught group's being those of the row before that is taught in the same group (the last for
+        the first); and which groups were exchanged (B, G): a group that only one row is taught was not.
+    """
+    G = taught_BG.shape[1]
+    groups_BGCD = rearrange(latents_BKD, "b (g c) d -> b g c d", g=G)
+    others_BGCD = groups_BGCD.clone()
+    for group in range(G):
+        row_N = taught_BG[:, group].nonzero().squeeze(1)
+        others_BGCD[row_N, group] = groups_BGCD[row_N.roll(1), group]
+    return rearrange(others_BGCD, "b g c d -> b (g c) d"), taught_BG & (taught_BG.sum(0) > 1)

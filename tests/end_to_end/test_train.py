@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import struct
@@ -129,6 +130,7 @@ def test_latent_mode_logs_both_losses_and_the_geometry_of_its_thoughts(latent_ru
     last = [line for line in lines if "val_accuracy" in line][-1]
     assert last["val_step_loss"] > 0
     assert min(last[f"thought_{key}"] for key in ("distance", "spread", "to_embedding", "norm")) > 0
+    assert math.isfinite(last["thought_bits"])
 
 
 def test_what_it_prints(trained: Trained) -> None:
@@ -423,7 +425,8 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(mode: str, tmp_path: Pa
     for line, other in zip(metrics(tmp_path / "runs" / mode), metrics(tmp_path / "alone"), strict=True):
         for key, value in other.items():
             if key != "padding":  # which does depend on how a step is cut
-                assert line[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+                # Bits are a small difference of two losses.
+                assert line[key] == pytest.approx(value, rel=1e-3, abs=1e-3 if key == "thought_bits" else 1e-6), key
 
 
 def test_more_ranks_than_held_out_problems(tmp_path: Path) -> None:

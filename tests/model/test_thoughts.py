@@ -18,7 +18,7 @@ from torch import Tensor
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, geometry, go_on, think
+from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, geometry, go_on, others_thoughts, think
 
 QUESTIONS = [[7, 3, 22, 9, 41, 60], [5, 60], [60], [50, 11, 8, 60]]
 ANSWERS = [[59, 1, 2], [59, 13, 40, 6, 2], [59], [59, 4]]
@@ -270,9 +270,7 @@ def test_groups_of_a_thought_format() -> None:
 def test_geometry_in_closed_form() -> None:
     """Corners of a 3-4-5 triangle, twice as large in a second problem; the mean embedding is (0, 8)."""
     triangle = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
-    both = torch.stack((triangle, 2 * triangle))
-    embedding = torch.tensor([[-1.0, 8.0], [1.0, 8.0]])
-    found = geometry(both, embedding, both.sum(0), 2)
+    found = geometry(torch.stack((triangle, 2 * triangle)), torch.tensor([[-1.0, 8.0], [1.0, 8.0]]))
     assert found["thought_distance"] == pytest.approx((3 + 4 + 5) / 3 * 1.5)
     assert found["thought_spread"] == pytest.approx((0 + 3 + 4) / 3)
     assert found["thought_norm"] == pytest.approx((0 + 3 + 4 + 0 + 6 + 8) / 6)
@@ -280,22 +278,23 @@ def test_geometry_in_closed_form() -> None:
     assert found["thought_to_embedding"] == pytest.approx(sum(to_mean) / 6)
 
 
-def test_geometry_does_not_depend_on_how_problems_are_cut() -> None:
-    latents = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
-    whole, *parts = (
-        geometry(part, torch.zeros(5, 4), latents.sum(0), 5) for part in (latents, latents[:2], latents[2:])
-    )
-    for key, value in whole.items():
-        assert value == pytest.approx((2 * parts[0][key] + 3 * parts[1][key]) / 5), key
-
-
 def test_geometry_of_collapsed_and_of_single_thoughts() -> None:
     same = torch.ones(2, 4, 3)
-    found = geometry(same, torch.zeros(5, 3), same.sum(0), 2)
-    assert found["thought_distance"] == found["thought_spread"] == pytest.approx(0, abs=1e-6)
-    alone = geometry(same[:1, :1], torch.zeros(5, 3), same[:1, :1].sum(0), 1)
-    assert math.isnan(alone["thought_distance"]), "there is no pair to measure"
-    assert math.isnan(alone["thought_spread"]), "there is no second problem"
+    assert geometry(same, torch.zeros(5, 3))["thought_distance"] == pytest.approx(0, abs=1e-6)
+    assert math.isnan(geometry(same[:, :1], torch.zeros(5, 3))["thought_distance"]), "there is no pair to measure"
+    assert geometry(same, torch.zeros(5, 3))["thought_spread"] == pytest.approx(0, abs=1e-6)
+    assert math.isnan(geometry(same[:1], torch.zeros(5, 3))["thought_spread"]), "there is no second problem"
+
+
+def test_thoughts_of_the_wrong_problem() -> None:
+    """Three groups of two thoughts: all four problems are taught the first, two the second, one the third."""
+    latents = torch.arange(4.0 * 6).view(4, 6, 1)
+    taught = torch.tensor([[True, False, False], [True, True, False], [True, False, True], [True, True, False]])
+    others, exchanged = others_thoughts(latents, taught)
+    assert others[:, :2, 0].tolist() == [[18, 19], [0, 1], [6, 7], [12, 13]]
+    assert others[:, 2:4, 0].tolist() == [[2, 3], [20, 21], [14, 15], [8, 9]]
+    assert torch.equal(others[:, 4:], latents[:, 4:])
+    assert exchanged.tolist() == [[True, False, False], [True, True, False], [True, False, False], [True, True, False]]
 
 
 def test_attention_in_bfloat16_as_on_a_gpu(model: GPT) -> None:
