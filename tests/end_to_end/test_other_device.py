@@ -1,0 +1,130 @@
+"""All there is to run, on a device other than the CPU: no operation between the two, the same numbers, no waiting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import ARITHMETIC, PROBE, TINY, TRAIN, run
+from pretend_device import DEVICE, pretend_device
+
+from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
+from simcot_latent.data.batch import to_device
+from simcot_latent.data.problem import Problem
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
+from simcot_latent.objectives.base import Objective
+from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
+from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
+from simcot_latent.optimizer import make_optimizers, update
+
+SHORT = ("num_iterations=4", "eval_every=2", "max_new_tokens=3", "eval_examples=6", "checkpoint_every=2")
+
+LATENT: dict[str, dict[str, Any]] = {
+    "latent": {},
+    "pairs": {"latent": LatentConfig(4, 2, missing="answer"), "loss": LossConfig(step_reduction="codi")},
+    "decoder_of_base": {"latent": LatentConfig(4, 2, feeds_last=False), "decoder": DecoderConfig(None, "base")},
+}
+
+
+def test_what_a_gpu_refuses_is_refused() -> None:
+    with pretend_device() as device:
+        here, there = torch.ones(3), torch.ones(3, device=DEVICE)
+        assert device.reads == []
+        assert (there * torch.tensor(2.0) + there.new_ones(3)).tolist() == [3.0, 3.0, 3.0]
+        assert len(device.reads) == 1
+        with pytest.raises(RuntimeError, match="two devices"):
+            _ = here + there
+        with pytest.raises(RuntimeError, match="two devices"):
+            there[torch.tensor([0, 2])]
+        assert there.sum().item() == 3.0
+        assert bool((there == 1).all())
+        there[[0, 2]] = 5.0
+        assert there.cpu().tolist() == [5.0, 1.0, 5.0]
+        assert len(device.reads) == 4
+
+
+@pytest.fixture(params=["weighted", *LATENT])
+def make_objective(
+    request: pytest.FixtureRequest, tokenizer: Tokenizer, make_run: Callable[..., RunConfig]
+) -> Callable[[], Objective]:
+    """A new objective, the same each time."""
+
+    def make() -> Objective:
+        torch.manual_seed(0)
+        family: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 256}
+        if request.param == "weighted":
+            model = GPT(GPTConfig(tokenizer.n_vocab, **family))
+            return WeightedObjective(model, tokenizer, make_run(rationale="natural"), WeightedConfig())
+        config = LatentObjectiveConfig(**LATENT[request.param])
+        model = GPT(GPTConfig(tokenizer.n_vocab, positions="learned", bias=True, projector_width=8, **family))
+        return LatentObjective(model, tokenizer, make_run(rationale="equations"), config)
+
+    return make
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_a_step_reads_nothing(
+    make_objective: Callable[[], Objective], problems: list[Problem], optimizer: str, checkpointing: bool
+) -> None:
+    """A training step never waits for its device, and comes to the same loss and gradients there."""
+
+    def losses(device: torch.device) -> list[torch.Tensor]:
+        objective = make_objective()
+        objective.run.optimizer = optimizer
+        set_block_options(objective, compile=False, checkpointing=checkpointing)
+        objective.to(device)
+        optimizers = make_optimizers(objective, objective.run)
+        batch = objective.collate([objective.encode(problem) for problem in problems], objective.thoughts)
+        totals = {key: value.to(device) for key, value in batch.totals.items()}
+        found: list[torch.Tensor] = []
+        for _ in range(2):
+            shares = objective(to_device(batch, device), totals)
+            shares["loss"].backward()
+            found += [shares["loss"].detach(), update(objective.parameters(), optimizers, max_norm=1.0)]
+        return found
+
+    expected = losses(torch.device("cpu"))
+    with pretend_device() as device:
+        ours = losses(DEVICE)
+        assert device.reads == []
+        assert [value.item() for value in ours] == pytest.approx([value.item() for value in expected], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["latent", "weighted"])
+def test_commands(mode: str, tmp_path: Path) -> None:
+    """Training, going on with it, evaluation and probe: the numbers of a CPU."""
+    arguments = [f"mode={mode}", *(a for a in TINY if not a.startswith("device=")), *ARITHMETIC, *SHORT]
+
+    def commands(name: str, device: str) -> tuple[list[dict[str, float]], list[dict[str, Any]], str]:
+        def command(module: str, *more: str) -> None:
+            run(module, f"device={device}", *more, folder=tmp_path).ok()
+
+        out_dir = tmp_path / name
+        command(TRAIN, *arguments, f"out_dir={out_dir}")
+        (out_dir / "latest").unlink()
+        (out_dir / "latest").symlink_to("step_0000002")
+        command(TRAIN, *arguments, f"out_dir={out_dir}", "resume=true")
+        command("evals.arithmetic", f"ckpt={out_dir}", "max_new_tokens=3")
+        if mode == "latent":
+            command(PROBE, f"ckpt={out_dir}", "question=What is 3 plus 4?")
+            command(PROBE, f"ckpt={out_dir}", "data=arithmetic", "limit=4")
+        metrics = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+        evals = out_dir / "evals"
+        predictions = [json.loads(line) for line in (evals / "arithmetic.predictions.jsonl").read_text().splitlines()]
+        return metrics, predictions, json.loads((evals / "arithmetic.json").read_text())["device"]
+
+    expected, expected_predictions, _ = commands("cpu", "cpu")
+    with pretend_device():
+        metrics, predictions, evaluated_on = commands("pretended", "auto")
+    for ours, theirs in zip(metrics, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"tokens_per_s", "data_wait"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5, nan_ok=True), key
+    assert evaluated_on == str(DEVICE)
+    assert predictions == expected_predictions
