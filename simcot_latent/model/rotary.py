@@ -67,7 +67,7 @@ class Rotary:
 
     def turn_back(self, x_PXE: Tensor) -> Tensor:
         """The rotation by the negative angles: the gradient of `turn`."""
-        return _turned(x_PXE, self.cos_P1E, -self.sin_P1E)
+        return _turned(x_PXE, self.cos_P1E, self.sin_P1E, sign=-1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -81,6 +81,6 @@ class _Rotate(torch.autograd.Function):
         return ctx.rotary.turn_back(grad_PXE), None
 
 
-def _turned(x_PXE: Tensor, cos_P1E: Tensor, sin_P1E: Tensor) -> Tensor:
+def _turned(x_PXE: Tensor, cos_P1E: Tensor, sin_P1E: Tensor, sign: int = 1) -> Tensor:
     left, right = x_PXE.chunk(2, dim=-1)
-    return torch.addcmul(x_PXE * cos_P1E, torch.cat((right, left), dim=-1), sin_P1E).to(x_PXE.dtype)
+    return torch.addcmul(x_PXE * cos_P1E, torch.cat((right, left), dim=-1), sin_P1E, value=sign).to(x_PXE.dtype)
