@@ -7,6 +7,10 @@ token; this says how much dearer it is. All sides take turns in one process; wha
 medians. Batches are ready made, so reading data is on no side. `--compile` and `--activation-checkpointing` hold for
 the bound too. With `--dtype bfloat16` our step in float32 takes its turns as well.
 
+In mode latent a third side is the thoughts' matrix products and nothing else: each weight of the blocks times a row a
+problem, forward and back, one thought after the other. No step can do without them, whatever it is written in, and they
+are slower than the same products over many tokens at once.
+
 Peers: in mode latent `coconut-pytorch`, which has no auxiliary decoder and so does less; in mode weighted a plain
 fine-tuning step of `transformers`.
 """
@@ -21,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -42,6 +47,7 @@ from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.distributed import autocast
 from simcot_latent.model.gpt import GPT, set_block_options
+from simcot_latent.model.linear import Linear, product
 from simcot_latent.objectives.base import Objective, WrittenBatch
 from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
 from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
@@ -60,12 +66,18 @@ def main() -> None:
         for batch_size in track(args.batch_sizes, f"size {size}", console=Console(stderr=True))
     ]
     columns = ("size", "batch", "base tokens", "decoder tokens", "ours, s", "bound, s", "ours / bound", "padding")
-    table = Table(*columns, "peer / ours", "float32 / ours")
+    ratios = {
+        "products_to_bound": "thoughts' products / bound",
+        "peer_to_ours": "peer / ours",
+        "float32_to_ours": "float32 / ours",
+    }
+    ratios = {key: title for key, title in ratios.items() if key in rows[0]}
+    table = Table(*columns, *ratios.values(), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(
             row["size"], str(row["batch_size"]), str(row["base_tokens"]), str(row["decoder_tokens"]),
             f"{row['ours_s']:.3f}", f"{row['bound_s']:.3f}", f"{row['ratio']:.2f}", f"{row['padding']:.1%}",
-            *(f"{row[key]:.2f}" if key in row else "-" for key in ("peer_to_ours", "float32_to_ours")),
+            *(f"{row[key]:.2f}" for key in ratios),
         )  # fmt: skip
     report("train_step", args, rows, table)
 
@@ -109,6 +121,8 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
     bound_loss, tokens = make_bound(objective, batch)  # type: ignore[arg-type]
 
     sides: dict[str, Callable[[], None]] = {"ours": partial(step, our_loss), "bound": partial(step, bound_loss)}
+    if isinstance(batch, LatentBatch):
+        sides["products"] = partial(thought_products, objective.model, batch.questions.rows, batch.n_latents, dtype)
     if dtype != torch.float32:
         sides["float32"] = partial(step, our_loss, torch.float32)
     if args.peers:
@@ -118,7 +132,9 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
     found["padding"] = 1 - batch.totals["positions"].item() / batch.totals["slots"].item()
     found |= {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
     found |= compare(seconds, "ours", "bound")
-    for name in sides.keys() - {"ours", "bound"}:
+    if "products" in sides:
+        found["products_to_bound"] = found["products_s"] / found["bound_s"]
+    for name in sides.keys() - {"ours", "bound", "products"}:
         found[f"{name}_to_ours"] = found[f"{name}_s"] / found["ours_s"]
     return found
 
@@ -172,6 +188,22 @@ def latent_bound(objective: LatentObjective, batch: LatentBatch) -> tuple[Callab
         )
 
     return loss, {"base_tokens": ids_BT.numel(), "decoder_tokens": ids_NL.numel()}
+
+
+@torch.no_grad()
+def thought_products(model: GPT, rows: int, n_latents: int, dtype: torch.dtype) -> None:
+    """The products of weights with thoughts and their gradients; the first thought comes of the question's pass.
+
+    Weight gradients are not among them: they are one product over all thoughts, which costs what it costs in the bound.
+    """
+    weights = [part.weight.to(dtype) for part in model.transformer.blocks.modules() if isinstance(part, Linear)]
+    x = {width: torch.ones(rows, width, dtype=dtype) for weight in weights for width in weight.shape}
+    for _ in range(n_latents - 1):
+        for weight_OI in weights:
+            product(x[weight_OI.shape[1]], weight_OI, None)
+    for _ in range(n_latents - 1):
+        for weight_OI in reversed(weights):
+            torch.mm(x[weight_OI.shape[0]], weight_OI)
 
 
 def weighted_bound(objective: Objective, batch: WrittenBatch) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:

@@ -23,6 +23,7 @@ def test_a_latent_step_against_its_bound_and_its_peer(sums: Path, tmp_path: Path
     assert row["ratio"] == row["ours_s"] / row["bound_s"]
     assert row["peer_to_ours"] == row["peer_s"] / row["ours_s"]
     assert f"{row['ratio']:.2f}" in out
+    assert 0 < row["products_to_bound"] == row["products_s"] / row["bound_s"] < row["ratio"]
     # Two questions of two thoughts each, and two taught steps each; rows of the bound are rounded up, never down.
     assert row["base_tokens"] > 2 * 2
     assert row["base_tokens"] % 2 == 0
@@ -45,6 +46,7 @@ def test_a_weighted_step(sums: Path, tmp_path: Path) -> None:
     (row,) = report["rows"]
     assert row["decoder_tokens"] == 0
     assert row["peer_s"] > 0
+    assert "products_s" not in row, "a model without thoughts"
 
 
 def test_generation(sums: Path, tmp_path: Path) -> None:
