@@ -67,7 +67,7 @@ def main() -> None:
     ]
     columns = ("size", "batch", "base tokens", "decoder tokens", "ours, s", "bound, s", "ours / bound", "padding")
     ratios = {
-        "products_to_bound": "thoughts' products / bound",
+        "products_to_bound": "products / bound",
         "peer_to_ours": "peer / ours",
         "float32_to_ours": "float32 / ours",
     }
