@@ -25,7 +25,15 @@ aten = torch.ops.aten
 DEVICE = torch.device("meta")
 """Its name: one that torch knows on any machine, and of which it has no numbers of its own."""
 
-READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+READS = (
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    # How much comes out of these depends on the numbers.
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+)
 
 
 class OnDevice(Tensor):
@@ -91,7 +99,8 @@ class PretendDevice(TorchDispatchMode):
             if on_device and any(x.dim() for x in on_cpu):
                 shapes = [f"{tuple(x.shape)} on {x.device.type}" for x in tensors]
                 raise RuntimeError(f"{func}: tensors on two devices: {', '.join(shapes)}")
-        if (leaves and on_device) or func in READS:
+        chooses = func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if (leaves and on_device) or func in READS or chooses:
             self.reads.append(str(func))
         same = {id(x.numbers): x for x in on_device}  # what is written in place stays the tensor that it is
         args, kwargs = tree_map_only(OnDevice, lambda x: x.numbers, (args, kwargs))

@@ -46,6 +46,8 @@ def test_what_a_gpu_refuses_is_refused() -> None:
         there[[0, 2]] = 5.0
         assert there.cpu().tolist() == [5.0, 1.0, 5.0]
         assert len(device.reads) == 4
+        assert there[there > 2].shape == (2,)
+        assert len(device.reads) == 5
 
 
 @pytest.fixture(params=["weighted", *LATENT])
