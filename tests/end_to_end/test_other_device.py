@@ -1,4 +1,4 @@
-"""Training, evals and probe on a device other than the CPU: no operation between the two, the same numbers, no waiting."""
+"""Training, evals and probe on another device: no operation between it and the CPU, the same numbers, no waiting."""
 
 from __future__ import annotations
 
