@@ -1,7 +1,8 @@
 """A device that is not there: numbers that lie on the CPU under the name of another device.
 
 What a GPU refuses, this refuses: an operation between tensors of the CPU and tensors of the device (but for a CPU's
-single numbers, and copies). What makes a program wait for a GPU, this counts: reading numbers there.
+single numbers, and copies); it is stricter with indices, which a GPU takes from a CPU and waits for. What makes a
+program wait for a GPU, this counts: reading numbers there. It knows no autocast, no ranks and no compiling.
 """
 
 from __future__ import annotations

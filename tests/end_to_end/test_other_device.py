@@ -74,7 +74,7 @@ def make_objective(
 def test_a_step_reads_nothing(
     make_objective: Callable[[], Objective], problems: list[Problem], optimizer: str, checkpointing: bool
 ) -> None:
-    """A training step never waits for its device, and comes to the same loss and gradients there."""
+    """A training step never waits for its device, and comes to the same losses and gradient norms there."""
 
     def losses(device: torch.device) -> list[torch.Tensor]:
         objective = make_objective()
