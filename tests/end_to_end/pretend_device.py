@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import evals.runner
 import simcot_latent.distributed
+import simcot_latent.evaluate
 
 aten = torch.ops.aten
 
@@ -128,7 +128,7 @@ def pretend_device() -> Iterator[PretendDevice]:
         patch.setattr(torch, "autocast", lambda on, **to: nullcontext() if on == DEVICE.type else autocast(on, **to))
         patch.setattr(torch, "is_autocast_enabled", lambda on: on != DEVICE.type and autocasts(on))
         patch.setattr(importlib.import_module("torch.optim.adam"), "_device_dtype_check_for_fused", _anything)
-        for module in (evals.runner, simcot_latent.distributed):
+        for module in (simcot_latent.evaluate, simcot_latent.distributed):
             patch.setattr(module, "pick_device", pick_device)
         yield device
 

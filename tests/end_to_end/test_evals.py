@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from commands import ARITHMETIC, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, read_lines, run, strict_json
 
-from evals.runner import written_steps
 from simcot_latent.data.problem import Problem, parse_steps
+from simcot_latent.evaluate import written_steps
 
 GSM8K = "evals.gsm8k"
 
