@@ -7,16 +7,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from simcot_latent.config import as_plain, config_dir, one_line
 from simcot_latent.errors import UserError
+
+if TYPE_CHECKING:  # see `config`
+    from omegaconf import DictConfig
 
 # Keys whose value is free text or a path: taken as it stands, whatever hydra's grammar makes of `?`, `,` or `'`.
 TEXT_KEYS = ("question", "ckpt", "data.path", "out_dir", "init_from", "run", "out", "source", "base")
@@ -29,6 +26,10 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
 
     A `UserError`, or anything hydra finds wrong with the overrides, is printed as one line; the exit status is then 2.
     """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us, instead of being printed with part of a traceback
     sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
 
@@ -56,6 +57,8 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
 
 def overridden(section: str) -> list[str]:
     """The keys of a section that the command line sets, such as `model` or `model.n_layer`."""
+    from hydra.core.hydra_config import HydraConfig
+
     keys = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
     return [key for key in keys if key == section or key.startswith(f"{section}.")]
 
@@ -66,6 +69,8 @@ def trained_data(raw: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
     If it is the source that the model was trained on, its settings then (`trained`), with this command's overrides: so
     an embedded test set has the difficulty that was trained for, and a local `data.path` is remembered.
     """
+    from omegaconf import OmegaConf
+
     settings = as_plain(raw.data)
     if settings["_target_"] != trained["_target_"]:
         return settings
@@ -99,6 +104,8 @@ def quote_text(argument: str) -> str:
 
 def message_of(error: Exception) -> str:
     """An exception's message, and that of what caused it, on one line."""
+    from hydra.errors import HydraException
+
     messages = [str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         messages.append(str(error.__cause__))

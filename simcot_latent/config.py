@@ -11,14 +11,12 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-import hydra
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from simcot_latent.errors import UserError, require, require_choice
+
+if TYPE_CHECKING:  # hydra and omegaconf are imported where a command line is read: the rest does without them
+    from omegaconf import DictConfig
 
 T = TypeVar("T")
 
@@ -227,6 +225,8 @@ def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
     Raises:
         UserError: a key is unknown, or a value is of the wrong type or impossible.
     """
+    import hydra
+
     sections = dict(raw)
     try:
         objective = hydra.utils.get_class(raw.objective)
@@ -251,6 +251,9 @@ def typed(cls: type[T], values: Any, section: str = "") -> T:
     Raises:
         UserError: a key is unknown, a value is of another type, or `cls` refuses it.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -270,6 +273,8 @@ def one_line(text: str) -> str:
 
 def as_plain(raw: Any) -> dict[str, Any]:
     """A composed configuration as plain values, for `config.json`."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_container(raw, resolve=True)  # type: ignore[return-value]
 
 
@@ -279,6 +284,9 @@ def instantiate(section: Any, key: str) -> Any:
     Raises:
         UserError: the target refuses a value, or does not know a key.
     """
+    import hydra
+    from hydra.errors import InstantiationException
+
     try:
         return hydra.utils.instantiate(section)
     except InstantiationException as error:

@@ -12,10 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig
 from rich.table import Table
 
 from simcot_latent import cli
@@ -30,6 +29,9 @@ from simcot_latent.generate import Generation, Sampling, encode_prompts, generat
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.probe import decode_taught, gold_groups, latents_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @dataclass

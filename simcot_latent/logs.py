@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import wandb
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
@@ -94,6 +93,8 @@ class RunLog:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= from_step]
         self.file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         if run:
+            import wandb  # only here: it takes half a second to import
+
             try:
                 settings = wandb.Settings(console="off")
                 self.wandb = wandb.init(project=project, name=run, config=config, dir=out_dir, settings=settings)

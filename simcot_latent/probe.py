@@ -13,11 +13,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import rearrange
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +37,9 @@ from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.step_decoder import PackedSteps
 from simcot_latent.model.thoughts import Thoughts, others_thoughts
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @dataclass

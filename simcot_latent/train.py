@@ -12,11 +12,9 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import hydra
 import torch
-from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -50,6 +48,9 @@ from simcot_latent.pretrained import load_pretrained, with_latent_tokens, with_p
 from simcot_latent.probe import probe_problems, probe_table
 from simcot_latent.profiling import PROFILED, SKIPPED, WARMUP, StepProfile, part
 from simcot_latent.validation import HeldOut, collapse, validate, validation_table
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @dataclass
@@ -88,6 +89,8 @@ class StopSignal:
 
 def main(raw: DictConfig) -> None:
     """Trains as the composed configuration says."""
+    import hydra
+
     run, sections = parse(raw)
     device = pick_device(run.device)
     with ranks_on(device) as ranks:
