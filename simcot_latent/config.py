@@ -167,6 +167,8 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False
+    compile_thoughts: bool = False
+    later_attention: str = "products"
     activation_checkpointing: bool = False
     profile: bool = False
     out_dir: str | None = None
@@ -214,6 +216,7 @@ class RunConfig:
         )
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require_choice("later_attention", self.later_attention, ("products", "sdpa"))
         require(
             not (self.resume and self.out_dir is None), "resume", True, "given with out_dir=, the run to go on with"
         )

@@ -28,6 +28,8 @@ from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, wilson_interval
+from simcot_latent.model.cache import StaticCaches
+from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.probe import decode_taught, gold_groups, latents_of
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class EvalConfig:
     top_k: int | None = None
     seed: int = 0
     device: str = "auto"
+    cuda_graphs: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -118,6 +121,9 @@ def evaluate(name: str, raw: DictConfig) -> None:
         )
     ]
     plan = by_length(lengths, config.batch_size)
+    caches = StaticCaches(checkpoint.model.config.context_length) if config.cuda_graphs else None
+    if config.cuda_graphs:
+        keep_weights_in(checkpoint.model, dtype)
     predictions: dict[int, Prediction] = {}
     seconds = 0.0
     for batch in track(plan, f"{name} {config.split}", console, [len(batch) for batch in plan]):
@@ -126,7 +132,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         with torch.no_grad(), autocast(device, dtype):
             began = time.perf_counter()
             generations = generate(
-                checkpoint.model, checkpoint.tokenizer, checkpoint.thoughts, questions, limit, sampling
+                checkpoint.model, checkpoint.tokenizer, checkpoint.thoughts, questions, limit, sampling, caches
             )
             seconds += time.perf_counter() - began
             decoded: list[list[str]] = [[] for _ in chosen]
@@ -157,6 +163,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "top_k": config.top_k,
         "seed": config.seed,
         "device": str(device),
+        "cuda_graphs": config.cuda_graphs,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),

@@ -20,7 +20,7 @@ from simcot_latent.data.format import encode_question
 from simcot_latent.data.problem import ANSWER_MARK, strict_answer
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.model.cache import KVCache
+from simcot_latent.model.cache import StaticCache, StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, go_on, pack_texts, think
@@ -115,10 +115,16 @@ def pack_prompts(prompts: Sequence[list[int]], device: torch.device) -> tuple[Te
     return torch.tensor(ids, device=device), to_device(packing, device)
 
 
-def think_about(model: GPT, thoughts: ThoughtFormat, prompts: Sequence[list[int]], room: int = 0) -> Thoughts:
-    """Thoughts about encoded prompts, one batch; `room`: see `think`."""
+def think_about(
+    model: GPT,
+    thoughts: ThoughtFormat,
+    prompts: Sequence[list[int]],
+    room: int = 0,
+    caches: StaticCaches | None = None,
+) -> Thoughts:
+    """Thoughts about encoded prompts, one batch; `room` and `caches`: see `think`."""
     ids_P, packing = pack_prompts(prompts, model.embedding.weight.device)
-    return think(model, model.embedding(ids_P), packing, thoughts.n_latents, room, thoughts.feeds_last)
+    return think(model, model.embedding(ids_P), packing, thoughts.n_latents, room, thoughts.feeds_last, caches)
 
 
 @torch.no_grad()
@@ -129,12 +135,14 @@ def generate(
     questions: Sequence[str],
     max_new_tokens: int,
     sampling: Sampling | None = None,
+    caches: StaticCaches | None = None,
 ) -> list[Generation]:
     """Answers questions as one batch.
 
     Args:
         thoughts: how the model answers.
         max_new_tokens: what a row may write, end token included, thoughts not counted; less where the context ends.
+        caches: to read and write in static shapes, on a GPU as CUDA graphs; see `StaticCache`. None: in those needed.
 
     Raises:
         UserError: see `encode_prompts`.
@@ -150,7 +158,7 @@ def generate(
     B, room = len(prompts), thoughts.thinks + max(limits)
     latents: Sequence[Tensor | None] = [None] * B
     if thoughts.n_latents:
-        state = think_about(model, thoughts, prompts, room)
+        state = think_about(model, thoughts, prompts, room, caches)
         latents = state.latents_BKD.unbind()
         eot_BD = model.embedding(torch.full((B,), tokenizer.eot_id, device=device))
         hidden_ND = go_on(model, state, eot_BD, to_device(pack_texts([1] * B, thoughts.feeds_last), device))
@@ -158,7 +166,7 @@ def generate(
     else:
         opening = [tokenizer.eot_id] if thoughts.thinks else []
         ids_P, packing = pack_prompts([ids + opening for ids in prompts], device)
-        cache = KVCache(packing.longest + room)
+        cache = make_cache(B, packing.longest + room, caches)
         hidden_ND = model(ids_P, packing, cache, read_out=B)
 
     written: list[list[int]] = [[] for _ in prompts]
@@ -179,6 +187,11 @@ def generate(
         if len(kept) < len(going):
             ids_N = ids_N[torch.tensor(kept, device=device)]
             going = [going[place] for place in kept]
+        if isinstance(cache, StaticCache):  # the others are read on in vain
+            ids_B = torch.zeros(B, dtype=torch.long, device=device)
+            ids_B[going] = ids_N
+            hidden_ND = model(ids_B, Packing.grid(B, 1, device), cache)[going]
+            continue
         if len(going) <= COMPACT_BELOW * len(rows):
             cache.keep(torch.tensor(going, device=device))
             rows, going = [rows[row] for row in going], list(range(len(going)))
@@ -211,6 +224,7 @@ def generate_all(
     batch_size: int,
     max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
+    caches: StaticCaches | None = None,
 ) -> list[Generation]:
     """`generate` in batches of similar length; results in the order of the questions."""
     model, tokenizer, thoughts = checkpoint.model, checkpoint.tokenizer, checkpoint.thoughts
@@ -218,6 +232,6 @@ def generate_all(
     lengths = [len(ids) for ids in encode_prompts(model, tokenizer, thoughts, questions)]
     results: dict[int, Generation] = {}
     for batch in by_length(lengths, batch_size):
-        generations = generate(model, tokenizer, thoughts, [questions[i] for i in batch], limit, sampling)
+        generations = generate(model, tokenizer, thoughts, [questions[i] for i in batch], limit, sampling, caches)
         results.update(zip(batch, generations, strict=True))
     return [results[i] for i in range(len(questions))]

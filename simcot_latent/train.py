@@ -143,7 +143,9 @@ class Trainer:
         self.step = 0
         if run.resume:
             self.restore()
-        set_block_options(objective, run.compile, run.activation_checkpointing)
+        set_block_options(
+            objective, run.compile, run.activation_checkpointing, run.compile_thoughts, run.later_attention
+        )
         self.module = self.wrap(self.thoughts_now())
         self.warned_weights = False
 

@@ -5,15 +5,17 @@ holds position c, so who may see what is `column <= position`. Every pass writes
 nothing of what is there; autograd follows (see `KVCache.attend`).
 
 Shapes: B rows, P new tokens, T new tokens of the longest row, C columns, H query heads, G key/value heads, R = H / G
-query heads a key/value head, E head width.
+query heads a key/value head, E head width, S rows of a static cache.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -71,9 +73,14 @@ class KVCache:
             slot_N: see `slots`.
         """
         _, G, E = k_PGE.shape
-        layer = _Layer(k_PGE.new_zeros(2, rows, G, self.capacity, E))
-        self._layers.append(layer)
+        layer = self._new_layer(k_PGE.new_zeros, (rows, G, self.capacity, E))
         self._links.append(_Fill.apply(k_PGE, v_PGE, layer, slot_N))  # type: ignore[arg-type]
+
+    def _new_layer(self, zeros: Callable[..., Tensor], shape: tuple[int, ...]) -> _Layer:
+        """Where the next layer's keys and values go."""
+        layer = _Layer(zeros(2, *shape))
+        self._layers.append(layer)
+        return layer
 
     def attend(self, layer: int, qkv_PXE: Tensor, view: CacheView) -> Tensor:
         """Attention of a later pass (P, H * E): writes its keys and values, and its queries see all that they may.
@@ -96,6 +103,143 @@ class KVCache:
         self.length_B = self.length_B[rows_N]
         self._layers = [_Layer(layer.kv[:, rows_N]) for layer in self._layers]
         self._links = [layer.new_link() for layer in self._layers]
+
+
+class StaticCache(KVCache):
+    """A cache whose memory and shapes stay the same, batch after batch, so that a pass can be replayed.
+
+    A pass of a token per row, that is. On a GPU all its kernels are captured once as a CUDA graph
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) and started by one call from then on: what a pass
+    over few tokens spends its time on otherwise is the starting of kernels. Elsewhere the pass is simply run, in the
+    same shapes. For generation alone: there are no gradients.
+
+    Args:
+        rows: S, at least as many as any batch has. A batch of fewer leaves the last ones unused.
+        capacity: C.
+        context_length: positions of the model. Rows that have stopped are read on with the others, without effect, and
+            stay at the last position.
+    """
+
+    def __init__(self, rows: int, capacity: int, context_length: int) -> None:
+        super().__init__(capacity)
+        self.rows, self.last_position = rows, min(capacity, context_length) - 1
+        self._length_S: Tensor | None = None
+        self._x_SD: Tensor | None = None
+        self._hidden_SD: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._filled = 0
+        self._running = False
+
+    def begin(self) -> None:
+        """Forgets what was read, to be used for another batch."""
+        self.length_B, self.longest, self._filled, self._links = None, 0, 0, []
+
+    def positions(self, packing: Packing) -> Tensor:
+        return super().positions(packing).clamp(max=self.last_position)
+
+    def advance(self, packing: Packing) -> None:
+        if self._length_S is None:
+            self._length_S = packing.length_B.new_zeros(self.rows)
+        if self.length_B is None:
+            self._length_S.zero_()
+        self._length_S[: packing.rows] += packing.length_B  # in place: a replayed pass finds it where it was
+        self.length_B = self._length_S
+        self.longest += packing.longest
+
+    def _new_layer(self, zeros: Callable[..., Tensor], shape: tuple[int, ...]) -> _Layer:
+        if self._filled == len(self._layers):
+            self._layers.append(_Layer(zeros(2, self.rows, *shape[1:])))
+        self._filled += 1
+        return self._layers[self._filled - 1]
+
+    def keep(self, rows_N: Tensor) -> None:
+        raise NotImplementedError("a static cache keeps all its rows")
+
+    def can_replay(self, packing: Packing) -> bool:
+        """Whether a pass is one that `replay` runs: a token of every row, after the first pass, without gradients."""
+        one_each = packing.is_grid and packing.longest == 1
+        return one_each and not (self._running or self.is_empty or torch.is_grad_enabled())
+
+    def replay(self, run: Callable[[Tensor, Packing], Tensor], x_BD: Tensor) -> Tensor:
+        """The hidden states (B, D) of a pass over one token per row.
+
+        Args:
+            run: the pass itself, over (S, D) and how they lie; called again only where there is no graph of it.
+            x_BD: input embeddings.
+
+        Raises:
+            ValueError: the cache is full.
+        """
+        if self.longest + 1 > self.capacity:
+            raise ValueError(f"a cache of {self.capacity} positions cannot hold {self.longest + 1}")
+        if self._x_SD is None:
+            self._x_SD = x_BD.new_zeros(self.rows, x_BD.shape[1])
+        self._x_SD[: len(x_BD)] = x_BD
+        if x_BD.is_cuda:
+            if self._graph is None:
+                self._graph = self._capture(run)
+            self._graph.replay()
+        else:  # into the same memory every time, as a graph does
+            hidden_SD = self._run(run)
+            self._hidden_SD = hidden_SD if self._hidden_SD is None else self._hidden_SD.copy_(hidden_SD)
+        self.longest += 1
+        assert self._hidden_SD is not None
+        return self._hidden_SD[: len(x_BD)].clone()
+
+    def _run(self, run: Callable[[Tensor, Packing], Tensor]) -> Tensor:
+        assert self._x_SD is not None
+        longest, self._running = self.longest, True
+        try:
+            return run(self._x_SD, Packing.grid(self.rows, 1, self._x_SD.device))
+        finally:
+            self.longest, self._running = longest, False
+
+    def _capture(self, run: Callable[[Tensor, Packing], Tensor]) -> torch.cuda.CUDAGraph:
+        assert self._length_S is not None
+        length_S = self._length_S.clone()
+        # Libraries allocate at their first calls, which a graph must not see; what these passes write is overwritten.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._run(run)
+                self._length_S.copy_(length_S)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # What autocast keeps of a weight it would keep inside the graph, where others must not look.
+        uncached = torch.autocast(
+            "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
+        )
+        with uncached, torch.cuda.graph(graph):
+            self._hidden_SD = self._run(run)
+        return graph
+
+
+class StaticCaches:
+    """Static caches by the size of a batch, each with its graph: what `cuda_graphs=true` of the evals keeps.
+
+    Rows are rounded up to a power of two and columns to a multiple of 64, so that few are needed. The least recently
+    used one beyond `most` is dropped. They hold for one model with its present weights, in one number format.
+    """
+
+    def __init__(self, context_length: int, most: int = 4) -> None:
+        self.context_length, self.most = context_length, most
+        self._caches: dict[tuple[int, int], StaticCache] = {}
+
+    def take(self, rows: int, capacity: int) -> StaticCache:
+        """An empty cache for a batch of `rows`, with room for `capacity` positions."""
+        size = (1 << max(0, rows - 1).bit_length(), -(-capacity // 64) * 64)
+        cache = self._caches.pop(size, None) or StaticCache(*size, self.context_length)
+        self._caches[size] = cache  # now the newest
+        if len(self._caches) > self.most:
+            del self._caches[next(iter(self._caches))]
+        cache.begin()
+        return cache
+
+
+def make_cache(rows: int, capacity: int, caches: StaticCaches | None) -> KVCache:
+    """A cache with room for `capacity` positions: one of `caches`, or where there are none a new one."""
+    return KVCache(capacity) if caches is None else caches.take(rows, capacity)
 
 
 class _Layer:
@@ -156,6 +300,7 @@ class CacheView:
         position_P: their positions.
         rotary: their angles; None: no rotation.
         heads: H and G.
+        fused: whether a fused kernel attends, rather than products and a softmax of our own.
     """
 
     def __init__(
@@ -165,13 +310,15 @@ class CacheView:
         position_P: Tensor,
         rotary: Rotary | None,
         heads: tuple[int, int],
+        fused: bool = False,
     ) -> None:
-        self.packing, self.rotary, self.heads = packing, rotary, heads
+        self.packing, self.rotary, self.heads, self.fused = packing, rotary, heads, fused
         self.sizes = {"b": packing.rows, "t": packing.longest, "r": heads[0] // heads[1]}  # none is told by a size of 0
         (H, G), C, device = heads, cache.capacity, position_P.device
         # Columns that nobody has reached yet are left out; in training the whole buffer is used, whose gradient
         # products want it contiguous.
-        self.end = C if torch.is_grad_enabled() else cache.longest + packing.longest
+        whole = torch.is_grad_enabled() or isinstance(cache, StaticCache)
+        self.end = C if whole else cache.longest + packing.longest
         self.slot_N = cache.slots(packing, position_P, G)
         position_BT = packing.pad(position_P)
         self.column = repeat(position_BT, "b t -> (half b g) 1 t", half=2, g=G)
@@ -213,13 +360,14 @@ class _Attend(torch.autograd.Function):
         layer.v_rows.index_copy_(0, view.slot_N, v_PGE.flatten(0, 1))
         # Query heads beside the key/value head that they share.
         q = rearrange(view.packing.pad(qk_PXE[:, :H]), "b t (g r) e -> (b g) (r t) e", g=G, **view.sizes)
-        k, v, scale = layer.k[:, : view.end], layer.v[:, : view.end], q.shape[-1] ** -0.5
-        scores = torch.baddbmm(view.bias.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-        out_BTD = rearrange(torch.bmm(weights, v), "(b g) (r t) e -> b t (g r e)", g=G, **view.sizes)
-        ctx.save_for_backward(q, weights)
+        # A static cache may have more rows than the batch.
+        k, v = layer.k[: len(q), : view.end], layer.v[: len(q), : view.end]
+        weights = None if view.fused else _weights(q, k, view)
+        out = _fused(q, k, v, view) if weights is None else torch.bmm(weights, v)
+        out_BTD = rearrange(out, "(b g) (r t) e -> b t (g r e)", g=G, **view.sizes)
+        ctx.save_for_backward(q, weights)  # those of a fused kernel are worked out again
         layer.queries += q.shape[1]
-        ctx.layer, ctx.view, ctx.scale, ctx.queries = layer, view, scale, layer.queries
+        ctx.layer, ctx.view, ctx.queries = layer, view, layer.queries
         return view.packing.unpad(out_BTD), layer.new_link()
 
     @staticmethod
@@ -239,10 +387,12 @@ class _Attend(torch.autograd.Function):
             others.zero_()
             grad_q_PHE = q.new_zeros(len(view.packing), H, E)
         else:
+            if weights is None:  # columns that later passes have written since are hidden
+                weights = _weights(q, layer.k, view)
             grad_out = rearrange(view.packing.pad(grad_PD), "b t (g r e) -> (b g) (r t) e", g=G, e=E, **view.sizes)
             grad_weights = torch.bmm(grad_out, layer.v.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            torch.mul(grad_scores, ctx.scale, out=scores[0])
+            torch.mul(grad_scores, _scale(q), out=scores[0])
             scores[1].copy_(weights)
             others[0].copy_(q)
             others[1].copy_(grad_out)
@@ -254,3 +404,19 @@ class _Attend(torch.autograd.Function):
         if view.rotary is not None:
             grad_PXE[:, : H + G] = view.rotary.turn_back(grad_PXE[:, : H + G])
         return grad_PXE, layer.new_link(), None, None
+
+
+def _scale(q: Tensor) -> float:
+    return q.shape[-1] ** -0.5
+
+
+def _weights(q: Tensor, k: Tensor, view: CacheView) -> Tensor:
+    """What every query (B * G, R * T, E) makes of every column, (B * G, R * T, C)."""
+    scores = torch.baddbmm(view.bias.to(q.dtype), q, k.transpose(1, 2), alpha=_scale(q))
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, view: CacheView) -> Tensor:
+    """The same weights times the values, by PyTorch's fused kernel, which wants batch and heads apart."""
+    q_BGSE, k_BGCE, v_BGCE, bias = (x.unflatten(0, (-1, view.heads[1])) for x in (q, k, v, view.bias.to(q.dtype)))
+    return F.scaled_dot_product_attention(q_BGSE, k_BGCE, v_BGCE, bias, scale=_scale(q)).flatten(0, 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simcot_latent.errors import UserError, require, require_choice
-from simcot_latent.model.cache import CacheView, KVCache
+from simcot_latent.model.cache import CacheView, KVCache, StaticCache
 from simcot_latent.model.linear import Embedding, Linear, gathered_again
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.rotary import RopeScaling, Rotary
@@ -136,9 +136,10 @@ class Sight:
         packing: how the tokens lie.
         cache: what the rows have read before; None: nothing, and this pass is not to be remembered.
         config: for the shapes of its heads, and its positions.
+        fused: whether a fused kernel attends in passes after the first.
     """
 
-    def __init__(self, packing: Packing, cache: KVCache | None, config: GPTConfig) -> None:
+    def __init__(self, packing: Packing, cache: KVCache | None, config: GPTConfig, fused: bool = False) -> None:
         self.packing, self.cache = packing, cache
         self.heads = H, G = config.n_head, config.kv_heads
         self.position_P = packing.offset_P if cache is None else cache.positions(packing)
@@ -150,7 +151,7 @@ class Sight:
         if cache is not None and cache.is_empty:
             self.slot_N = cache.slots(packing, self.position_P, G)
         elif cache is not None:
-            self.view = CacheView(cache, packing, self.position_P, self.rotary, (H, G))
+            self.view = CacheView(cache, packing, self.position_P, self.rotary, (H, G), fused)
         self.device = packing.row_P.device.type
         self.in_autocast = torch.is_autocast_enabled(self.device)
 
@@ -244,12 +245,14 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.compiled: tuple[Callable[..., Tensor], ...] | None = None
+        self.compiled_few: tuple[Callable[..., Tensor], ...] | None = None
         self.checkpointing = False
         """Whether activations are computed again in the backward pass instead of kept, but for what attention keeps."""
 
     def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None = None) -> Tensor:
         """(M, D): only what is to be read out is computed beyond keys and values."""
-        before, after = (self.before, self.after) if self.compiled is None or len(x_PD) <= FEW else self.compiled
+        compiled = self.compiled_few if len(x_PD) <= FEW else self.compiled
+        before, after = (self.before, self.after) if compiled is None else compiled
         if self.checkpointing and torch.is_grad_enabled():
             again = partial(gathered_again, self)
             before, after = (partial(_checkpoint, part, context_fn=again) for part in (before, after))
@@ -273,17 +276,47 @@ class Block(nn.Module):
         """
         self.compiled = tuple(torch.compile(f, dynamic=True, fullgraph=True) for f in (self.before, self.after))
 
+    def compile_few(self) -> None:
+        """Compiles the same for passes over few tokens, for every number of them anew, on a GPU as CUDA graphs.
 
-def set_block_options(module: nn.Module, compile: bool, checkpointing: bool) -> None:
-    """Compiles all blocks within a module, and says whether they compute activations again; see `Block`."""
-    for block in (part for part in module.modules() if isinstance(part, Block)):
-        block.checkpointing = checkpointing
-        if compile:
-            block.compile_parts()
+        For GPUs, where such a pass spends its time on starting kernels. The gradients of weights are not gathered then.
+        """
+        self.compiled_few = tuple(
+            torch.compile(f, dynamic=False, fullgraph=True, mode="reduce-overhead") for f in (self.before, self.after)
+        )
+
+
+def set_block_options(
+    module: nn.Module,
+    compile: bool = False,
+    checkpointing: bool = False,
+    compile_thoughts: bool = False,
+    later_attention: str = "products",
+) -> None:
+    """Sets how the transformers within a module compute; the numbers stay the same, to rounding.
+
+    Args:
+        compile, compile_thoughts: see `Block.compile_parts` and `Block.compile_few`.
+        checkpointing: whether blocks compute activations again in the backward pass.
+        later_attention: how passes after the first attend, `products` or `sdpa`; see `Transformer.later_attention`.
+    """
+    for part in module.modules():
+        if isinstance(part, Transformer):
+            part.later_attention = later_attention
+        if isinstance(part, Block):
+            part.checkpointing = checkpointing
+            if compile:
+                part.compile_parts()
+            if compile_thoughts:
+                part.compile_few()
 
 
 class Transformer(nn.Module):
     """Positions, blocks and final norm: input embeddings to hidden states."""
+
+    later_attention: str = "products"
+    """How passes after the first attend: `products` of our own, or `sdpa`, PyTorch's fused kernel, whose weights are
+    worked out again in the backward pass."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -322,7 +355,9 @@ class Transformer(nn.Module):
             B, T, _ = x.shape
             grid = Packing.grid(B, T, x.device)
             return rearrange(self.forward(rearrange(x, "b t d -> (b t) d"), grid, cache), "(b t) d -> b t d", b=B, t=T)
-        sight = Sight(packing, cache, self.config)
+        if isinstance(cache, StaticCache) and cache.can_replay(packing):
+            return cache.replay(lambda x_SD, every_row: self(x_SD, every_row, cache), x)
+        sight = Sight(packing, cache, self.config, self.later_attention == "sdpa")
         x_PD = x if self.positions is None else x + self.positions(sight.position_P)
         if self.embedding_norm is not None:
             x_PD = self.embedding_norm(x_PD)

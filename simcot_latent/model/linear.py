@@ -32,6 +32,8 @@ class Linear(nn.Linear):
     """`nn.Linear`, whose gradients can be gathered."""
 
     gathering: Gathering | None = None
+    kept: tuple[Tensor, Tensor | None] | None = None
+    """Weight and bias in another number format; see `keep_weights_in`."""
 
     def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
         """x W^T + b, or activation(x) W^T + b: gathering keeps x alone then, and computes the activation again."""
@@ -40,6 +42,8 @@ class Linear(nn.Linear):
             return _Call.apply(input, self.gathering.anchor, self.gathering, activation)  # type: ignore[no-any-return]
         if activation is not None:
             input = activation(input)
+        if self.kept is not None and not torch.is_grad_enabled():
+            return product(input.to(self.kept[0].dtype), *self.kept)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(input.device.type):
             return product(input, self.weight, self.bias)
         return super().forward(input)
@@ -70,6 +74,16 @@ class Embedding(nn.Embedding):
         if self.gathered is None:
             return super().forward(input)
         return _Lookup.apply(input, self.gathered.anchor, self.gathered)  # type: ignore[no-any-return]
+
+
+def keep_weights_in(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """From now on passes without gradients multiply by copies of the present weights in `dtype`; None: no more.
+
+    For CUDA graphs (see `StaticCache`), in each of which autocast would make its copies anew.
+    """
+    for layer in (part for part in module.modules() if isinstance(part, Linear)):
+        weights = (layer.weight, layer.bias)
+        layer.kept = None if dtype is None else tuple(None if x is None else x.detach().to(dtype) for x in weights)
 
 
 @contextmanager

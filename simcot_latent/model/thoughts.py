@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from simcot_latent.errors import UserError
-from simcot_latent.model.cache import KVCache
+from simcot_latent.model.cache import KVCache, StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
 
@@ -75,7 +75,13 @@ class Thoughts:
 
 
 def think(
-    model: GPT, questions_PD: Tensor, packing: Packing, n_latents: int, room: int, feeds_last: bool = True
+    model: GPT,
+    questions_PD: Tensor,
+    packing: Packing,
+    n_latents: int,
+    room: int,
+    feeds_last: bool = True,
+    caches: StaticCaches | None = None,
 ) -> Thoughts:
     """Reads questions and thinks `n_latents` (at least 1) thoughts about each.
 
@@ -84,9 +90,10 @@ def think(
         packing: how they lie.
         room: positions to reserve for what a row reads after its thoughts, `<eot>` included.
         feeds_last: see `ThoughtFormat`.
+        caches: where to take the cache from; None: a new one.
     """
     B = packing.rows
-    cache = KVCache(packing.longest + n_latents + room)
+    cache = make_cache(B, packing.longest + n_latents + room, caches)
     thoughts = [model.thought(model.transformer(questions_PD, packing, cache, read_out=B))]
     one_each = Packing.grid(B, 1, questions_PD.device)
     for _ in range(n_latents - 1):

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo import utils as dynamo
+from torch.overrides import TorchFunctionMode
 
-from simcot_latent.model.gpt import FEW, GPT, Block
+from simcot_latent.model.gpt import FEW, GPT, Block, set_block_options
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.thoughts import go_on, think
@@ -97,3 +99,43 @@ def test_two_graphs_whatever_the_lengths(make_model: Callable[..., GPT], family:
     assert dynamo.counters["stats"]["unique_graphs"] == 2, "one before attention, one after, for all blocks and lengths"
     for ours, expected in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
+def test_fused_attention_gives_the_same_numbers(make_model: Callable[..., GPT], family: str) -> None:
+    """Of passes after the first, forward and back."""
+    model = make_model(family, context_length=256)
+    expected = losses_and_gradients(model)
+    set_block_options(model, later_attention="sdpa")
+    with CountedCalls(F.scaled_dot_product_attention) as calls:
+        found = losses_and_gradients(model)
+    passes = len(LENGTHS) * (1 + 1 + 3)  # a written pass, a question's, two more thoughts and what follows
+    assert calls.count == passes * model.config.n_layer
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler to compile with")
+def test_compiled_thoughts_give_the_same_numbers(make_model: Callable[..., GPT]) -> None:
+    model = make_model("llama", context_length=256)
+    eager = losses_and_gradients(model)
+    torch._dynamo.reset()
+    dynamo.counters.clear()
+    set_block_options(model, compile_thoughts=True)
+    compiled = losses_and_gradients(model)
+    sizes = {len(lengths) for lengths in LENGTHS} | {sum(n) for n in LENGTHS if sum(n) <= FEW}
+    assert dynamo.counters["stats"]["unique_graphs"] == 2 * len(sizes), "one before and one after, for every size"
+    for ours, wanted in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=1e-4)
+
+
+class CountedCalls(TorchFunctionMode):
+    """Counts the calls of a function of torch."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function, self.count = function, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
+        self.count += func is self.function
+        return func(*args, **(kwargs or {}))
