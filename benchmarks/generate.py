@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -18,24 +19,23 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.common import SIZES, compare, make_parser, report, take_turns
+from benchmarks.common import SIZES, compare, load_problems, make_parser, report, take_turns
 from benchmarks.peers import think_and_answer, transformers_model, write
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.format import encode_question
-from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
-from simcot_latent.distributed import autocast, pick_dtype
+from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.generate import generate
+from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.model.thoughts import ThoughtFormat
-
-CPU = torch.device("cpu")
 
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    questions = [problem.question for problem in GSM8K(path=args.data).load("test").problems[: args.questions]]
+    questions = [problem.question for problem in load_problems(args.data, "test", args.questions)]
     rows = [
         row
         for size in track(args.sizes, "sizes", console=Console(stderr=True))
@@ -73,24 +73,37 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--answer-tokens", type=int, default=6)
     parser.add_argument("--written-tokens", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")
+    parser.add_argument("--cuda-graphs", action="store_true", help="time our side with cuda_graphs=true as well")
     return parser.parse_args()
 
 
 def measure(size: str, questions: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Both ways of answering at one size."""
     torch.manual_seed(args.seed)
+    device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     config, tokenizer = SIZES[size], endless(default_tokenizer())
-    ours, peer = GPT(config).eval(), transformers_model(config)
+    with device:
+        ours, peer = GPT(config).eval(), transformers_model(config).to(dtype)
     prompts = [encode_question(tokenizer, question, thinks=True) for question in questions]
     batches = by_length(list(map(len, prompts)), args.batch_size)
     latent = ThoughtFormat(thinks=True, n_latents=args.thoughts)
-    default = pick_dtype("auto", CPU)
+    default = pick_dtype("auto", device)
+    # A model of its own: graphs hold on to the copies of its weights.
+    graphed, caches = (deepcopy(ours) if args.cuda_graphs else ours), StaticCaches(config.context_length)
+    if args.cuda_graphs:
+        keep_weights_in(graphed, dtype)
 
-    def answer(thoughts: ThoughtFormat, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
+    def answer(
+        thoughts: ThoughtFormat, tokens: int, dtype: torch.dtype, caches: StaticCaches | None = None
+    ) -> Callable[[], None]:
+        model = ours if caches is None else graphed
+
         def run() -> None:
-            with autocast(CPU, dtype):
+            with autocast(device, dtype):
                 for batch in batches:
-                    generate(ours, tokenizer, thoughts, [questions[i] for i in batch], tokens)
+                    generate(model, tokenizer, thoughts, [questions[i] for i in batch], tokens, caches=caches)
 
         return run
 
@@ -108,19 +121,24 @@ def measure(size: str, questions: Sequence[str], args: argparse.Namespace) -> li
     }
     rows: list[dict[str, Any]] = []
     for way, (thoughts, tokens, theirs) in ways.items():
-        sides = {"ours": answer(thoughts, tokens, torch.float32), "peer": theirs}
-        if default != torch.float32:
+        sides = {"ours": answer(thoughts, tokens, dtype), "peer": theirs}
+        if default != dtype:
             sides["default"] = answer(thoughts, tokens, default)
-        seconds = take_turns(sides, args.repeats, warmup=1)
+        if args.cuda_graphs:
+            sides["graphs"] = answer(thoughts, tokens, dtype, caches)
+        seconds = take_turns(sides, args.repeats, warmup=1, device=device)
         fast = "default" if "default" in sides else "ours"
         per_s = {name: len(questions) / statistics.median(values) for name, values in seconds.items()}
         rows.append(
             {
                 "size": size,
                 "way": way,
+                "batch_size": args.batch_size,
+                "dtype": args.dtype,
                 "ours_per_s": per_s["ours"],
                 "peer_per_s": per_s["peer"],
                 **{key.replace("ratio", "speedup"): x for key, x in compare(seconds, "peer", "ours").items()},
+                **({"graphs_per_s": per_s["graphs"]} if args.cuda_graphs else {}),
                 "our_default": str(default).removeprefix("torch."),
                 "speedup_at_defaults": compare(seconds, "peer", fast)["ratio"],
             }

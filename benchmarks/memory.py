@@ -27,10 +27,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.common import SIZES, add_block_options, make_parser, report
+from benchmarks.common import SIZES, add_block_options, load_problems, make_parser, report
 from benchmarks.train_step import make_objective, median_batch
 from simcot_latent.data.batch import to_device
-from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.distributed import autocast, pick_device
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import set_block_options
@@ -99,12 +98,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    objective = make_objective(args.sizes[0], args).to(device)
+    objective = make_objective(args.sizes[0], args, device)
     assert isinstance(objective, LatentObjective)
     if args.side == "ours":
         set_block_options(objective, args.compile, args.activation_checkpointing)
     optimizers = make_optimizers(objective, objective.run)
-    problems = GSM8K(path=args.data).load("train").problems[:2048]
+    problems = load_problems(args.data, "train", 2048)
     batch = to_device(median_batch(objective, problems, args.batch_sizes[0], args.seed)[0], device)
     totals = {key: value.to(device) for key, value in batch.totals.items()}
     losses: dict[str, Callable[[], Tensor]] = {

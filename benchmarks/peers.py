@@ -40,12 +40,12 @@ def transformers_model(config: GPTConfig) -> PreTrainedModel:
     ).eval()
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask (B, T)."""
     length = max(map(len, prompts))
     ids = [[pad_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 @torch.no_grad()
@@ -60,7 +60,8 @@ def think_and_answer(
     base: Any = model.base_model
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
-    ids_BT, mask_BS = pad_left(prompts, 0)
+    device = model.device
+    ids_BT, mask_BS = pad_left(prompts, 0, device)
     position_BT = (mask_BS.cumsum(1) - 1).clamp(min=0)
     out = base(input_ids=ids_BT, attention_mask=mask_BS, position_ids=position_BT, use_cache=True)
     position_B1, cache, hidden_B1D = position_BT[:, -1:] + 1, out.past_key_values, out.last_hidden_state[:, -1:]
@@ -72,7 +73,7 @@ def think_and_answer(
         found = base(
             inputs_embeds=inputs_BTD,
             attention_mask=mask_BS,
-            position_ids=position_B1 + torch.arange(T),
+            position_ids=position_B1 + torch.arange(T, device=device),
             past_key_values=cache,
             use_cache=True,
         )
@@ -81,7 +82,7 @@ def think_and_answer(
 
     for _ in range(thoughts - 1):
         hidden_B1D = feed(hidden_B1D)
-    eot_B1D = embedding(torch.full((len(prompts), 1), eot_id))
+    eot_B1D = embedding(torch.full((len(prompts), 1), eot_id, device=device))
     hidden_B1D = feed(torch.cat((hidden_B1D, eot_B1D), dim=1))
     written = [head(hidden_B1D).argmax(-1)]
     for _ in range(answer_tokens - 1):
@@ -92,7 +93,7 @@ def think_and_answer(
 @torch.no_grad()
 def write(model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: int) -> Tensor:
     """`transformers.generate`, greedy, exactly so many tokens."""
-    ids_BT, mask_BT = pad_left(prompts, 0)
+    ids_BT, mask_BT = pad_left(prompts, 0, model.device)
     return model.generate(  # type: ignore[no-any-return, operator]
         input_ids=ids_BT,
         attention_mask=mask_BT,

@@ -34,18 +34,18 @@ from benchmarks.common import (
     SIZES,
     add_block_options,
     compare,
+    load_problems,
     make_parser,
     report,
     take_turns,
 )
 from benchmarks.peers import coconut_step, transformers_step
 from simcot_latent.config import LatentConfig, LossConfig, RunConfig
-from simcot_latent.data.batch import BatchOrder
+from simcot_latent.data.batch import BatchOrder, to_device
 from simcot_latent.data.format import Example, concatenate
 from simcot_latent.data.problem import Problem
-from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.tokenizer import default_tokenizer
-from simcot_latent.distributed import autocast
+from simcot_latent.distributed import autocast, pick_device
 from simcot_latent.model.gpt import GPT, set_block_options
 from simcot_latent.model.linear import Linear, product
 from simcot_latent.objectives.base import Objective, WrittenBatch
@@ -53,13 +53,11 @@ from simcot_latent.objectives.latent import LatentBatch, LatentObjective, Latent
 from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
 from simcot_latent.optimizer import make_optimizers, update
 
-CPU = torch.device("cpu")
-
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    problems = GSM8K(path=args.data).load("train").problems[:2048]
+    problems = load_problems(args.data, "train", 2048)
     rows = [
         measure(size, batch_size, problems, args)
         for size in args.sizes
@@ -93,7 +91,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     add_block_options(parser)
-    parser.add_argument("--peers", action="store_true", help="time the peers too, in float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peers", action="store_true", help="time the peers too, in float32, on the CPU")
     parser.add_argument("--repeats", type=int, default=15, help="steps of each side, after two that do not count")
     return parser.parse_args()
 
@@ -101,21 +100,24 @@ def parse_arguments() -> argparse.Namespace:
 def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argparse.Namespace) -> dict[str, Any]:
     """Medians of our step, of the bound and of what else is timed, in seconds, at one size and batch size."""
     torch.manual_seed(args.seed)
-    objective = make_objective(size, args)
+    device = pick_device(args.device)
+    objective = make_objective(size, args, device)
     set_block_options(objective, args.compile, args.activation_checkpointing)
     optimizers = make_optimizers(objective, objective.run)
     dtype = getattr(torch, args.dtype)
 
-    batch, rows = median_batch(objective, problems, batch_size, args.seed)
+    cpu_batch, rows = median_batch(objective, problems, batch_size, args.seed)
+    batch = to_device(cpu_batch, device)
+    totals = {key: value.to(device) for key, value in cpu_batch.totals.items()}
 
     def step(find_loss: Callable[[], torch.Tensor], dtype: torch.dtype = dtype) -> None:
-        with autocast(CPU, dtype):
+        with autocast(device, dtype):
             loss = find_loss()
         loss.backward()
         update(objective.parameters(), optimizers, max_norm=1.0)
 
     def our_loss() -> torch.Tensor:
-        return objective(batch, batch.totals)["loss"]
+        return objective(batch, totals)["loss"]
 
     make_bound = latent_bound if isinstance(batch, LatentBatch) else weighted_bound
     bound_loss, tokens = make_bound(objective, batch)  # type: ignore[arg-type]
@@ -127,7 +129,7 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
         sides["float32"] = partial(step, our_loss, torch.float32)
     if args.peers:
         sides["peer"] = make_peer(objective, rows, args.thoughts)
-    seconds = take_turns(sides, args.repeats)
+    seconds = take_turns(sides, args.repeats, device=device)
     found: dict[str, Any] = {"size": size, "batch_size": batch_size, **tokens}
     found["padding"] = 1 - batch.totals["positions"].item() / batch.totals["slots"].item()
     found |= {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
@@ -139,9 +141,14 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
     return found
 
 
-def make_objective(size: str, args: argparse.Namespace) -> Objective:
-    """A new model of a size, and what it is trained for."""
-    model, tokenizer = GPT(SIZES[size]), default_tokenizer()
+def make_objective(size: str, args: argparse.Namespace, device: torch.device) -> Objective:
+    """A new model of a size, and what it is trained for; both are made where they are to be."""
+    with device:
+        return _make_objective(GPT(SIZES[size]), args)
+
+
+def _make_objective(model: GPT, args: argparse.Namespace) -> Objective:
+    tokenizer = default_tokenizer()
     rationale = "equations" if args.mode == "latent" else "natural"
     run = RunConfig(
         objective="", mode=args.mode, model={}, data={}, tokenizer={}, rationale=rationale, optimizer=args.optimizer
@@ -169,14 +176,14 @@ def median_batch(
 def latent_bound(objective: LatentObjective, batch: LatentBatch) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
     """The bound's loss for a batch, and how many tokens it goes through: never fewer than the batch has."""
     model, decoder, V = objective.model, objective.step_decoder, objective.model.config.vocab_size
-    B, K, N = batch.questions.rows, batch.n_latents, len(batch.row_N)
+    B, K, N, device = batch.questions.rows, batch.n_latents, len(batch.row_N), batch.row_N.device
     base_tokens = len(batch.question_ids_P) + B * K + len(batch.text_ids_A)
     # As many inputs as teacher forcing takes: the group's thoughts, and its labels but the last.
     step_labels, decoder_tokens = len(batch.steps.label_M), len(batch.steps.packing)
-    ids_BT = torch.randint(V, (B, -(-base_tokens // B)))
-    ids_NL = torch.randint(V, (N, -(-decoder_tokens // N)))
-    answer_labels = torch.randint(V, (len(batch.targets),))
-    step_label_M = torch.randint(V, (step_labels,))
+    ids_BT = torch.randint(V, (B, -(-base_tokens // B)), device=device)
+    ids_NL = torch.randint(V, (N, -(-decoder_tokens // N)), device=device)
+    answer_labels = torch.randint(V, (len(batch.targets),), device=device)
+    step_label_M = torch.randint(V, (step_labels,), device=device)
     weights = objective.config.loss
 
     def loss() -> torch.Tensor:
@@ -197,7 +204,8 @@ def thought_products(model: GPT, rows: int, n_latents: int, dtype: torch.dtype) 
     Weight gradients are not among them: they are one product over all thoughts, which costs what it costs in the bound.
     """
     weights = [part.weight.to(dtype) for part in model.transformer.blocks.modules() if isinstance(part, Linear)]
-    x = {width: torch.ones(rows, width, dtype=dtype) for weight in weights for width in weight.shape}
+    device = model.embedding.weight.device
+    x = {width: torch.ones(rows, width, dtype=dtype, device=device) for weight in weights for width in weight.shape}
     for _ in range(n_latents - 1):
         for weight_OI in weights:
             product(x[weight_OI.shape[1]], weight_OI, None)
@@ -209,8 +217,9 @@ def thought_products(model: GPT, rows: int, n_latents: int, dtype: torch.dtype) 
 def weighted_bound(objective: Objective, batch: WrittenBatch) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
     """As `latent_bound`, of written solutions."""
     model, V, B = objective.model, objective.model.config.vocab_size, batch.packing.rows
-    ids_BT = torch.randint(V, (B, -(-len(batch.ids_P) // B)))
-    label_M = torch.randint(V, (len(batch.targets),))
+    device = batch.ids_P.device
+    ids_BT = torch.randint(V, (B, -(-len(batch.ids_P) // B)), device=device)
+    label_M = torch.randint(V, (len(batch.targets),), device=device)
 
     def loss() -> torch.Tensor:
         return F.cross_entropy(model.logits(model(ids_BT).flatten(0, 1)[-len(label_M) :]), label_M)
