@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -97,40 +98,74 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argparse.Namespace) -> dict[str, Any]:
-    """Medians of our step, of the bound and of what else is timed, in seconds, at one size and batch size."""
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    objective = make_objective(size, args, device)
-    set_block_options(objective, args.compile, args.activation_checkpointing)
-    optimizers = make_optimizers(objective, objective.run)
-    dtype = getattr(torch, args.dtype)
+@dataclass
+class Bench:
+    """A model of a size with a batch to train on, ready to take steps.
 
-    cpu_batch, rows = median_batch(objective, problems, batch_size, args.seed)
-    batch = to_device(cpu_batch, device)
-    totals = {key: value.to(device) for key, value in cpu_batch.totals.items()}
+    Attributes:
+        objective: what is trained.
+        batch: the batch, on the device; `examples` are what it was made of.
+        totals: its totals, there too.
+        bound_loss: the loss of the bound; see the module.
+        tokens: tokens of the bound.
+        dtype: number format of a step, unless it is told another.
+    """
 
-    def step(find_loss: Callable[[], torch.Tensor], dtype: torch.dtype = dtype) -> None:
-        with autocast(device, dtype):
+    objective: Objective
+    optimizers: list[torch.optim.Optimizer]
+    batch: Any
+    examples: list[Example]
+    totals: dict[str, torch.Tensor]
+    bound_loss: Callable[[], torch.Tensor]
+    tokens: dict[str, int]
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def make(cls, size: str, batch_size: int, problems: Sequence[Problem], args: argparse.Namespace) -> Bench:
+        """As the arguments of the command say, at one size and batch size."""
+        torch.manual_seed(args.seed)
+        device = pick_device(args.device)
+        objective = make_objective(size, args, device)
+        set_block_options(objective, args.compile, args.activation_checkpointing)
+        cpu_batch, examples = median_batch(objective, problems, batch_size, args.seed)
+        batch = to_device(cpu_batch, device)
+        make_bound = latent_bound if isinstance(batch, LatentBatch) else weighted_bound
+        bound_loss, tokens = make_bound(objective, batch)  # type: ignore[arg-type]
+        totals = {key: value.to(device) for key, value in cpu_batch.totals.items()}
+        optimizers = make_optimizers(objective, objective.run)
+        dtype = getattr(torch, args.dtype)
+        return cls(objective, optimizers, batch, examples, totals, bound_loss, tokens, device, dtype)
+
+    def ours(self, dtype: torch.dtype | None = None) -> None:
+        """A training step as ours is."""
+        self._step(lambda: self.objective(self.batch, self.totals)["loss"], dtype or self.dtype)
+
+    def bound(self) -> None:
+        """A training step of the bound."""
+        self._step(self.bound_loss, self.dtype)
+
+    def _step(self, find_loss: Callable[[], torch.Tensor], dtype: torch.dtype) -> None:
+        with autocast(self.device, dtype):
             loss = find_loss()
         loss.backward()
-        update(objective.parameters(), optimizers, max_norm=1.0)
+        update(self.objective.parameters(), self.optimizers, max_norm=1.0)
 
-    def our_loss() -> torch.Tensor:
-        return objective(batch, totals)["loss"]
 
-    make_bound = latent_bound if isinstance(batch, LatentBatch) else weighted_bound
-    bound_loss, tokens = make_bound(objective, batch)  # type: ignore[arg-type]
-
-    sides: dict[str, Callable[[], None]] = {"ours": partial(step, our_loss), "bound": partial(step, bound_loss)}
+def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argparse.Namespace) -> dict[str, Any]:
+    """Medians of our step, of the bound and of what else is timed, in seconds, at one size and batch size."""
+    bench = Bench.make(size, batch_size, problems, args)
+    objective, batch = bench.objective, bench.batch
+    sides: dict[str, Callable[[], None]] = {"ours": bench.ours, "bound": bench.bound}
     if isinstance(batch, LatentBatch):
-        sides["products"] = partial(thought_products, objective.model, batch.questions.rows, batch.n_latents, dtype)
-    if dtype != torch.float32:
-        sides["float32"] = partial(step, our_loss, torch.float32)
+        products = partial(thought_products, objective.model, batch.questions.rows, batch.n_latents, bench.dtype)
+        sides["products"] = products
+    if bench.dtype != torch.float32:
+        sides["float32"] = partial(bench.ours, torch.float32)
     if args.peers:
-        sides["peer"] = make_peer(objective, rows, args.thoughts)
-    seconds = take_turns(sides, args.repeats, device=device)
-    found: dict[str, Any] = {"size": size, "batch_size": batch_size, **tokens}
+        sides["peer"] = make_peer(objective, bench.examples, args.thoughts)
+    seconds = take_turns(sides, args.repeats, device=bench.device)
+    found: dict[str, Any] = {"size": size, "batch_size": batch_size, **bench.tokens}
     found["padding"] = 1 - batch.totals["positions"].item() / batch.totals["slots"].item()
     found |= {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
     found |= compare(seconds, "ours", "bound")

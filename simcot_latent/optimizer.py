@@ -20,6 +20,8 @@ from simcot_latent.model.gpt import GPT
 # A quintic that drives every singular value towards 1 within five steps (https://kellerjordan.github.io/posts/muon/).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_ON_GPU = torch.bfloat16
+"""The iteration's number format on GPUs; it tolerates bfloat16."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -72,14 +74,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(x_NRC: Tensor) -> Tensor:
     """The matrices (N, R, C) with their singular values brought near 1 (to about 0.7 to 1.2), by Newton-Schulz.
 
-    Source: https://kellerjordan.github.io/posts/muon/; a, b, c are its coefficients. On GPUs it runs in bfloat16, which
-    the iteration tolerates; a zero matrix stays zero.
+    Source: https://kellerjordan.github.io/posts/muon/; a, b, c are its coefficients. A zero matrix stays zero.
     """
     a, b, c = _NEWTON_SCHULZ
     tall = x_NRC.shape[1] > x_NRC.shape[2]
     x = rearrange(x_NRC, "n r c -> n c r") if tall else x_NRC
     if x.is_cuda:
-        x = x.bfloat16()
+        x = x.to(NEWTON_SCHULZ_ON_GPU)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -92,19 +92,41 @@ def main(raw: DictConfig) -> None:
     import hydra
 
     run, sections = parse(raw)
+    source: Source = instantiate(raw.data, "data")
+    objective_class: type[Objective] = hydra.utils.get_class(run.objective)
+    train(run, sections, as_plain(raw), source, objective_class, lambda: make_model(run, raw))
+
+
+def train(
+    run: RunConfig,
+    sections: Any,
+    options: dict[str, Any],
+    source: Source,
+    objective_class: type[Objective],
+    make: Callable[[], tuple[GPT, Tokenizer]],
+) -> None:
+    """One run from its start to its report.
+
+    Args:
+        run: what all objectives share.
+        sections: an instance of the objective's own `Config`.
+        options: the whole configuration as plain values, for checkpoints.
+        source: the data.
+        objective_class: what is to be trained for.
+        make: makes the model and its tokenizer, once the seed is set.
+    """
     device = pick_device(run.device)
     with ranks_on(device) as ranks:
         console = make_console(ranks.is_main)
         out_dir = Path(ranks.from_main(str(choose_out_dir(run))))
-        job = Job(run, as_plain(raw), out_dir, device, pick_dtype(run.dtype, device), ranks, console)
+        job = Job(run, options, out_dir, device, pick_dtype(run.dtype, device), ranks, console)
         torch.manual_seed(run.seed)
 
-        source: Source = instantiate(raw.data, "data")
         train_split = load_split(source, "train", console)
         validation_split = load_split(source, "validation", console)
-        model, tokenizer = make_model(run, raw)
+        model, tokenizer = make()
         job.raw["model"] = {key: value for key, value in asdict(model.config).items() if key != "vocab_size"}
-        objective: Objective = hydra.utils.get_class(run.objective)(model, tokenizer, run, sections)
+        objective = objective_class(model, tokenizer, run, sections)
         objective.to(device)
         _, examples = encode_all(objective, train_split.problems, "train", job)
         held_out = HeldOut(*encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job))
