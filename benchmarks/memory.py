@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 def padded_loss(objective: LatentObjective, batch: LatentBatch) -> Tensor:
     """The same losses (each a plain mean over its labels) with padding, full logits and a decoder call a group."""
     model, decoder, c = objective.model, objective.step_decoder, objective.config.latent.latents_per_step
-    K = batch.n_latents
+    K = max(batch.counts)
     questions = pad_sequence(split_rows(batch.question_ids_P, batch.questions), batch_first=True)
     texts = pad_sequence(list(batch.text_ids_A.split((batch.texts.length_B - 1).tolist())), batch_first=True)
     labels = pad_sequence(

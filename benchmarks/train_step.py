@@ -158,7 +158,7 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
     objective, batch = bench.objective, bench.batch
     sides: dict[str, Callable[[], None]] = {"ours": bench.ours, "bound": bench.bound}
     if isinstance(batch, LatentBatch):
-        products = partial(thought_products, objective.model, batch.questions.rows, batch.n_latents, bench.dtype)
+        products = partial(thought_products, objective.model, batch.questions.rows, max(batch.counts), bench.dtype)
         sides["products"] = products
     if bench.dtype != torch.float32:
         sides["float32"] = partial(bench.ours, torch.float32)
@@ -211,7 +211,7 @@ def median_batch(
 def latent_bound(objective: LatentObjective, batch: LatentBatch) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
     """The bound's loss for a batch, and how many tokens it goes through: never fewer than the batch has."""
     model, decoder, V = objective.model, objective.step_decoder, objective.model.config.vocab_size
-    B, K, N, device = batch.questions.rows, batch.n_latents, len(batch.row_N), batch.row_N.device
+    B, K, N, device = batch.questions.rows, max(batch.counts), len(batch.row_N), batch.row_N.device
     base_tokens = len(batch.question_ids_P) + B * K + len(batch.text_ids_A)
     # As many inputs as teacher forcing takes: the group's thoughts, and its labels but the last.
     step_labels, decoder_tokens = len(batch.steps.label_M), len(batch.steps.packing)

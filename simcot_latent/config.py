@@ -40,8 +40,8 @@ class LatentConfig:
     """How thoughts stand for steps.
 
     Attributes:
-        n_latents: K, the thoughts of a question.
-        latents_per_step: c, the thoughts of one step group; K / c groups.
+        n_latents: the thoughts of a question, all of which the model reads.
+        latents_per_step: c, the thoughts of one step group.
         surplus: what becomes of steps beyond the last group, `merge` (into the last group) or `drop`.
         missing: what a group without a step is taught, `mask` (nothing) or `answer` (the answer string).
         warmup: share of training on written steps, before any thought.
@@ -50,8 +50,8 @@ class LatentConfig:
             of training). What is left of training replaces all steps. As in Coconut,
             https://arxiv.org/abs/2412.06769, section 3.
         reset_optimizer: forget the optimizer's moments when a stage begins (Coconut does).
-        feeds_last: whether the model reads the last thought before it answers (Coconut), or only the decoder does
-            (SIM-CoT on CODI).
+        feeds_last: whether the model reads the last state that its thoughts come to (Coconut), or only the decoder does
+            (SIM-CoT on CODI): it has one step more to say than there are thoughts then.
     """
 
     n_latents: int = 4
@@ -66,12 +66,9 @@ class LatentConfig:
     def __post_init__(self) -> None:
         require(self.n_latents >= 1, "latent.n_latents", self.n_latents, "at least 1")
         require(self.latents_per_step >= 1, "latent.latents_per_step", self.latents_per_step, "at least 1")
-        require(
-            self.n_latents % self.latents_per_step == 0,
-            "latent.n_latents",
-            self.n_latents,
-            f"a multiple of latent.latents_per_step={self.latents_per_step}",
-        )
+        multiple = "a multiple of" if self.feeds_last else "one less than a multiple of"
+        right = f"{multiple} latent.latents_per_step={self.latents_per_step}"
+        require(self.n_states % self.latents_per_step == 0, "latent.n_latents", self.n_latents, right)
         require_choice("latent.surplus", self.surplus, ("merge", "drop"))
         require_choice("latent.missing", self.missing, ("mask", "answer"))
         require(0 <= self.warmup < 1, "latent.warmup", self.warmup, "a share of training, from 0 to below 1")
@@ -101,7 +98,12 @@ class LatentConfig:
     @property
     def groups(self) -> int:
         """Step groups of a problem."""
-        return self.n_latents // self.latents_per_step
+        return self.n_states // self.latents_per_step
+
+    @property
+    def n_states(self) -> int:
+        """What the decoder reads of a problem; see `ThoughtFormat.n_states`."""
+        return self.n_latents + (not self.feeds_last)
 
 
 @dataclass

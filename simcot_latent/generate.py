@@ -124,7 +124,7 @@ def think_about(
 ) -> Thoughts:
     """Thoughts about encoded prompts, one batch; `room` and `caches`: see `think`."""
     ids_P, packing = pack_prompts(prompts, model.embedding.weight.device)
-    return think(model, model.embedding(ids_P), packing, thoughts.n_latents, room, thoughts.feeds_last, caches)
+    return think(model, model.embedding(ids_P), packing, thoughts.n_states, room, thoughts.feeds_last, caches)
 
 
 @torch.no_grad()

@@ -91,8 +91,8 @@ CODI = Kind(
     besides="prj",
     added=("<|pad|>", "<|bot|>", "<|eot|>"),  # they have no names there
     roles={"bot": "<|bot|>", "eot": "<|eot|>"},
-    # Six are fed; the seventh is only decoded.
-    thoughts=ThoughtFormat(thinks=True, n_latents=7, feeds_last=False, answer_mark="The answer is:"),
+    # What the sixth thought comes to is only decoded.
+    thoughts=ThoughtFormat(thinks=True, n_latents=6, feeds_last=False, answer_mark="The answer is:"),
     missing="mask",
     first_position=0,
     max_new_tokens=256,
@@ -151,7 +151,7 @@ def import_checkpoint(
         source: a file of tensors, or a folder with one or sharded ones.
         kind: one of `KINDS`.
         base: the model that it was made from, see `read_published`; its configuration and its tokenizer are taken.
-        n_latents: thoughts that are fed. None: as published.
+        n_latents: thoughts. None: as published.
         latents_per_step: thoughts a step group. None: as published.
         lora_alpha: LoRA's change of a weight counts lora_alpha / rank.
 
@@ -194,19 +194,18 @@ def import_checkpoint(
 
 
 def thought_format(kind: Kind, n_latents: int | None, latents_per_step: int | None) -> ThoughtFormat:
-    """How a model thinks, with `n_latents` fed thoughts.
+    """How a model thinks, with `n_latents` thoughts.
 
     Raises:
         UserError: thoughts do not make whole step groups.
     """
-    thoughts = kind.thoughts
-    unfed = 0 if thoughts.feeds_last else 1
-    c = latents_per_step or thoughts.latents_per_step
-    K = thoughts.n_latents if n_latents is None else n_latents + unfed
-    if K % c:
-        also = " and one that is not fed" * unfed
-        raise UserError(f"n_latents={K - unfed}{also}: must make whole groups of latents_per_step={c}")
-    return replace(thoughts, n_latents=K, latents_per_step=c)
+    c = latents_per_step or kind.thoughts.latents_per_step
+    n_latents = n_latents or kind.thoughts.n_latents
+    thoughts = replace(kind.thoughts, n_latents=n_latents, latents_per_step=c)
+    if thoughts.n_states % c:
+        also = "" if thoughts.feeds_last else " and one state that is not fed"
+        raise UserError(f"n_latents={n_latents}{also}: must make whole groups of latents_per_step={c}")
+    return thoughts
 
 
 def read_source(source: str | Path) -> dict[str, Tensor]:

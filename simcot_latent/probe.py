@@ -122,7 +122,7 @@ def think(checkpoint: Checkpoint, questions: Sequence[str]) -> Thoughts:
     _require_thoughts(checkpoint)
     prompts = encode_prompts(model, checkpoint.tokenizer, thoughts, questions)
     if not prompts:
-        return Thoughts(torch.empty(0, thoughts.n_latents, model.config.n_embd, device=checkpoint.device), KVCache(0))
+        return Thoughts(torch.empty(0, thoughts.n_states, model.config.n_embd, device=checkpoint.device), KVCache(0))
     return think_about(model, thoughts, prompts)
 
 

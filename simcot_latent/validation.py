@@ -63,7 +63,7 @@ def validate(
     found = add_up([objective(to_device(batch, device), totals) for batch in batches])
     metrics = {f"val_{key}": value.item() for key, value in ranks.sum(found).items()}
     correct = torch.zeros((), device=device)
-    latents_NKD = torch.zeros(n, thoughts.n_latents, model.config.n_embd, device=device)
+    latents_NKD = torch.zeros(n, thoughts.n_states, model.config.n_embd, device=device)
     for batch in plan:
         problems = [held_out.problems[i] for i in batch]
         questions = [problem.question for problem in problems]

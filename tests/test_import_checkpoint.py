@@ -283,7 +283,8 @@ def test_thinks_and_answers_as_published(kind: str, base: Base, tmp_path: Path) 
     fed, c = (6, 1) if published.is_codi else (10, 2)
     checkpoint = imported(published, save(published, tmp_path / "checkpoint_28"))
     thoughts = checkpoint.thoughts
-    assert thoughts.n_latents == (7 if published.is_codi else 10)
+    assert thoughts.n_latents == (6 if published.is_codi else 10), "as the papers count them"
+    assert thoughts.n_states == (7 if published.is_codi else 10)
     assert thoughts.latents_per_step == c
     assert checkpoint.model.config.vocab_size == checkpoint.tokenizer.n_vocab == base.vocab_size + 3
 
@@ -415,7 +416,8 @@ def test_numbers_of_thoughts(gpt2_base: Base, tmp_path: Path) -> None:
     files = save(coconut, tmp_path / "coconut.pt"), save(codi, tmp_path / "codi.pt")
     for published, file, fed, c, K in ((coconut, files[0], 6, 3, 6), (codi, files[1], 5, 2, 6)):
         checkpoint = imported(published, file, n_latents=fed, latents_per_step=c)
-        assert checkpoint.thoughts.n_latents == K
+        assert checkpoint.thoughts.n_latents == fed
+        assert checkpoint.thoughts.n_states == K
         assert checkpoint.thoughts.groups == K // c
         expected = reference(published, QUESTIONS[0], fed, 8)
         assert_close(think(checkpoint, QUESTIONS[:1]).latents[0], expected.latents_KD)

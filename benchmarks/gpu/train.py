@@ -174,7 +174,7 @@ def step_flops(bench: Bench) -> float:
         lengths_B = batch.packing.length_B
         return transformer_flops(model.transformer, lengths_B) + 6.0 * V * D * len(batch.targets)
     # The first thought is what the question's last token became; the last one is read with what follows.
-    lengths_B = batch.questions.length_B + batch.n_latents - 1 + batch.texts.length_B
+    lengths_B = batch.questions.length_B + max(batch.counts) - 1 + batch.texts.length_B
     labels = len(batch.targets) + len(batch.steps.label_M)
     assert objective.step_decoder is not None
     base, decoder = (

@@ -82,8 +82,9 @@ def keep_weights_in(module: nn.Module, dtype: torch.dtype | None) -> None:
     For CUDA graphs (see `StaticCache`), in each of which autocast would make its copies anew.
     """
     for layer in (part for part in module.modules() if isinstance(part, Linear)):
-        weights = (layer.weight, layer.bias)
-        layer.kept = None if dtype is None else tuple(None if x is None else x.detach().to(dtype) for x in weights)
+        bias = None if layer.bias is None else layer.bias.detach()
+        kept = layer.weight.detach().to(dtype), None if bias is None else bias.to(dtype)
+        layer.kept = None if dtype is None else kept
 
 
 @contextmanager

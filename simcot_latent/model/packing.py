@@ -9,7 +9,7 @@ Shapes: P tokens of all rows, B rows, T positions of the longest, S slots of all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ class Packing:
         length_B = torch.full((rows,), length, device=device)
         row_P, offset_P = slot_P // max(1, length), slot_P % max(1, length)
         return cls(row_P, offset_P, slot_P, length_B, length, ((rows, length),), is_grid=True)
+
+    def to(self, device: torch.device) -> Packing:
+        """The same on another device."""
+        tensors = {name: getattr(self, name) for name in ("row_P", "offset_P", "slot_P", "length_B")}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def __len__(self) -> int:
         return len(self.row_P)

@@ -6,8 +6,11 @@ https://arxiv.org/abs/2412.06769, section 3; SIM-CoT, https://arxiv.org/abs/2509
 (CODI, https://arxiv.org/abs/2502.21074, section 3) each is projected first. Nothing is sampled, positions keep
 counting.
 
-Shapes: B rows, P tokens of all questions with `<bot>`, A of all texts from `<eot>` on (see `packing`), K thoughts,
-G step groups of C thoughts, D width; X sets of N points; N rows that are taught a group.
+Rows of a batch may have different numbers of thoughts: those that have all of theirs wait for the others, unread.
+
+Shapes: B rows, P tokens of all questions with `<bot>`, A of all texts from `<eot>` on (see `packing`), K states that
+the loop comes to (of the row that has most), G step groups of C states, D width, R rows that are still thinking; X sets
+of N points; N rows that are taught a group.
 """
 
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ from torch import Tensor
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import KVCache, StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.packing import Packing
+from simcot_latent.model.packing import Packing, take
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,10 @@ class ThoughtFormat:
 
     Attributes:
         thinks: whether prompts end in `<|bot|>` and answers begin after `<|eot|>`.
-        n_latents: K, the thoughts between the two; 0 for a model that writes its steps.
+        n_latents: the thoughts between the two, all of which the model reads; 0 for a model that writes its steps.
         latents_per_step: c, the thoughts of a step group.
-        feeds_last: whether the last thought is read before the answer (Coconut), or only decoded (SIM-CoT on CODI).
+        feeds_last: whether the model reads the last state that the loop comes to (Coconut), or only the auxiliary
+            decoder does (SIM-CoT on CODI); see `n_states`.
         question_end: text between the question and what follows.
         answer_mark: text that the number of an answer stands behind.
     """
@@ -44,13 +48,22 @@ class ThoughtFormat:
     answer_mark: str = "####"
 
     def __post_init__(self) -> None:
-        if self.n_latents and not self.feeds_last and self.n_latents < 2:
-            raise UserError("thoughts: n_latents must be at least 2 where the last one is not fed")
+        if self.n_latents < 0:
+            raise UserError(f"thoughts: n_latents={self.n_latents} must be at least 0")
+
+    @property
+    def n_states(self) -> int:
+        """K, the states that the loop comes to: the thoughts, and one more where the last is not fed.
+
+        CODI's six thoughts are the projected state at `<bot>` and those at the first five; SIM-CoT decodes that at the
+        sixth as well.
+        """
+        return self.n_latents + (self.n_latents > 0 and not self.feeds_last)
 
     @property
     def groups(self) -> int:
         """Step groups of a question."""
-        return self.n_latents // self.latents_per_step
+        return self.n_states // self.latents_per_step
 
 
 @dataclass
@@ -58,15 +71,17 @@ class Thoughts:
     """What a batch of questions was thought into.
 
     Attributes:
-        latents_BKD: the thoughts z_1 .. z_K.
-        cache: everything read so far: question, `<bot>` and z_1 .. z_{K-1}. The last thought is still to be read;
+        latents_BKD: the thoughts z_1 .. z_K; zeros beyond those of a row that has fewer.
+        cache: everything read so far: question, `<bot>` and each row's thoughts but the last. That is still to be read;
             `go_on` feeds it together with what follows, which saves a pass.
         feeds_last: see `ThoughtFormat`.
+        counts: how many each row has. None: K.
     """
 
     latents_BKD: Tensor
     cache: KVCache
     feeds_last: bool = True
+    counts: Sequence[int] | None = None
 
     @property
     def latents(self) -> Tensor:
@@ -78,32 +93,59 @@ def think(
     model: GPT,
     questions_PD: Tensor,
     packing: Packing,
-    n_latents: int,
+    counts: int | Sequence[int],
     room: int,
     feeds_last: bool = True,
     caches: StaticCaches | None = None,
 ) -> Thoughts:
-    """Reads questions and thinks `n_latents` (at least 1) thoughts about each.
+    """Reads questions and thinks about each.
 
     Args:
         questions_PD: their embeddings; the last B tokens are the rows' `<bot>`, in the order of the rows.
         packing: how they lie.
+        counts: K, the states to come to (`ThoughtFormat.n_states`), of every row or of each; at least one has one.
         room: positions to reserve for what a row reads after its thoughts, `<eot>` included.
         feeds_last: see `ThoughtFormat`.
         caches: where to take the cache from; None: a new one.
     """
     B = packing.rows
-    cache = make_cache(B, packing.longest + n_latents + room, caches)
+    counts = [counts] * B if isinstance(counts, int) else list(counts)
+    K, device = max(counts), questions_PD.device
+    cache = make_cache(B, packing.longest + K + room, caches)
     thoughts = [model.thought(model.transformer(questions_PD, packing, cache, read_out=B))]
-    one_each = Packing.grid(B, 1, questions_PD.device)
-    for _ in range(n_latents - 1):
-        thoughts.append(model.thought(model.transformer(thoughts[-1], one_each, cache)))
-    return Thoughts(torch.stack(thoughts, dim=1), cache, feeds_last)
+    if min(counts) == K:
+        one_each = Packing.grid(B, 1, device)
+        for _ in range(K - 1):
+            thoughts.append(model.thought(model.transformer(thoughts[-1], one_each, cache)))
+        return Thoughts(torch.stack(thoughts, dim=1), cache, feeds_last)
+    has_any_B1 = torch.tensor([[float(count > 0)] for count in counts], device=device)
+    rows, latest_RD = list(range(B)), thoughts[0]
+    thoughts[0] = latest_RD * has_any_B1
+    for k in range(1, K):
+        going = [row for row in rows if counts[row] > k]
+        if len(going) < len(rows):
+            latest_RD = take(latest_RD, torch.tensor([rows.index(row) for row in going], device=device))
+            rows = going
+        one_each = Packing.of([int(count > k) for count in counts]).to(device)
+        latest_RD = model.thought(model.transformer(latest_RD, one_each, cache))
+        thoughts.append(latest_RD.new_zeros(B, latest_RD.shape[1]).index_copy(0, one_each.row_P, latest_RD))
+    return Thoughts(torch.stack(thoughts, dim=1), cache, feeds_last, counts)
 
 
-def pack_texts(lengths: Sequence[int], feeds_last: bool) -> Packing:
-    """How what follows the thoughts lies: the last thoughts of all rows first, if they are fed, then the texts."""
-    return Packing.of([1] * len(lengths), lengths) if feeds_last else Packing.of(lengths)
+def passes(counts: Sequence[int]) -> list[Packing]:
+    """How the thoughts lie that `think` feeds, pass by pass."""
+    return [Packing.of([int(count > k) for count in counts]) for k in range(1, max(counts))]
+
+
+def pack_texts(lengths: Sequence[int], feeds_last: bool, counts: Sequence[int] | None = None) -> Packing:
+    """How what follows the thoughts lies: the last thoughts of all rows first, if they are fed, then the texts.
+
+    Args:
+        counts: see `think`. None: no row is without.
+    """
+    if not feeds_last:
+        return Packing.of(lengths)
+    return Packing.of([1] * len(lengths) if counts is None else [int(count > 0) for count in counts], lengths)
 
 
 def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing) -> Tensor:
@@ -113,8 +155,18 @@ def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing) ->
         texts_AD: embeddings of the tokens from `<eot>` on.
         packing: of `pack_texts`.
     """
-    x = torch.cat((thoughts.latents_BKD[:, -1], texts_AD)) if thoughts.feeds_last else texts_AD
+    x = torch.cat((last_thoughts(thoughts), texts_AD)) if thoughts.feeds_last else texts_AD
     return model.transformer(x, packing, thoughts.cache, read_out=len(texts_AD))
+
+
+def last_thoughts(thoughts: Thoughts) -> Tensor:
+    """The last thought (R, D) of each row that has any."""
+    latents_BKD, counts = thoughts.latents_BKD, thoughts.counts
+    if counts is None:
+        return latents_BKD[:, -1]
+    K = latents_BKD.shape[1]
+    index = [row * K + count - 1 for row, count in enumerate(counts) if count]
+    return take(rearrange(latents_BKD, "b k d -> (b k) d"), torch.tensor(index, device=latents_BKD.device))
 
 
 def geometry(latents_BKD: Tensor, embedding_VD: Tensor) -> dict[str, float]:

@@ -3,8 +3,9 @@
 L = answer_weight * L_ans + step_weight * L_step (https://arxiv.org/abs/2509.20317, section 4): L_ans is the
 cross-entropy of what follows `<|eot|>`, L_step the decoder's over all steps, reaching the model through the thoughts.
 
-Shapes: B rows, P tokens of all questions with `<|bot|>`, A of all texts from `<|eot|>` on, K thoughts, G step groups of
-C thoughts, N groups that are taught something, L tokens of all steps that the decoder reads, M labels, D width.
+Shapes: B rows, P tokens of all questions with `<|bot|>`, A of all texts from `<|eot|>` on, K states that the thoughts
+come to, G step groups of C of them, N groups that are taught something, L tokens of all steps that the decoder reads, M
+labels, D width.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing, take
 from simcot_latent.model.step_decoder import PackedSteps, StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat, go_on, pack_texts, think
+from simcot_latent.model.thoughts import ThoughtFormat, go_on, pack_texts, passes, think
 from simcot_latent.objectives.base import Objective, WrittenBatch, flat_ids, position_totals, target_totals
 from simcot_latent.profiling import part
 
@@ -49,7 +50,7 @@ class LatentBatch:
         question_ids_P, questions: questions, `<|bot|>` of all rows last; how they lie.
         text_ids_A, texts: `<|eot|>` and the text after it, without the last token; how they lie behind a thought.
         targets: the text after `<|eot|>`.
-        n_latents: K, thoughts of every row.
+        counts: the states of each row; see `think`.
         feeds_last: see `ThoughtFormat`.
         row_N: which of the B * G groups each taught group is.
         steps: what these are taught.
@@ -62,7 +63,7 @@ class LatentBatch:
     text_ids_A: Tensor
     texts: Packing
     targets: Targets
-    n_latents: int
+    counts: tuple[int, ...]
     feeds_last: bool
     row_N: Tensor
     steps: PackedSteps
@@ -90,10 +91,9 @@ class LatentObjective(Objective):
 
     def thoughts_at(self, progress: float) -> ThoughtFormat:
         groups = self.stage_groups[bisect_right(self.stage_ends, progress + 1e-9)]  # shares are sums of decimals
-        c = self.config.latent.latents_per_step
-        return ThoughtFormat(
-            thinks=True, n_latents=groups * c, latents_per_step=c, feeds_last=self.config.latent.feeds_last
-        )
+        c, feeds_last = self.config.latent.latents_per_step, self.config.latent.feeds_last
+        n_latents = max(0, groups * c - (not feeds_last))
+        return ThoughtFormat(thinks=True, n_latents=n_latents, latents_per_step=c, feeds_last=feeds_last)
 
     def begin_stage(self, thoughts: ThoughtFormat) -> None:
         first_with_thoughts = next(groups for groups in self.stage_groups if groups)
@@ -109,8 +109,18 @@ class LatentObjective(Objective):
     def extra_length(self) -> int:
         return self.config.latent.n_latents + 1
 
-    def collate(self, examples: Sequence[Example], thoughts: ThoughtFormat) -> WrittenBatch | LatentBatch:
-        tokenizer, groups = self.tokenizer, thoughts.groups
+    def collate(
+        self, examples: Sequence[Example], thoughts: ThoughtFormat, groups_of_rows: Sequence[int] | None = None
+    ) -> WrittenBatch | LatentBatch:
+        """See `Objective.collate`.
+
+        Args:
+            groups_of_rows: how many steps thoughts replace in each row, where rows are of different stages (as in
+                Coconut's published code). None: as many as `thoughts` has in every row.
+        """
+        tokenizer = self.tokenizer
+        rows_G = [thoughts.groups] * len(examples) if groups_of_rows is None else list(groups_of_rows)
+        groups = max(rows_G)
         if groups == 0:
             prompts = [[*example.question, tokenizer.eot_id] for example in examples]
             return self.collate_written(prompts, [concatenate([e.rationale, e.answer]) for e in examples])
@@ -118,27 +128,29 @@ class LatentObjective(Objective):
         B = len(examples)
         silent, bots = [e.question[:-1] for e in examples], [e.question[-1:] for e in examples]
         questions = Packing.of(list(map(len, silent)), [1] * B, tight=True)
+        counts = [its_groups * thoughts.latents_per_step for its_groups in rows_G]
         # Steps that no thought has replaced yet follow <|eot|> as text.
-        remaining = [example.steps[groups:] if groups < self.config.latent.groups else [] for example in examples]
+        remaining = [
+            example.steps[its_groups:] if its_groups < self.config.latent.groups else []
+            for example, its_groups in zip(examples, rows_G, strict=True)
+        ]
         texts = [
             concatenate([lines(steps, self.newline), example.answer])
             for example, steps in zip(examples, remaining, strict=True)
         ]
-        packed_texts = pack_texts(list(map(len, texts)), thoughts.feeds_last)
+        packed_texts = pack_texts(list(map(len, texts)), thoughts.feeds_last, counts)
         targets = self.text_targets(texts)
 
         taught = [
             (row * groups + group, group, ids)
-            for row, example in enumerate(examples)
-            for group, ids in enumerate(self.group_texts(example, groups))
+            for row, (example, its_groups) in enumerate(zip(examples, rows_G, strict=True))
+            for group, ids in enumerate(self.group_texts(example, its_groups))
             if ids is not None
         ]
         steps = PackedSteps.of([ids for _, _, ids in taught], tokenizer.end_id, thoughts.latents_per_step)
         group_N = torch.tensor([group for _, group, _ in taught], dtype=torch.long)
         step_group_M = group_N[steps.group_M]
-        totals = target_totals(targets) | position_totals(
-            questions, Packing.grid(B, thoughts.n_latents - 1), packed_texts, steps.packing
-        )
+        totals = target_totals(targets) | position_totals(questions, *passes(counts), packed_texts, steps.packing)
         # In this mode the steps are the decoder's to say; those still written are part of the answer loss.
         totals["step_tokens"] = torch.tensor(float(len(step_group_M)))
         totals["group_tokens_G"] = torch.bincount(step_group_M, minlength=groups).float()
@@ -149,7 +161,7 @@ class LatentObjective(Objective):
             text_ids_A=flat_ids([tokenizer.eot_id, *text.ids[:-1]] for text in texts),
             texts=packed_texts,
             targets=targets,
-            n_latents=thoughts.n_latents,
+            counts=tuple(counts),
             feeds_last=thoughts.feeds_last,
             row_N=torch.tensor([row for row, _, _ in taught], dtype=torch.long),
             steps=steps,
@@ -179,7 +191,7 @@ class LatentObjective(Objective):
             questions_PD, texts_AD, steps_LD = model.embedding(torch.cat(ids)).split([len(part) for part in ids])
             with part("think"):
                 thoughts = think(
-                    model, questions_PD, batch.questions, batch.n_latents, batch.texts.longest, batch.feeds_last
+                    model, questions_PD, batch.questions, batch.counts, batch.texts.longest, batch.feeds_last
                 )
             with part("go on"):
                 hidden_AD = go_on(model, thoughts, texts_AD, batch.texts)

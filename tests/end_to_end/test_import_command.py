@@ -111,7 +111,8 @@ def test_evals_probe_and_training_take_it(source: Path, kind: str, base: Path, s
 def test_what_the_file_cannot_tell(source: Path, kind: str, base: Path) -> None:
     import_(source, kind, base, "n_latents=3", "latents_per_step=1").ok()
     thoughts = sl.load_checkpoint(source.parent / "out").thoughts
-    assert thoughts.n_latents == (4 if kind == "simcot_codi" else 3)
+    assert thoughts.n_latents == 3
+    assert thoughts.n_states == (4 if kind == "simcot_codi" else 3)
     assert thoughts.latents_per_step == 1
 
 

@@ -27,7 +27,7 @@ SHORT = ("num_iterations=4", "eval_every=2", "max_new_tokens=3", "eval_examples=
 LATENT: dict[str, dict[str, Any]] = {
     "latent": {},
     "pairs": {"latent": LatentConfig(4, 2, missing="answer"), "loss": LossConfig(step_reduction="codi")},
-    "decoder_of_base": {"latent": LatentConfig(4, 2, feeds_last=False), "decoder": DecoderConfig(None, "base")},
+    "decoder_of_base": {"latent": LatentConfig(3, 2, feeds_last=False), "decoder": DecoderConfig(None, "base")},
 }
 
 

@@ -18,7 +18,16 @@ from torch import Tensor
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, geometry, go_on, others_thoughts, think
+from simcot_latent.model.thoughts import (
+    ThoughtFormat,
+    Thoughts,
+    geometry,
+    go_on,
+    others_thoughts,
+    pack_texts,
+    passes,
+    think,
+)
 
 QUESTIONS = [[7, 3, 22, 9, 41, 60], [5, 60], [60], [50, 11, 8, 60]]
 ANSWERS = [[59, 1, 2], [59, 13, 40, 6, 2], [59], [59, 4]]
@@ -316,3 +325,38 @@ def test_attention_in_bfloat16_as_on_a_gpu(model: GPT) -> None:
     assert (rough - exact).norm() < 0.1 * exact.norm()
     for ours, expected in zip(rough_grads, exact_grads, strict=True):
         assert (ours - expected).norm() < 0.3 * expected.norm()
+
+
+@pytest.mark.parametrize("counts", [(1, 4, 2), (3, 0, 3), (2, 2, 1)], ids=str)
+def test_rows_think_as_many_thoughts_as_each_is_to(
+    model: GPT, assert_equal_gradients: Callable[..., None], counts: tuple[int, ...]
+) -> None:
+    """Values and gradients are those of each row alone; what lies beyond a row's thoughts is zero."""
+    B, K = len(counts), max(counts)
+    questions, answers = QUESTIONS[:B], ANSWERS[:B]
+    silent = Packing.of([len(q) - 1 for q in questions], [1] * B)
+    texts = pack_texts(list(map(len, answers)), feeds_last=True, counts=counts)
+    with gathered_gradients(model):
+        x = embed(model, [q[:-1] for q in questions], [q[-1:] for q in questions])
+        thoughts = think(model, x, silent, counts, room_for(answers))
+        hidden_AD = go_on(model, thoughts, embed(model, answers), texts)
+    weighed = (hidden_AD * torch.linspace(-1, 1, hidden_AD.numel()).reshape(hidden_AD.shape)).sum()
+    weighed = weighed + thoughts.latents.square().sum()
+    naive_hidden: list[Tensor] = []
+    expected = torch.zeros(())
+    for row, count in enumerate(counts):
+        assert not thoughts.latents[row, count:].any()
+        vectors = model.embedding(torch.tensor(questions[row]))
+        if count:
+            latents_KD, hidden = naive(model, questions[row], count, answers[row])
+            torch.testing.assert_close(thoughts.latents[row, :count], latents_KD, atol=1e-4, rtol=1e-4)
+            expected = expected + latents_KD.square().sum()
+        else:
+            ids = torch.tensor([[*questions[row], *answers[row]]])
+            hidden = model(ids)[0, len(vectors) :]
+        naive_hidden.append(hidden)
+    torch.testing.assert_close(hidden_AD, torch.cat(naive_hidden), atol=1e-4, rtol=1e-4)
+    weights = torch.linspace(-1, 1, hidden_AD.numel()).reshape(hidden_AD.shape)
+    expected = expected + (torch.cat(naive_hidden) * weights).sum()
+    assert_equal_gradients(weighed, expected, model)
+    assert len(passes(counts)) == K - 1

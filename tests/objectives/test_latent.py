@@ -580,7 +580,7 @@ def test_the_batch_of_the_last_stage(make_objective: MakeObjective, problems: li
     """Questions with `<|bot|>`, answers after `<|eot|>`, every step with the group that stands for it."""
     objective = make_objective()
     batch = collate(objective, problems)
-    assert batch.n_latents == GROUPS
+    assert batch.counts == (GROUPS,) * len(problems)
     bot_id = objective.tokenizer.bot_id
     assert rows_read(batch.questions, batch.question_ids_P.tolist()) == [
         [*objective.tokenizer.encode(problem.question), bot_id] for problem in problems
@@ -628,7 +628,7 @@ def test_a_stage_writes_what_thoughts_do_not_replace_yet(
     objective = make_objective(latent=latent, step_weight_multiplier=2.0)
     batch = objective.collate(encode(objective, problems), ThoughtFormat(True, 2 * stage, 2))
     assert isinstance(batch, LatentBatch)
-    assert batch.n_latents == 2 * stage
+    assert set(batch.counts) == {2 * stage}
     assert written_after_thoughts(objective, batch) == [
         "".join(step.text + "\n" for step in problem.steps[stage:]) + f"#### {problem.answer}" for problem in problems
     ]
@@ -717,7 +717,7 @@ def test_room_is_kept_for_every_form_of_a_problem(make_objective: MakeObjective,
             batch = objective.collate([example], ThoughtFormat(True, 2 * groups, 2))
             assert isinstance(batch, LatentBatch)
             # The last thought is read with the text.
-            assert batch.questions.longest + batch.n_latents - 1 + batch.texts.longest <= bound
+            assert batch.questions.longest + max(batch.counts) - 1 + batch.texts.longest <= bound
             assert batch.steps.packing.longest <= bound
         written = objective.collate([example], ThoughtFormat(True, 0, 2))
         assert isinstance(written, WrittenBatch)
@@ -747,3 +747,57 @@ def test_a_random_decoder_stays_as_it_is(make_objective: MakeObjective) -> None:
     before = {name: weight.clone() for name, weight in objective.step_decoder.state_dict().items()}
     objective.begin_stage(objective.thoughts_at(0.3))
     assert all(torch.equal(weight, before[name]) for name, weight in objective.step_decoder.state_dict().items())
+
+
+# Rows of different stages in one batch
+
+GROUPS_OF_ROWS = [2, 0, 3, 1, 3]
+
+LATENT_OF_MIXED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two per step": {"n_latents": 6, "latents_per_step": 2},
+    "answers": {"missing": "answer"},
+    "last not fed": {"n_latents": 5, "latents_per_step": 2, "feeds_last": False},
+}
+
+
+@pytest.mark.parametrize("latent", LATENT_OF_MIXED.values(), ids=LATENT_OF_MIXED)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
+def test_rows_of_different_stages_are_what_each_is_alone(
+    make_objective: MakeObjective, problems: list[Problem], latent: dict[str, Any], family: str
+) -> None:
+    """Losses and every gradient; a row without thoughts goes on from `<|bot|>` at once."""
+    objective = make_objective(latent=latent, family=family)
+    examples, thoughts = encode(objective, problems), objective.thoughts
+    mixed = objective.collate(examples, thoughts, GROUPS_OF_ROWS)
+    assert isinstance(mixed, LatentBatch)
+    c = objective.config.latent.latents_per_step
+    assert mixed.counts == tuple(c * groups for groups in GROUPS_OF_ROWS)
+    shares, gradients = run_step(objective, [mixed])
+    # Alone, all rows of a batch are of one stage: the same packing as ever. The row without thoughts is written.
+    totals = mixed.totals
+    objective.zero_grad()
+    alone: list[dict[str, Tensor]] = []
+    for example, groups in zip(examples, GROUPS_OF_ROWS, strict=True):
+        batch = objective.collate([example], thoughts, [groups])
+        found = objective(batch, totals)
+        found["loss"].backward()
+        alone.append({key: value.detach() for key, value in found.items() if key in ("loss", "answer_loss")})
+    for key, value in add_up(alone).items():
+        torch.testing.assert_close(shares[key], value, atol=1e-5, rtol=1e-5)
+    expected = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in objective.named_parameters()}
+    assert_same_gradients(gradients, expected)
+
+
+def test_rows_of_one_stage_are_counted_as_ever(make_objective: MakeObjective, problems: list[Problem]) -> None:
+    objective = make_objective()
+    examples = encode(objective, problems)
+    uniform = objective.collate(examples, objective.thoughts)
+    named = objective.collate(examples, objective.thoughts, [GROUPS] * len(problems))
+    assert uniform.totals.keys() == named.totals.keys()
+    assert all(torch.equal(uniform.totals[key], named.totals[key]) for key in uniform.totals)
+    mixed = objective.collate(examples, objective.thoughts, GROUPS_OF_ROWS)
+    assert isinstance(mixed, LatentBatch)
+    fed = sum(max(0, groups - 1) for groups in GROUPS_OF_ROWS)  # by `think`; the last one goes with the text
+    others = sum(map(len, (mixed.questions, mixed.texts, mixed.steps.packing)))
+    assert mixed.totals["positions"].item() == fed + others
