@@ -82,9 +82,11 @@ def keep_weights_in(module: nn.Module, dtype: torch.dtype | None) -> None:
     For CUDA graphs (see `StaticCache`), in each of which autocast would make its copies anew.
     """
     for layer in (part for part in module.modules() if isinstance(part, Linear)):
-        bias = None if layer.bias is None else layer.bias.detach()
-        kept = layer.weight.detach().to(dtype), None if bias is None else bias.to(dtype)
-        layer.kept = None if dtype is None else kept
+        if dtype is None:
+            layer.kept = None
+        else:
+            bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+            layer.kept = layer.weight.detach().to(dtype), bias
 
 
 @contextmanager
