@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, some
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.paths import expanded
 
 MODEL, DECODER, CONFIG, TOKENIZER = "model.safetensors", "step_decoder.safetensors", "config.json", "tokenizer"
 STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
@@ -134,7 +135,7 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(path)
+    path = expanded(path, key)
     for folder in (path, path / LATEST):
         if (folder / CONFIG).is_file() and (folder / MODEL).is_file():
             return folder.resolve()
@@ -238,7 +239,7 @@ def new_folder(out: str | Path, key: str = "out") -> Iterator[Path]:
     Raises:
         UserError: there is something at `out`.
     """
-    out = Path(out).resolve()
+    out = expanded(out, key).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{key}={out}: is there already; give a new folder, or an empty one")
     with written_beside(out) as partial:
@@ -287,13 +288,16 @@ def load_weights(module: nn.Module, file: Path, shared: str | None = None) -> No
     """
     weights = read_tensors(file)
     wanted = {n: v.shape for n, v in module.state_dict().items() if not (shared and n.startswith(shared))}
-    problems = [f"lacks {name}" for name in wanted if name not in weights]
-    problems += [f"has {name}, which the model has not" for name in weights if name not in wanted]
-    problems += [
-        f"has {name} of shape {tuple(weights[name].shape)}, not {tuple(shape)}"
+    lacking = [name for name in wanted if name not in weights]
+    left_over = [name for name in weights if name not in wanted]
+    misshapen = [
+        f"{name} of shape {tuple(weights[name].shape)}, not {tuple(shape)}"
         for name, shape in wanted.items()
         if name in weights and weights[name].shape != shape
     ]
+    problems = [f"lacks {some(lacking)}"] if lacking else []
+    problems += [f"has {some(left_over)}, which the model has not"] if left_over else []
+    problems += [f"has {some(misshapen)}"] if misshapen else []
     if problems:
         raise UserError(f"{file}: does not fit the model: it {'; it '.join(problems)}")
     module.load_state_dict(weights, strict=False)
@@ -323,6 +327,8 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from error
     if not isinstance(value, dict):

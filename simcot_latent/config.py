@@ -243,7 +243,7 @@ def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
         own[f.name] = typed(section_types[f.name], sections.get(f.name, {}), f.name)
     unknown = [key for key in sections if key not in shared_keys and key not in own]
     if unknown:
-        near = did_you_mean(unknown[0], {*shared_keys, *own})
+        near = did_you_mean(str(unknown[0]), {*shared_keys, *own})
         raise UserError(f"{unknown[0]}: mode={run.mode} has no such key{near}")
     return run, config_class(**own)
 

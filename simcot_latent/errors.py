@@ -22,6 +22,13 @@ def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     require(value in choices, key, value, f"one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
 
 
+def some(words: Iterable[str], most: int = 3) -> str:
+    """The first few of what may be many, and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
 def did_you_mean(typed: str, known: Iterable[str]) -> str:
     """The end of a message about a word that is not known: the one or two that are nearest to it, if any is near."""
     by_lower = {word.lower(): word for word in known}

@@ -97,7 +97,7 @@ def without_local_paths(config: dict[str, Any]) -> dict[str, Any]:
     """
     config = deepcopy(config)
     start = str(config.get("init_from"))
-    if Path(start).exists() or not HUB_ID.fullmatch(start):
+    if Path(start).expanduser().exists() or not HUB_ID.fullmatch(start):
         config.pop("init_from", None)
     config.pop("out_dir", None)
     for section, key in (("data", "path"), ("tokenizer", "ranks")):
