@@ -294,8 +294,10 @@ def instantiate(section: Any, key: str) -> Any:
     Raises:
         UserError: the target refuses a value, or does not know a key.
     """
+    if isinstance(section, DictConfig):
+        section = as_plain(section)
     try:
-        return hydra.utils.instantiate(literal(section))
+        return hydra.utils.instantiate(literal(literal(section)))  # hydra resolves once, and once more in reading
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,12 +58,15 @@ def check_writable(files: Iterable[Path], hint: str = "") -> None:
         made: list[Path] = []
         with writing(file, hint):
             if file.is_dir():
-                raise IsADirectoryError(21, "Is a directory")
+                raise IsADirectoryError(errno.EISDIR, "is a folder")
             try:
                 for folder in [*reversed(file.parents)]:
-                    if not folder.is_dir():
-                        folder.mkdir()
-                        made.append(folder)
+                    if folder.is_dir():
+                        continue
+                    if folder.exists():
+                        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
+                    folder.mkdir()
+                    made.append(folder)
                 with _beside(file).open("w", encoding="utf-8") as handle:
                     handle.write("\n")
             finally:
@@ -92,6 +96,14 @@ def write_text(file: Path, text: str) -> None:
 def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a JSONL file as `write_text` does."""
     write_text(file, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def give_usual_permissions(file: Path) -> None:
+    """Lets whoever the umask lets read a file read it: libraries that write by way of temporary files leave 0600."""
+    usual = _beside(file)
+    usual.touch()
+    file.chmod(usual.stat().st_mode & 0o777)
+    usual.unlink()
 
 
 def _beside(file: Path) -> Path:

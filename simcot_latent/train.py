@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -39,6 +39,7 @@ from simcot_latent.data.sources import LoadedSplit, Source, Split
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
 from simcot_latent.errors import UserError
+from simcot_latent.evals import eval_names, module_of
 from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
 from simcot_latent.losses import add_up
 from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
@@ -404,11 +405,12 @@ class Trainer:
             self.objective.eval()
             with torch.no_grad(), autocast(self.job.device, self.job.dtype):
                 self.console.print(probe_table(probe_problems(checkpoint, self.held_out.problems[:5])))
+        source, ckpt = source_name(self.job.raw), shlex.quote(f"ckpt={self.job.out_dir}")
         next_steps: list[str] = []
-        if find_spec(f"evals.{source_name(self.job.raw)}") is not None:
-            next_steps.append(f"python -m evals.{source_name(self.job.raw)} ckpt={self.job.out_dir}")
+        if source in eval_names():
+            next_steps.append(f"python -m {module_of(source)} {ckpt}")
         if probes:
-            next_steps.append(f'python -m simcot_latent.probe ckpt={self.job.out_dir} question="..."')
+            next_steps.append(f'python -m simcot_latent.probe {ckpt} question="..."')
         for command in next_steps:
             self.console.print(f"next: {command}")
 

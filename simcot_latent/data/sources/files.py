@@ -198,7 +198,7 @@ class WrittenSolutions(ABC):
                 )
             files: dict[Split, list[Path]] = {"train": [path], "test": [path]}
         elif path.is_dir():
-            if any((path / name).is_file() for name in _SAVED):
+            if any(entry.name in _SAVED for entry in _entries(path)):
                 return _saved_tables(path)
             folders = [path, *([path / self.hub_config] if self.hub_config else []), path / "default", path / "data"]
             found = ((folder, _split_files(folder, self.suffixes)) for folder in folders if folder.is_dir())
