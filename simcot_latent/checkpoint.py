@@ -336,9 +336,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         UserError: it is missing or broken.
     """
     try:
-        return load_file(file)
+        with file.open("rb"):  # what may not be read is missing in the eyes of safetensors
+            return load_file(file)
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file; the checkpoint is incomplete") from error
+    except PermissionError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({' '.join(str(error).split())})") from error
 
