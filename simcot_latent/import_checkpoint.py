@@ -240,7 +240,7 @@ def read_source(source: str | Path) -> dict[str, Tensor]:
         UserError: there is nothing, a shard is missing, or a file holds anything but tensors.
     """
     path = expanded(source, "source")
-    if not path.exists() and HUB_ID.fullmatch(str(source)):
+    if not path.exists() and "/" in str(source) and HUB_ID.fullmatch(str(source)):
         path = download(str(source), "source", None)
     if path.is_dir():
         if (path / "config.json").is_file() and (path / "config.json").read_bytes().strip():  # published ones are empty
@@ -249,7 +249,8 @@ def read_source(source: str | Path) -> dict[str, Tensor]:
     if path.is_file():
         return plain_names(read_tensor_file(path), path)
     raise UserError(
-        f"source={path}: does not exist; give a file of tensors, a folder that holds one or its shards, or a hub id"
+        f"source={path}: does not exist; give a file of tensors, a folder that holds one or its shards, or a hub id "
+        "(owner/name)"
     )
 
 

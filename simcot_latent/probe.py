@@ -422,6 +422,8 @@ def main(raw: DictConfig) -> None:
         print(text)
         return
     console.print(probe_table(probes))
+    if file is not None:
+        console.print(f"written to {file}")
     if summary is not None:
         console.print(summary_table(summary))
         low, high = summary["ci95"]
