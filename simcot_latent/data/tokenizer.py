@@ -365,7 +365,7 @@ def default_tokenizer(ranks: str | Path | None = None) -> Tokenizer:
     Raises:
         UserError: the file is missing or broken.
     """
-    file = Path(ranks) if ranks is not None else Path(__file__).parent / "ranks" / "default.tiktoken"
+    file = Path(ranks).expanduser() if ranks is not None else Path(__file__).parent / "ranks" / "default.tiktoken"
     table = read_ranks(file)
     try:
         return Tokenizer(file.stem, PATTERN, table, _after(table.values()))

@@ -102,6 +102,15 @@ def test_places_that_cannot_be(module: str, place: str, latent_run: Trained, tmp
     assert contents(tmp_path) == {"a_file": b""}
 
 
+@pytest.mark.parametrize(("out", "reason"), [("x" * 300, "File name too long"), ("a_file/run", "Not a directory")])
+def test_a_run_where_none_can_be(out: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    outcome = run(TRAIN, *TINY, *ARITHMETIC, "mode=weighted", "num_iterations=1", f"out_dir={out}", folder=tmp_path)
+    assert reason in outcome.error
+    assert "step 00001" not in outcome.out
+    assert contents(tmp_path) == {"a_file": b""}
+
+
 def test_a_full_disk(latent_run: Trained, tmp_path: Path) -> None:
     """Files are written under a name of their own first; here that name leads to a device that is always full."""
     results = tmp_path / "results"
