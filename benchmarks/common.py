@@ -78,8 +78,8 @@ def add_block_options(parser: argparse.ArgumentParser) -> None:
 def load_problems(data: str | None, split: Split, count: int) -> list[Problem]:
     """The first problems of GSM8K, a folder or a file of it; None: of the embedded data, which are shorter."""
     if data is None:
-        return Arithmetic(train_size=count, test_size=count).load(split).problems
-    return GSM8K(path=data).load(split).problems[:count]
+        return list(Arithmetic(train_size=count, test_size=count).load(split).problems)
+    return list(GSM8K(path=data).load(split).problems[:count])
 
 
 def synchronise(device: torch.device) -> None:

@@ -5,9 +5,11 @@ load no more than they need.
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from simcot_latent.checkpoint import Checkpoint, load_checkpoint
     from simcot_latent.errors import UserError
     from simcot_latent.generate import Generation, Sampling, answer, generate_all
@@ -59,6 +61,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return version("simcot-latent")
+        except PackageNotFoundError:  # a checkout that is not installed
+            return "0+unknown"
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, some
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.paths import check_writable, expanded, give_usual_permissions, writing
 
 MODEL, DECODER, CONFIG, TOKENIZER = "model.safetensors", "step_decoder.safetensors", "config.json", "tokenizer"
 STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
@@ -134,7 +135,7 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(path)
+    path = expanded(path, key)
     for folder in (path, path / LATEST):
         if (folder / CONFIG).is_file() and (folder / MODEL).is_file():
             return folder.resolve()
@@ -202,7 +203,7 @@ def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, 
         return folder  # the same step of the same run: replacing it would leave `latest` at nothing for a moment
     with written_beside(folder) as partial:
         write_checkpoint(checkpoint, partial)
-        save_file(state.tensors, partial / STATE_TENSORS)
+        save_tensors(state.tensors, partial / STATE_TENSORS)
         write_json(partial / STATE_JSON, state.values)
     link = out_dir / f".{LATEST}.partial"
     link.unlink(missing_ok=True)
@@ -238,11 +239,25 @@ def new_folder(out: str | Path, key: str = "out") -> Iterator[Path]:
     Raises:
         UserError: there is something at `out`.
     """
-    out = Path(out).resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{key}={out}: is there already; give a new folder, or an empty one")
-    with written_beside(out) as partial:
+    with written_beside(check_new_folder(out, key)) as partial:
         yield partial
+
+
+def check_new_folder(out: str | Path, key: str = "out") -> Path:
+    """The place of a folder that is to be written, made sure of before work begins.
+
+    Raises:
+        UserError: there is something at `out`, or nothing can be written there.
+    """
+    out = expanded(out, key).resolve()
+    try:
+        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:  # a name that is too long, a folder that must not be looked into
+        raise UserError(f"{key}={out}: cannot be written ({error.strerror})") from error
+    if taken:
+        raise UserError(f"{key}={out}: is there already; give a new folder, or an empty one")
+    check_writable([out / CONFIG])
+    return out
 
 
 @contextmanager
@@ -250,7 +265,8 @@ def written_beside(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` once all is written, and on the disk."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with writing(folder):
+        partial.mkdir(parents=True)
     try:
         yield partial
         for file in partial.rglob("*"):
@@ -276,7 +292,18 @@ def load_trainer_state(folder: Path) -> TrainerState:
 def save_weights(module: nn.Module, file: Path, shared: str | None = None) -> None:
     """A module's weights, but for those under the prefix `shared`, which another file holds."""
     weights = {name: value.detach().contiguous() for name, value in module.state_dict().items()}
-    save_file({name: value for name, value in weights.items() if not (shared and name.startswith(shared))}, file)
+    save_tensors({name: value for name, value in weights.items() if not (shared and name.startswith(shared))}, file)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file that others may read, as far as the umask lets them.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing(file):
+        save_file(tensors, file)
+        give_usual_permissions(file)
 
 
 def load_weights(module: nn.Module, file: Path, shared: str | None = None) -> None:
@@ -287,13 +314,16 @@ def load_weights(module: nn.Module, file: Path, shared: str | None = None) -> No
     """
     weights = read_tensors(file)
     wanted = {n: v.shape for n, v in module.state_dict().items() if not (shared and n.startswith(shared))}
-    problems = [f"lacks {name}" for name in wanted if name not in weights]
-    problems += [f"has {name}, which the model has not" for name in weights if name not in wanted]
-    problems += [
-        f"has {name} of shape {tuple(weights[name].shape)}, not {tuple(shape)}"
+    lacking = [name for name in wanted if name not in weights]
+    left_over = [name for name in weights if name not in wanted]
+    misshapen = [
+        f"{name} of shape {tuple(weights[name].shape)}, not {tuple(shape)}"
         for name, shape in wanted.items()
         if name in weights and weights[name].shape != shape
     ]
+    problems = [f"lacks {some(lacking)}"] if lacking else []
+    problems += [f"has {some(left_over)}, which the model has not"] if left_over else []
+    problems += [f"has {some(misshapen)}"] if misshapen else []
     if problems:
         raise UserError(f"{file}: does not fit the model: it {'; it '.join(problems)}")
     module.load_state_dict(weights, strict=False)
@@ -306,9 +336,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         UserError: it is missing or broken.
     """
     try:
-        return load_file(file)
+        with file.open("rb"):  # what may not be read is missing in the eyes of safetensors
+            return load_file(file)
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file; the checkpoint is incomplete") from error
+    except PermissionError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({' '.join(str(error).split())})") from error
 
@@ -323,6 +356,8 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from error
     if not isinstance(value, dict):

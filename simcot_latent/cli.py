@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
-from simcot_latent.config import as_plain, config_dir, one_line
-from simcot_latent.errors import UserError
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-if TYPE_CHECKING:  # see `config`
-    from omegaconf import DictConfig
+from simcot_latent.config import as_plain, config_dir, literal, one_line
+from simcot_latent.errors import UserError, did_you_mean
+from simcot_latent.paths import expanded
+
+PATH_KEYS = ("ckpt", "data.path", "out_dir", "init_from", "out", "source", "base", "tokenizer.ranks")
+"""Keys whose value is a path: `~` is the home folder."""
 
 # Keys whose value is free text or a path: taken as it stands, whatever hydra's grammar makes of `?`, `,` or `'`.
-TEXT_KEYS = ("question", "ckpt", "data.path", "out_dir", "init_from", "run", "out", "source", "base")
+TEXT_KEYS = (*PATH_KEYS, "question", "run", "wandb_project", "new_token_init")
+
+# What is wrong with the machine, not with the program.
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EFBIG,
+                  errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP, errno.EMFILE}  # fmt: skip
 
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
@@ -26,12 +39,9 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
 
     A `UserError`, or anything hydra finds wrong with the overrides, is printed as one line; the exit status is then 2.
     """
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us, instead of being printed with part of a traceback
-    sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
+    print_whatever_comes()
+    sys.argv[1:] = [quote_text(argument) for argument in without_nulls(sys.argv[1:], config_name)]
 
     composed = False
 
@@ -39,10 +49,15 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     def task(raw: DictConfig) -> None:
         nonlocal composed
         composed = True
-        try:
+        try:  # here, since hydra would announce an exception with lines of its own
+            expand_paths(raw)
             main(raw)
         except (UserError, OmegaConfBaseException) as error:
-            fail(error)  # here, since hydra would announce an exception with lines of its own
+            fail(error)
+        except OSError as error:
+            if error.errno not in OF_THE_MACHINE:
+                raise
+            fail(UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)))
 
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)()
@@ -55,10 +70,32 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
         sys.exit(1)
 
 
+def print_whatever_comes() -> None:
+    """Lets nothing that is printed end a command: what a console's encoding lacks is printed as `\\u2265`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def without_nulls(arguments: list[str], config_name: str) -> list[str]:
+    """Leaves out `experiment=null` and the like: what the configuration has as a group's default, but hydra refuses."""
+    defaults = OmegaConf.select(OmegaConf.load(config_dir() / f"{config_name}.yaml"), "defaults")
+    groups = {key for entry in defaults if not isinstance(entry, str) for key, value in entry.items() if value is None}
+    given = [argument.partition("=")[0] for argument in arguments]
+    return [a for a in arguments if not any(a == f"{group}=null" and given.count(group) == 1 for group in groups)]
+
+
+def expand_paths(raw: DictConfig) -> None:
+    """Replaces `~` at the start of a path, wherever it was set."""
+    for key in PATH_KEYS:
+        section, _, name = key.rpartition(".")
+        parent = raw if not section else raw.get(section)
+        if isinstance(parent, DictConfig) and name in parent and str(parent[name]).startswith("~"):
+            parent[name] = literal(str(expanded(parent[name], key)))
+
+
 def overridden(section: str) -> list[str]:
     """The keys of a section that the command line sets, such as `model` or `model.n_layer`."""
-    from hydra.core.hydra_config import HydraConfig
-
     keys = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
     return [key for key in keys if key == section or key.startswith(f"{section}.")]
 
@@ -69,15 +106,15 @@ def trained_data(raw: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
     If it is the source that the model was trained on, its settings then (`trained`), with this command's overrides: so
     an embedded test set has the difficulty that was trained for, and a local `data.path` is remembered.
     """
-    from omegaconf import OmegaConf
-
     settings = as_plain(raw.data)
     if settings["_target_"] != trained["_target_"]:
         return settings
-    merged = OmegaConf.create(trained)
+    merged = OmegaConf.create(literal(trained))
     for key in overridden("data"):
         if key != "data":
-            OmegaConf.update(merged, key.removeprefix("data."), OmegaConf.select(raw, key), force_add=True)
+            value = OmegaConf.select(raw, key)
+            value = literal(value) if isinstance(value, str) else value
+            OmegaConf.update(merged, key.removeprefix("data."), value, force_add=True)
     return as_plain(merged)
 
 
@@ -92,8 +129,8 @@ def quote_text(argument: str) -> str:
     key, equals, text = argument.partition("=")
     if not equals or key.lstrip("+") not in TEXT_KEYS or text in ("", "null") or QUOTED.fullmatch(text):
         return argument
-    if "--multirun" in sys.argv or "-m" in sys.argv:  # there a comma separates the runs of a sweep
-        return argument
+    if ("--multirun" in sys.argv or "-m" in sys.argv) and any(mark in text for mark in (",", "${", "(")):
+        return argument  # there a comma separates the runs of a sweep, and each may be named after its settings
     # OmegaConf reads \${ as ${, and backslashes in front of it as half as many.
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     # Hydra reads \\" inside double quotes, and a run of backslashes before a quote as half as many.
@@ -104,8 +141,16 @@ def quote_text(argument: str) -> str:
 
 def message_of(error: Exception) -> str:
     """An exception's message, and that of what caused it, on one line."""
-    from hydra.errors import HydraException
-
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: must be one of {', '.join(error.options)}{did_you_mean(name, error.options)}"
+    if match := re.match(r"Could not override '(.+?)'", str(error)):
+        return f"{match[1]}: no such key{nearest_keys(match[1], error.__cause__)}"
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):  # `mode=null`
+        groups = [a.removesuffix("=null") for a in sys.argv if a.endswith("=null")]
+        for group in (group for group in groups if (config_dir() / group).is_dir()):
+            choices = ", ".join(sorted(file.stem for file in (config_dir() / group).glob("*.yaml")))
+            return f"{group}=null: must be one of {choices}"
     messages = [str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         messages.append(str(error.__cause__))
@@ -113,3 +158,24 @@ def message_of(error: Exception) -> str:
     text = re.sub(r"Config search path:.*?(?=Set|$)", "", text)
     text = text.replace("Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", "")
     return text.strip()
+
+
+def nearest_keys(key: str, error: BaseException | None) -> str:
+    """`did_you_mean` among the keys of the configuration that the error came from; sections may be left out."""
+    node = getattr(error, "parent_node", None)
+    if not isinstance(node, DictConfig):
+        return ""
+    keys = list(dotted_keys(node._get_root()))
+    within = {known.rpartition(".")[2]: known for known in keys}
+    return f"; did you mean {within[key]}?" if key in within else did_you_mean(key, keys) or did_you_mean(key, within)
+
+
+def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
+    """Every key of a configuration, sections included, as it is typed; hydra's own are left out."""
+    for key in node:
+        name = f"{prefix}{key}"
+        if name != "hydra" and key != "_target_":
+            yield name
+            child = OmegaConf.select(node, str(key)) if not OmegaConf.is_interpolation(node, key) else None
+            if isinstance(child, DictConfig):
+                yield from dotted_keys(child, f"{name}.")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from simcot_latent.errors import UserError, require, require_choice
+from simcot_latent.errors import UserError, did_you_mean, require, require_choice
 
 if TYPE_CHECKING:  # hydra and omegaconf are imported where a command line is read: the rest does without them
     from omegaconf import DictConfig
@@ -238,7 +239,8 @@ def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
     except Exception as error:  # hydra raises whatever the import raised
         raise UserError(f"objective={raw.objective}: cannot be imported ({one_line(str(error))})") from error
     shared_keys = {f.name for f in dataclasses.fields(RunConfig)}
-    run = typed(RunConfig, {key: value for key, value in sections.items() if key in shared_keys})
+    shared = {key: value for key, value in sections.items() if key in shared_keys}
+    run = typed(RunConfig, {key: literal(value) if isinstance(value, str) else value for key, value in shared.items()})
     config_class = objective.Config  # type: ignore[attr-defined]
     own: dict[str, Any] = {}
     section_types = get_type_hints(config_class)
@@ -246,7 +248,8 @@ def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
         own[f.name] = typed(section_types[f.name], sections.get(f.name, {}), f.name)
     unknown = [key for key in sections if key not in shared_keys and key not in own]
     if unknown:
-        raise UserError(f"{unknown[0]}: mode={run.mode} has no such key")
+        near = did_you_mean(str(unknown[0]), {*shared_keys, *own})
+        raise UserError(f"{unknown[0]}: mode={run.mode} has no such key{near}")
     return run, config_class(**own)
 
 
@@ -257,13 +260,16 @@ def typed(cls: type[T], values: Any, section: str = "") -> T:
         UserError: a key is unknown, a value is of another type, or `cls` refuses it.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         prefix = f"{section}." if section else ""
         reason = str(error.msg or error).split("\n")[0]
+        if isinstance(error, ConfigKeyError):
+            known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            reason = f"no such key{did_you_mean(str(error.key), known)}"
         raise UserError(f"{prefix}{error.full_key or error.key}: {reason}") from error
     except ValueError as error:
         if isinstance(error, UserError):
@@ -274,6 +280,15 @@ def typed(cls: type[T], values: Any, section: str = "") -> T:
 def one_line(text: str) -> str:
     """A text with its line breaks and runs of blanks made single blanks."""
     return " ".join(text.split())
+
+
+def literal(value: Any) -> Any:
+    """Plain values as OmegaConf must be given them so that no text in them is an interpolation: `${` as `\\${`."""
+    if isinstance(value, dict):
+        return {key: literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def as_plain(raw: Any) -> dict[str, Any]:
@@ -291,10 +306,16 @@ def instantiate(section: Any, key: str) -> Any:
     """
     import hydra
     from hydra.errors import InstantiationException
+    from omegaconf import DictConfig
 
+    if isinstance(section, DictConfig):
+        section = as_plain(section)
     try:
-        return hydra.utils.instantiate(section)
+        return hydra.utils.instantiate(literal(literal(section)))  # hydra resolves once, and once more in reading
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
+        if match := re.search(r"unexpected keyword argument '(.+?)'", str(error.__cause__)):
+            known = [str(name) for name in section if name not in ("_target_", match[1])]
+            raise UserError(f"{key}.{match[1]}: no such key{did_you_mean(match[1], known)}") from error
         raise UserError(f"{key}: {error.__cause__ or error}") from error

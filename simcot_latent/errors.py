@@ -1,5 +1,8 @@
 """The one exception that a user's mistake ends in, and how a value is refused."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(ValueError):
     """Bad input: the message is one line that names the file, line or key and says what would be right.
@@ -16,4 +19,18 @@ def require(ok: bool, key: str, value: object, right: str) -> None:
 
 def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     """`require` for a value that is one of a few words."""
-    require(value in choices, key, value, f"one of {', '.join(choices)}")
+    require(value in choices, key, value, f"one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
+
+
+def some(words: Iterable[str], most: int = 3) -> str:
+    """The first few of what may be many, and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+def did_you_mean(typed: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known: the one or two that are nearest to it, if any is near."""
+    by_lower = {word.lower(): word for word in known}
+    near = [by_lower[word] for word in get_close_matches(typed.lower(), by_lower, n=2, cutoff=0.7)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,7 +1,7 @@
 """The one runner behind every eval: answers a data source's problems and writes a report.
 
 `python -m evals.<name> ckpt=DIR` prints a table and writes `DIR/evals/<name>.json` (the report) and
-`DIR/evals/<name>.predictions.jsonl` (a line a problem).
+`DIR/evals/<name>.predictions.jsonl` (one line per problem), or the same into the folder `out`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from simcot_latent import cli
-from simcot_latent.checkpoint import load_checkpoint, write_json
+from simcot_latent.checkpoint import find_checkpoint, load_checkpoint
 from simcot_latent.config import instantiate, typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
@@ -30,6 +29,7 @@ from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
+from simcot_latent.paths import check_writable, write_lines, write_text
 from simcot_latent.probe import decode_taught, gold_groups, latents_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class EvalConfig:
     device: str = "auto"
     cuda_graphs: bool = False
     dtype: str = "float32"
+    out: str | None = None
 
     def __post_init__(self) -> None:
         if self.ckpt is None:
@@ -94,15 +95,22 @@ def run(name: str) -> None:
     """Command-line entry of the eval `name`, on the data source of the same name unless `data=` says otherwise."""
     if not any(argument.startswith("data=") for argument in sys.argv[1:]):
         sys.argv.insert(1, f"data={name}")
+    from simcot_latent import cli  # hydra, which evaluating from Python does without
+
     cli.run(lambda raw: evaluate(name, raw), "eval")
 
 
 def evaluate(name: str, raw: DictConfig) -> None:
     """Answers a split, prints the table, writes the report."""
+    from simcot_latent import cli
+
     config = typed(EvalConfig, raw)
     console = make_console()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    find_checkpoint(config.ckpt or "")
+    files = report_files(Path(config.out or f"{config.ckpt}/evals"), name, config.split)
+    check_writable(files, "give out=DIR, a folder for the results")
     checkpoint = load_checkpoint(config.ckpt or "", device)
     data = cli.trained_data(raw, checkpoint.config["data"])
     source: Source = instantiate(data, "data")
@@ -170,7 +178,8 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "thoughts": checkpoint.thoughts.n_latents,
     }
     console.print(report_table(report))
-    console.print(f"written to {write_report(Path(config.ckpt or ''), name, config.split, report, ordered)}")
+    write_report(files, report, ordered)
+    console.print(f"written to {files[0]}")
 
 
 def written_steps(text: str, problem: Problem) -> tuple[list[str], list[str | None]]:
@@ -229,27 +238,30 @@ def report_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def write_report(ckpt: Path, name: str, split: str, report: dict[str, Any], predictions: Sequence[Prediction]) -> Path:
-    """Writes the report and a line a problem; files of another split than test carry its name."""
-    folder = ckpt / "evals"
-    folder.mkdir(exist_ok=True)
+def report_files(folder: Path, name: str, split: str) -> tuple[Path, Path]:
+    """The report, and the predictions beside it; those of another split than test carry its name."""
     stem = name if split == "test" else f"{name}.{split}"
-    with (folder / f"{stem}.predictions.jsonl").open("w", encoding="utf-8") as file:
-        for i, p in enumerate(predictions):
-            line = {
-                "index": i,
-                "question": p.problem.question,
-                "gold": p.problem.answer,
-                "output": p.generation.text,
-                "answer": p.generation.answer,
-                "correct": p.correct,
-                "last_number": last_number(p.generation.text),
-                "correct_last_number": p.correct_last_number,
-                "n_tokens": p.generation.n_tokens,
-                "finished": p.generation.finished,
-                "decoded_steps": p.decoded,
-                "gold_steps": p.gold,
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    write_json(folder / f"{stem}.json", report)
-    return folder / f"{stem}.json"
+    return folder / f"{stem}.json", folder / f"{stem}.predictions.jsonl"
+
+
+def write_report(files: tuple[Path, Path], report: dict[str, Any], predictions: Sequence[Prediction]) -> None:
+    """Writes the report, and one line per problem, into `report_files`."""
+    lines = [
+        {
+            "index": i,
+            "question": p.problem.question,
+            "gold": p.problem.answer,
+            "output": p.generation.text,
+            "answer": p.generation.answer,
+            "correct": p.correct,
+            "last_number": last_number(p.generation.text),
+            "correct_last_number": p.correct_last_number,
+            "n_tokens": p.generation.n_tokens,
+            "finished": p.generation.finished,
+            "decoded_steps": p.decoded,
+            "gold_steps": p.gold,
+        }
+        for i, p in enumerate(predictions)
+    ]
+    write_lines(files[1], lines)
+    write_text(files[0], json.dumps(report, indent=2, allow_nan=False) + "\n")

@@ -18,12 +18,13 @@ from huggingface_hub import save_torch_state_dict
 from omegaconf import DictConfig
 
 from simcot_latent import cli
-from simcot_latent.checkpoint import CONFIG, Checkpoint, load_checkpoint, new_folder, write_json
+from simcot_latent.checkpoint import CONFIG, Checkpoint, check_new_folder, load_checkpoint, new_folder, write_json
 from simcot_latent.config import typed
 from simcot_latent.data.published_tokenizers import QWEN2_PATTERN, write_tokenizer
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.logs import make_console
 from simcot_latent.model.families import describe
+from simcot_latent.paths import give_usual_permissions, writing
 
 GENERATION_CONFIG = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,7 +79,10 @@ def export_hf(
         write_tokenizer(tokenizer, folder)
         write_json(folder / CONFIG, config | special | {"torch_dtype": str(dtype).removeprefix("torch.")})
         write_json(folder / GENERATION_CONFIG, special)
-        save_torch_state_dict(tensors, folder, max_shard_size=int(max_shard_gb * 1e9))
+        with writing(folder):
+            save_torch_state_dict(tensors, folder, max_shard_size=int(max_shard_gb * 1e9))
+        for file in folder.glob("*.safetensors"):
+            give_usual_permissions(file)
     return config["architectures"][0]
 
 
@@ -109,6 +113,7 @@ def main(raw: DictConfig) -> None:
     """Exports one checkpoint."""
     config = typed(ExportConfig, raw)
     console = make_console()
+    check_new_folder(config.out or "")
     checkpoint = load_checkpoint(config.ckpt or "")
     family = export_hf(checkpoint, config.out or "", DTYPES[config.dtype], config.max_shard_gb)
     console.print(f"{family} | {config.dtype} | {checkpoint.tokenizer} | {config.out}")

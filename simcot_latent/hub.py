@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from simcot_latent.checkpoint import CONFIG, DECODER, MODEL, TOKENIZER, Checkpoint, load_checkpoint, write_checkpoint
 from simcot_latent.config import one_line
 from simcot_latent.errors import UserError
+from simcot_latent.paths import expanded
 from simcot_latent.published import HUB_ID
 
 FILES = [CONFIG, MODEL, DECODER, f"{TOKENIZER}/*"]
@@ -73,7 +74,7 @@ class HubCheckpoint(
 
 def from_pretrained(source: str | Path, device: str | torch.device = "cpu", **options: Any) -> Checkpoint:
     """See `Checkpoint.from_pretrained`."""
-    if Path(source).is_dir():
+    if expanded(source, "source").is_dir():
         return load_checkpoint(source, device, "source")
     with hub_errors(f"source={source}: neither a checkpoint folder nor (as owner/name) one that the hub gives"):
         return HubCheckpoint.from_pretrained(source, device=device, **options).checkpoint
@@ -97,7 +98,7 @@ def without_local_paths(config: dict[str, Any]) -> dict[str, Any]:
     """
     config = deepcopy(config)
     start = str(config.get("init_from"))
-    if Path(start).exists() or not HUB_ID.fullmatch(start):
+    if Path(start).expanduser().exists() or not HUB_ID.fullmatch(start):
         config.pop("init_from", None)
     config.pop("out_dir", None)
     for section, key in (("data", "path"), ("tokenizer", "ranks")):

@@ -6,6 +6,7 @@ What their state dicts hold, by the first part of a tensor's name:
 
     kind             the model        the auxiliary decoder   besides
     coconut          base_causallm                            embedding: the model's table once more
+                     (its stage 0: the model by itself)
     simcot_coconut   base_causallm    expainable_llm          the same
     codi             codi                                     prj: the projector of thoughts, if there is one
     simcot_codi      codi             decoder                 the same
@@ -32,17 +33,27 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from simcot_latent import cli
-from simcot_latent.checkpoint import Checkpoint, new_folder, write_checkpoint
+from simcot_latent.checkpoint import Checkpoint, new_folder, read_json, write_checkpoint
 from simcot_latent.config import typed
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.errors import UserError, require, require_choice
+from simcot_latent.errors import UserError, require, require_choice, some
 from simcot_latent.logs import make_console
-from simcot_latent.model.families import Family, build, family_of
+from simcot_latent.model.families import FAMILIES, Family, build, family_of
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.paths import expanded
 from simcot_latent.pretrained import with_projector
-from simcot_latent.published import Published, read_published, read_tensor_file, read_weights
+from simcot_latent.published import (
+    HUB_ID,
+    Published,
+    download,
+    not_quantised,
+    read_published,
+    read_tensor_file,
+    read_weights,
+)
+from simcot_latent.tensor_names import plain_names
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,11 @@ KINDS = {
     "simcot_codi": replace(CODI, decoder="decoder"),
 }
 
+BARE = ""
+"""In place of a first part: of Coconut's stage 0, before there is any thought, the model is saved by itself."""
+WRITTEN = ThoughtFormat(answer_mark="###")
+"""How that model answers: the steps, a line each, then the answer."""
+
 PROJECTOR = {"1": "up", "3": "down", "ln": "norm"}
 PEFT = "base_model.model."
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -148,7 +164,7 @@ def import_checkpoint(
     """A published checkpoint as one of ours.
 
     Args:
-        source: a file of tensors, or a folder with one or sharded ones.
+        source: a file of tensors, a folder with one or sharded ones, or a hub id.
         kind: one of `KINDS`.
         base: the model that it was made from, see `read_published`; its configuration and its tokenizer are taken.
         n_latents: thoughts. None: as published.
@@ -163,8 +179,15 @@ def import_checkpoint(
     flavour = KINDS[kind]
     thoughts = thought_format(flavour, n_latents, latents_per_step)
     parts = split(read_source(source), source, kind)
+    stage_0 = BARE in parts
+    if stage_0:
+        if n_latents is not None or latents_per_step is not None:
+            raise UserError(f"source={source}: is of stage 0, whose model writes its steps; leave n_latents out")
+        parts[flavour.model], thoughts = parts.pop(BARE), WRITTEN
     published = read_published(base, "base")
     family = family_of(published.config, published.path)
+    if "embedding" in parts and not tables(parts[flavour.model], family):  # safetensors keeps one name of what is tied
+        parts[flavour.model][f"{family.body}{family.modules['embedding'][0]}.weight"] = parts["embedding"]["weight"]
     model = model_like(published, without_peft(parts[flavour.model], lora_alpha, family, source), source)
     if "prj" in parts:
         model = projecting(model, parts["prj"], source)
@@ -182,11 +205,12 @@ def import_checkpoint(
     return Checkpoint(
         model=model.eval(),
         step_decoder=None if decoder is None else decoder.eval(),
-        tokenizer=extended_tokenizer(published, flavour, model.config.vocab_size),
+        tokenizer=extended_tokenizer(published, flavour, model.config.vocab_size, stage_0),
         thoughts=thoughts,
         config={
-            "mode": "latent",
-            "max_new_tokens": flavour.max_new_tokens,
+            "mode": "weighted" if stage_0 else "latent",
+            "rationale": "equations",
+            "max_new_tokens": 256 if stage_0 else flavour.max_new_tokens,
             "latent": latent,
             "imported": {"kind": kind, "source": str(source), "base": str(base)},
         },
@@ -209,17 +233,24 @@ def thought_format(kind: Kind, n_latents: int | None, latents_per_step: int | No
 
 
 def read_source(source: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of the one file or all shards in a folder.
+    """The tensors of a file, or of the one file or all shards in a folder or a repository on the hub.
 
     Raises:
         UserError: there is nothing, a shard is missing, or a file holds anything but tensors.
     """
-    path = Path(source)
+    path = expanded(source, "source")
+    if not path.exists() and "/" in str(source) and HUB_ID.fullmatch(str(source)):
+        path = download(str(source), "source", None)
     if path.is_dir():
+        if (path / "config.json").is_file() and (path / "config.json").read_bytes().strip():  # published ones are empty
+            not_quantised(read_json(path / "config.json"), path / "config.json")
         return read_weights(path)
     if path.is_file():
-        return read_tensor_file(path)
-    raise UserError(f"source={path}: does not exist; give a file of tensors, or a folder that holds one or its shards")
+        return plain_names(read_tensor_file(path), path)
+    raise UserError(
+        f"source={path}: does not exist; give a file of tensors, a folder that holds one or its shards, or a hub id "
+        "(owner/name)"
+    )
 
 
 def split(weights: Mapping[str, Tensor], source: str | Path, kind: str) -> dict[str, dict[str, Tensor]]:
@@ -234,9 +265,13 @@ def split(weights: Mapping[str, Tensor], source: str | Path, kind: str) -> dict[
         parts[first][rest] = tensor
     models = parts.keys() & set[str]().union(*(kind.models for kind in KINDS.values()))
     looks = next((name for name, kind in KINDS.items() if kind.models == models), None)
+    if not models and any(f"{part}." == family.body for part in parts for family in FAMILIES):
+        if kind == "coconut":
+            return {BARE: dict(weights)}
+        looks = "coconut, of its stage 0"
     if looks != kind:
         hint = "no such kind is known" if looks is None else f"that is kind={looks}"
-        raise UserError(f"kind={kind}: the tensors of source={source} begin with {', '.join(sorted(parts))}; {hint}")
+        raise UserError(f"kind={kind}: the tensors of source={source} begin with {some(sorted(parts))}; {hint}")
     if "pj_in" in parts or "pj_out" in parts:
         raise UserError(
             f"source={source}: its decoder is of another width or vocabulary than its model (pj_in, pj_out), which is "
@@ -244,7 +279,7 @@ def split(weights: Mapping[str, Tensor], source: str | Path, kind: str) -> dict[
         )
     known = KINDS[kind]
     if unknown := [name for name in weights if name.partition(".")[0] not in {*known.models, known.besides}]:
-        raise UserError(f"source={source}: has {', '.join(unknown)}, which kind={kind} has not")
+        raise UserError(f"source={source}: has {some(unknown)}, which kind={kind} has not")
     return dict(parts)
 
 
@@ -258,12 +293,17 @@ def model_like(base: Published, tensors: dict[str, Tensor], path: str | Path, n_
         UserError: see `build`.
     """
     config, family = dict(base.config), family_of(base.config, base.path)
-    for name, tensor in tensors.items():
-        if name.endswith(f"{family.modules['embedding'][0]}.weight"):
-            config[family.keys["vocab_size"]] = len(tensor)
+    for name in tables(tensors, family):
+        config[family.keys["vocab_size"]] = len(tensors[name])
     if n_layer is not None:
         config[family.keys["n_layer"]] = n_layer
     return build(replace(base, path=Path(path), config=config, tensors=tensors))
+
+
+def tables(tensors: Mapping[str, Tensor], family: Family) -> list[str]:
+    """The names of a model's output head and embedding table, as far as they are there: of tied ones, one may be."""
+    ends = tuple(f"{family.modules[part][0]}.weight" for part in ("head", "embedding"))
+    return sorted((name for name in tensors if name.endswith(ends)), key=lambda name: not name.endswith(ends[0]))
 
 
 def count_blocks(names: Iterable[str], family: Family) -> int:
@@ -341,20 +381,25 @@ def step_decoder(theirs: GPT, model: GPT, first_position: int) -> StepDecoder:
     return decoder
 
 
-def extended_tokenizer(base: Published, kind: Kind, n_vocab: int) -> Tokenizer:
+def extended_tokenizer(base: Published, kind: Kind, n_vocab: int, stage_0: bool = False) -> Tokenizer:
     """The base model's tokenizer with the three added tokens, which have the last ids.
+
+    Args:
+        stage_0: whether they may be missing, as from models that write their steps.
 
     Raises:
         UserError: the imported model's vocabulary is another, or the base's has no token that texts end with.
     """
     tokenizer, before = base.tokenizer(), n_vocab - len(kind.added)
+    tokenizer.id_of("end")
+    if stage_0 and n_vocab == base.config["vocab_size"]:
+        return tokenizer.filled_up_to(n_vocab)
     # CODI adds rows to the table, Coconut to the tokens, of which there may be fewer.
     if tokenizer.n_vocab > before or before not in (tokenizer.n_vocab, base.config["vocab_size"]):
         raise UserError(
             f"base={base.path}: has {tokenizer.n_vocab} tokens and {base.config['vocab_size']} rows, the imported "
             f"model {before} before {', '.join(kind.added)}; give the model that it was made from"
         )
-    tokenizer.id_of("end")
     return tokenizer.filled_up_to(before).with_tokens(kind.added).with_roles(kind.roles)
 
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,13 +23,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from simcot_latent import cli
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder
 from simcot_latent.config import instantiate, typed
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.data.sources import SPLITS, Source
+from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, encode_prompts, generate, think_about
@@ -37,6 +38,7 @@ from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.step_decoder import PackedSteps
 from simcot_latent.model.thoughts import Thoughts, others_thoughts
+from simcot_latent.paths import check_writable, write_text
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -55,12 +57,15 @@ class ProbeConfig:
     format: str = "table"
     device: str = "auto"
     dtype: str = "float32"
+    out: str | None = None
 
     def __post_init__(self) -> None:
         if self.ckpt is None:
             raise UserError("ckpt is missing; give ckpt=DIR, a folder that training wrote, such as runs/latent/latest")
         if (self.question is None) == (self.data is None):
             raise UserError('give either question="..." or data=NAME (with data.path=, limit=)')
+        if self.question is not None and (half := LONE_SURROGATE.search(self.question)):
+            raise UserError(f"question: its character {half.start() + 1} is U+{ord(half[0]):04X}, which is no text")
         require_choice("split", self.split, SPLITS)
         require(self.limit >= 1, "limit", self.limit, "at least 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
@@ -394,9 +399,14 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 def main(raw: DictConfig) -> None:
     """Probes one question, or problems of a data source."""
+    from simcot_latent import cli  # hydra, which probing from Python does without
+
     config = typed(ProbeConfig, raw)
     console = make_console()
     device = pick_device(config.device)
+    file = None if config.out is None else Path(config.out) / "probe.json"
+    if file is not None:
+        check_writable([file], "give another out=DIR")
     checkpoint = load_checkpoint(config.ckpt or "", device)
     require_decoder(checkpoint)
     with torch.no_grad(), autocast(device, pick_dtype(config.dtype, device)):
@@ -408,10 +418,15 @@ def main(raw: DictConfig) -> None:
             quiet = make_console(is_main=config.format == "table")
             probes = probe_problems(checkpoint, problems, config.batch_size, quiet)
             summary = summarise(probes)
+    text = json.dumps({"probes": [asdict(probe) for probe in probes], "summary": summary}, indent=2)
+    if file is not None:
+        write_text(file, text + "\n")
     if config.format == "json":
-        print(json.dumps({"probes": [asdict(probe) for probe in probes], "summary": summary}, indent=2))
+        print(text)
         return
     console.print(probe_table(probes))
+    if file is not None:
+        console.print(f"written to {file}")
     if summary is not None:
         console.print(summary_table(summary))
         low, high = summary["ci95"]
@@ -419,4 +434,6 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from simcot_latent import cli
+
     cli.run(main, "probe")

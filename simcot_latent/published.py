@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,22 @@ from simcot_latent.checkpoint import read_json, read_tensors
 from simcot_latent.config import one_line
 from simcot_latent.data.published_tokenizers import read_tokenizer
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, some
+from simcot_latent.paths import expanded
+from simcot_latent.tensor_names import plain_names, unwrapped
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # no `./folder`
+HUB_ID = re.compile(r"\w[\w.-]*(?:/[\w.-]+)?")  # no `./folder`; old ones have no owner: gpt2
+NO_WEIGHTS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.md", "*.py", "*.png", "optimizer*", "rng_state*")
+"""What of a repository is not downloaded where its weights may have any name."""
 WEIGHTS, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
+SHARD = re.compile(r".*-[0-9]+-of-(?P<count>[0-9]+)\.\w+")
+TORCH = (".bin", ".pt", ".pth", ".ckpt")
+OTHER_TENSORS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+"""How names of files begin that trainers write beside weights."""
 
 # nanochat's names in Hugging Face's, from transformers' models/nanochat/convert_nanochat_checkpoints.py.
 NANOCHAT_NAMES = (
-    (r"^_orig_mod\.", ""),  # of a compiled model
     (r"^transformer\.wte\.", "model.embed_tokens."),
     (r"^transformer\.h\.(\d+)\.attn\.c_([qkv])\.", r"model.layers.\1.self_attn.\2_proj."),
     (r"^transformer\.h\.(\d+)\.attn\.c_proj\.", r"model.layers.\1.self_attn.o_proj."),
@@ -68,7 +75,7 @@ def read_published(source: str | Path, key: str = "source") -> Published:
     Raises:
         UserError: there is nothing there, or a file of it is missing or broken.
     """
-    path = Path(source)
+    path = expanded(source, key)
     if path.is_file() and path.suffix == ".gguf":
         from simcot_latent.gguf_file import read_gguf  # it reads `Published`
 
@@ -83,7 +90,7 @@ def read_published(source: str | Path, key: str = "source") -> Published:
         return read_folder(download(str(source), key))
     raise UserError(
         f"{key}={source}: must be a folder in Hugging Face's layout, a hub id (owner/name), a .gguf file, a nanochat "
-        "checkpoint folder, or a checkpoint of ours"
+        f"checkpoint folder, or a checkpoint of ours{'' if path.exists() else '; there is no such file or folder'}"
     )
 
 
@@ -93,11 +100,32 @@ def read_folder(folder: Path) -> Published:
     Raises:
         UserError: a file is missing or broken.
     """
-    return Published(folder, read_json(folder / "config.json"), read_weights(folder), lambda: read_tokenizer(folder))
+    file = folder / "config.json"
+    if file.is_file() and not file.read_bytes().strip():
+        raise UserError(
+            f"{file}: is empty, so nothing tells the model's shape; what SIM-CoT's authors have published is read by "
+            "python -m simcot_latent.import_checkpoint"
+        )
+    config = read_json(file)
+    not_quantised(config, file)
+    return Published(folder, config, read_weights(folder), lambda: read_tokenizer(folder))
 
 
-def download(hub_id: str, key: str) -> Path:
+def not_quantised(config: dict[str, Any], file: Path) -> None:
+    """Raises a `UserError` about the configuration of a model whose weights are packed in a few bits each."""
+    if quantised := config.get("quantization_config"):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(
+            f"{file}: the model is quantised ({how or 'quantization_config'}), which is not read; give the weights it "
+            "was made from"
+        )
+
+
+def download(hub_id: str, key: str, files: Sequence[str] | None = HUB_FILES) -> Path:
     """The folder of a repository on the hub, as the hub's client keeps it.
+
+    Args:
+        files: patterns of the names of what is needed; None: all but what is known to be no weights.
 
     Raises:
         UserError: it cannot be had.
@@ -106,7 +134,16 @@ def download(hub_id: str, key: str) -> Path:
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
+        folder = Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=None if files is None else list(files),
+                ignore_patterns=["*/*", *(NO_WEIGHTS if files is None else ())],
+            )
+        )
+        if files == HUB_FILES and not any(folder.glob("*.safetensors")):  # of before safetensors
+            return download(hub_id, key, (*HUB_FILES, "pytorch_model*"))
+        return folder
     except GatedRepoError as error:
         raise UserError(
             f"{key}={hub_id}: its licence must be accepted on the model's page at the hub first, and `hf auth login` "
@@ -114,24 +151,44 @@ def download(hub_id: str, key: str) -> Path:
         ) from error
     except (OSError, ValueError) as error:  # ValueError: no id that the hub could have
         raise UserError(
-            f"{key}={hub_id}: cannot be downloaded, nor is it in the hub's cache; without a network give a folder that "
-            f"holds the repository's files ({one_line(str(error))[:120]})"
+            f"{key}={hub_id}: is no file or folder here, and as a hub id cannot be downloaded, nor is it in the hub's "
+            f"cache; without a network give a folder that holds the repository's files ({one_line(str(error))[:120]})"
         ) from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder: of one file, or of the shards that an index names.
+    """All tensors of a folder: of one file, which may have any name if no other file is like it, or of shards.
 
     Raises:
-        UserError: there is none, a shard or a tensor in it is missing, or a file holds anything but tensors.
+        UserError: there is none, a shard or a tensor in it is missing, a file holds anything but tensors, or they are
+            quantised.
     """
     for name in WEIGHTS:
         index = folder / (name + INDEX)
         if index.is_file():
-            return read_shards(index)
+            return plain_names(read_shards(index), folder)
         if (folder / name).is_file():
-            return read_tensor_file(folder / name)
-    raise UserError(f"{folder}: holds no weights; it needs {WEIGHTS[0]}, or {WEIGHTS[0]}{INDEX} and its shards")
+            return plain_names(read_tensor_file(folder / name), folder / name)
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and holds_tensors(file)]
+    files = [file for file in files if not file.name.startswith(OTHER_TENSORS)]
+    shards = [SHARD.fullmatch(file.name) for file in files]
+    if files and all(shards):  # without an index
+        counts = {int(match["count"]) for match in shards if match}
+        if counts != {len(files)}:
+            raise UserError(f"{folder}: {len(files)} shards of {max(counts)} are there; all are needed")
+        return plain_names({n: x for file in files for n, x in read_tensor_file(file).items()}, folder)
+    if len(files) > 1:
+        raise UserError(f"{folder}: holds several files of tensors: {some(f.name for f in files)}; give one of them")
+    if not files:
+        raise UserError(f"{folder}: holds no weights; it needs {WEIGHTS[0]}, or {WEIGHTS[0]}{INDEX} and its shards")
+    return plain_names(read_tensor_file(files[0]), files[0])
+
+
+def holds_tensors(file: Path) -> bool:
+    """Whether a file, by its first bytes, is of safetensors or of `torch.save`."""
+    with file.open("rb") as handle:
+        start = handle.read(9)
+    return start.startswith(b"PK\x03\x04") or start[8:] == b"{" or (start[:1] == b"\x80" and file.suffix in TORCH)
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
@@ -145,12 +202,12 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         raise UserError(f"{index}: lacks weight_map, a mapping from tensors to shards")
     shards = sorted(set(shard_of.values()))
     if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
-        raise UserError(f"{index}: names shards that are not there: {', '.join(missing)}")
+        raise UserError(f"{index}: names shards that are not there: {some(missing)}")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         found = read_tensor_file(index.parent / shard)
         if lacking := [name for name, file in shard_of.items() if file == shard and name not in found]:
-            raise UserError(f"{index.parent / shard}: lacks {', '.join(lacking)}, which {index.name} says it holds")
+            raise UserError(f"{index.parent / shard}: lacks {some(lacking)}, which {index.name} says it holds")
         tensors |= found
     return tensors
 
@@ -161,16 +218,21 @@ def read_tensor_file(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: it is missing or broken, or holds anything but tensors.
     """
-    if file.suffix == ".safetensors":
+    try:
+        with file.open("rb") as handle:
+            is_safetensors = file.suffix == ".safetensors" or handle.read(9)[8:] == b"{"
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); the checkpoint is incomplete") from error
+    if is_safetensors:
         return read_tensors(file)
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = unwrapped(torch.load(file, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file; the checkpoint is incomplete") from error
     except Exception as error:  # broken bytes end in whatever they happen to mean to the unpickler
         raise UserError(f"{file}: not plain tensors as torch.save writes them, and nothing else is read") from error
     state = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(x, Tensor) for n, x in tensors.items())
-    if not state:
+    if not state or not tensors:
         raise UserError(f"{file}: not a state dict, names to plain tensors; nothing else is read")
     return tensors
 
@@ -197,7 +259,7 @@ def read_nanochat(folder: Path, step: str) -> Published:
             "the first published one is read"
         )
     tensors: dict[str, Tensor] = {}
-    for name, tensor in read_tensor_file(weights).items():
+    for name, tensor in plain_names(read_tensor_file(weights), weights).items():
         for pattern, replacement in NANOCHAT_NAMES:
             name = re.sub(pattern, replacement, name)
         tensors[name] = tensor

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simcot_latent import cli
 from simcot_latent.checkpoint import (
     LATEST,
     Checkpoint,
@@ -32,11 +31,13 @@ from simcot_latent.checkpoint import (
 from simcot_latent.config import RunConfig, as_plain, instantiate, parse
 from simcot_latent.data.batch import BatchOrder, Prefetch, micro_batches, pin, to_device
 from simcot_latent.data.format import Example
+from simcot_latent.data.lazy import Lazily
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources import LoadedSplit, Source, Split
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
 from simcot_latent.errors import UserError
+from simcot_latent.evals import eval_names, module_of
 from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
 from simcot_latent.losses import add_up
 from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
@@ -143,7 +144,7 @@ class Trainer:
         held_out: what it is validated on.
     """
 
-    def __init__(self, job: Job, objective: Objective, examples: list[Example], held_out: HeldOut) -> None:
+    def __init__(self, job: Job, objective: Objective, examples: Sequence[Example], held_out: HeldOut) -> None:
         run = self.run = job.run
         self.job, self.ranks, self.console = job, job.ranks, job.console
         self.objective, self.examples, self.held_out = objective, examples, held_out
@@ -155,7 +156,8 @@ class Trainer:
             raise UserError(
                 f"target_examples_per_step={run.target_examples_per_step}: must be at least the {job.ranks.world} ranks"
             )
-        self.order = BatchOrder([e.length for e in examples], run.target_examples_per_step, run.seed)
+        lengths = Lazily(len(examples), lambda index: examples[index].length)
+        self.order = BatchOrder(lengths, run.target_examples_per_step, run.seed)
         steps_of_epochs = math.ceil(run.num_epochs * len(examples) / run.target_examples_per_step)
         self.num_steps = steps_of_epochs if run.num_iterations == -1 else run.num_iterations
         needed = SKIPPED + WARMUP + PROFILED
@@ -349,7 +351,8 @@ class Trainer:
             f"{self.num_steps} steps of {run.target_examples_per_step} | {job.device}, {job.dtype}, "
             f"{job.ranks.world} rank(s), {torch.get_num_threads()} threads | {job.out_dir}".replace("torch.", "")
         )
-        if not any(example.steps for example in self.examples):
+        encoded = self.examples.made() if isinstance(self.examples, Lazily) else self.examples
+        if not any(example.steps for example in encoded):
             warn(self.console, "no <<expression=result>> step in the training data: step losses, weights and "
                  "accuracies will be empty")  # fmt: skip
 
@@ -431,11 +434,12 @@ class Trainer:
             self.objective.eval()
             with torch.no_grad(), autocast(self.job.device, self.job.dtype):
                 self.console.print(probe_table(probe_problems(checkpoint, self.held_out.problems[:5])))
+        source, ckpt = source_name(self.job.raw), shlex.quote(f"ckpt={self.job.out_dir}")
         next_steps: list[str] = []
-        if find_spec(f"evals.{source_name(self.job.raw)}") is not None:
-            next_steps.append(f"python -m evals.{source_name(self.job.raw)} ckpt={self.job.out_dir}")
+        if source in eval_names():
+            next_steps.append(f"python -m {module_of(source)} {ckpt}")
         if probes:
-            next_steps.append(f'python -m simcot_latent.probe ckpt={self.job.out_dir} question="..."')
+            next_steps.append(f'python -m simcot_latent.probe {ckpt} question="..."')
         for command in next_steps:
             self.console.print(f"next: {command}")
 
@@ -492,6 +496,8 @@ def make_model(run: RunConfig, raw: DictConfig) -> tuple[GPT, Tokenizer]:
         saved = load_checkpoint(run.out_dir or "", key="out_dir")
         return saved.model.train(), saved.tokenizer
     saved = with_latent_tokens(load_pretrained(run.init_from, key="init_from"), run.new_token_init)
+    from simcot_latent import cli  # hydra, which training from Python does without
+
     asked = cli.overridden("tokenizer")
     if asked and instantiate(raw.tokenizer, "tokenizer") != saved.tokenizer:
         raise UserError(
@@ -545,31 +551,44 @@ def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:
 
 def encode_all(
     objective: Objective, problems: Sequence[Problem], split: str, job: Job
-) -> tuple[list[Problem], list[Example]]:
+) -> tuple[Sequence[Problem], Sequence[Example]]:
     """Problems in token ids; those beyond the model's context end the run, or are dropped, counted and reported.
+
+    Of train, only those that the run comes to are encoded (and made, where a source makes them), unless which ones are
+    left depends on the length of all.
 
     Raises:
         UserError: a problem is too long (on_too_long=error), or none is left.
     """
+    run = job.run
     limit = objective.model.config.context_length - objective.extra_length
-    kept: list[Problem] = []
-    examples: list[Example] = []
-    for number, problem in enumerate(track(problems, f"encoding {split}", job.console), start=1):
-        example = objective.encode(problem)
-        if example.length <= limit:
-            kept.append(problem)
-            examples.append(example)
-        elif job.run.on_too_long == "error":
+
+    def encode(index: int) -> Example:
+        example = objective.encode(problems[index])
+        if example.length > limit and run.on_too_long == "error":
             raise UserError(
-                f"{split} problem {number} ({problem.question[:40]!r}...) has {example.length} tokens: "
+                f"{split} problem {index + 1} ({problems[index].question[:40]!r}...) has {example.length} tokens: "
                 f"at most {limit} fit; "
                 "raise model.context_length, or set on_too_long=drop"
             )
-    if dropped := len(problems) - len(examples):
+        return example
+
+    if not problems:
+        raise UserError(f"{split}: the data hold no problem")
+    examples = Lazily(len(problems), encode)
+    indices: Sequence[int] = range(len(problems))
+    if split == "train" and run.num_iterations != -1 and run.on_too_long == "error":
+        indices = BatchOrder(indices, run.target_examples_per_step, run.seed).read_by(run.num_iterations)
+    for index in track(indices, f"encoding {split}", job.console):
+        examples[index]
+    if run.on_too_long == "error":
+        return problems, examples
+    kept = [i for i, example in enumerate(examples) if example.length <= limit]
+    if dropped := len(problems) - len(kept):
         warn(job.console, f"{split}: dropped {dropped} of {len(problems)} problems of more than {limit} tokens")
-    if not examples:
+    if not kept:
         raise UserError(f"{split}: no problem of at most {limit} tokens; raise model.context_length")
-    return kept, examples
+    return [problems[i] for i in kept], [examples[i] for i in kept]
 
 
 def source_name(raw: dict[str, Any]) -> str:
@@ -603,4 +622,6 @@ def count_parameters(module: nn.Module) -> int:
 
 
 if __name__ == "__main__":
+    from simcot_latent import cli
+
     cli.run(main, "train")

@@ -35,8 +35,8 @@ COLLAPSE_RATIO = 0.1
 class HeldOut:
     """Validation problems, and the same in token ids."""
 
-    problems: list[Problem]
-    examples: list[Example]
+    problems: Sequence[Problem]
+    examples: Sequence[Example]
 
 
 @torch.no_grad()

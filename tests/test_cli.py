@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -131,6 +133,89 @@ def test_main_gets_the_configuration(capsys: pytest.CaptureFixture[str]) -> None
     assert (raw.question, raw.limit, raw.data.path, raw.ckpt) == ("It's 3, isn't it?", 7, "a,b", None)
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize("config", ["train", "probe"])
+def test_null_for_a_group_that_is_null(config: str) -> None:
+    """`experiment=null` and `data=null` are documented defaults; hydra itself refuses them."""
+    seen: list[DictConfig] = []
+    group = "experiment" if config == "train" else "data"
+    assert call(seen.append, f"{group}=null", config=config) == 0
+    assert seen[0].get(group) is None
+
+
+def test_null_does_not_hide_another_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(print, "experiment=smollm2_gsm8k_latent", "experiment=null", config="train") == 2
+    assert "experiment" in capsys.readouterr().err
+
+
+def test_a_token_as_new_token_init() -> None:
+    for typed in ("new_token_init=<<", 'new_token_init="<<"'):  # what a shell makes of "<<" and of '"<<"'
+        seen: list[DictConfig] = []
+        assert call(seen.append, typed, config="train") == 0
+        assert seen[0].new_token_init == "<<"
+
+
+@pytest.mark.parametrize("key", cli.PATH_KEYS)
+def test_home_in_every_path(key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where a shell has left it alone, as bash does behind `key=`; `~` within a name is a name."""
+    monkeypatch.setenv("HOME", str(tmp_path / "${a}"))
+    config = {"ckpt": "eval", "out": "export", "source": "import", "base": "import"}.get(key, "train")
+    data = ["data=gsm8k"] if key == "data.path" else []
+    for typed, means in (("~/a=b", f"{tmp_path}/${{a}}/a=b"), ("~", f"{tmp_path}/${{a}}"), ("a/~/b", "a/~/b")):
+        seen: list[DictConfig] = []
+        assert call(seen.append, *data, f"{key}={typed}", config=config) == 0
+        assert OmegaConf.select(seen[0], key) == means
+
+
+def test_home_in_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "out_dir=~/a b=c"])
+    override = PARSER.parse_override(cli.quote_text("out_dir=~/a b=c"))
+    assert not override.is_sweep_override()
+    assert override.value() == "~/a b=c"
+
+
+def test_nobodys_home(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(print, "out_dir=~nobody-of-that-name/runs", config="train") == 2
+    assert "error: out_dir=~nobody-of-that-name/runs: no home folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
+        ("learning_rat=1", "learning_rat: no such key; did you mean learning_rate?"),
+        ("n_latents=3", "n_latents: no such key; did you mean latent.n_latents?"),
+        ("latent.n_latnts=3", "latent.n_latnts: no such key; did you mean latent.n_latents?"),
+        ("latnt.n_latents=3", "latnt.n_latents: no such key; did you mean latent.n_latents?"),
+        ("data.trainsize=3", "data.trainsize: no such key; did you mean data.train_size or data.test_size?"),
+        ("tokeniser=gpt2", "tokeniser: no such key; did you mean tokenizer?"),
+        ("mode=lattent", "mode=lattent: must be one of latent, weighted; did you mean latent?"),
+        ("data=gsm8", "data=gsm8: must be one of arithmetic, gsm8k, gsm8k_aug; did you mean gsm8k?"),
+        ("zzz=1", "zzz: no such key"),
+    ],
+)
+def test_a_typo_names_what_was_meant(typed: str, means: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(print, typed, config="train") == 2
+    assert capsys.readouterr().err == f"error: {means}\n"
+
+
+class LateFailure:
+    """A command that fails at writing."""
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+
+    def __call__(self, raw: DictConfig) -> None:
+        raise self.error
+
+
+def test_what_is_wrong_with_the_machine_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(LateFailure(PermissionError(errno.EACCES, "Permission denied", "/a/b"))) == 2
+    assert capsys.readouterr().err == "error: /a/b: Permission denied\n"
+    assert call(LateFailure(OSError(errno.ENOSPC, "No space left on device"))) == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    with pytest.raises(ConnectionResetError):
+        call(LateFailure(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")))
 
 
 def refuse(raw: DictConfig) -> None:

@@ -497,7 +497,159 @@ def test_files_and_folders(layout: str, gpt2_base: Base, tmp_path: Path) -> None
     assert checkpoint.step_decoder.config.n_layer == 2
 
 
+def test_tied_weights_under_either_name(gpt2_base: Base, tmp_path: Path) -> None:
+    """safetensors keeps one name of weights that share their memory; which one is not the model's choice."""
+    for kind, tied in {
+        "simcot_coconut": ("base_causallm.transformer.wte", "base_causallm.lm_head", "embedding"),
+        "simcot_codi": ("codi.base_model.model.transformer.wte", "codi.base_model.model.lm_head"),
+    }.items():
+        published = publish(kind, gpt2_base)
+        state = published.state_dict()
+        expected = imported(published, save(published, tmp_path / "all.pt"))
+        decoder = "decoder" if published.is_codi else "expainable_llm"
+        for kept in tied:
+            for kept_of_decoder in ("transformer.wte", "lm_head"):
+                dropped = {f"{name}.weight" for name in tied if name != kept}
+                dropped |= {f"{decoder}.{name}.weight" for name in ("transformer.wte", "lm_head")}
+                dropped -= {f"{decoder}.{kept_of_decoder}.weight"}
+                assert dropped <= state.keys()
+                torch.save({name: x for name, x in state.items() if name not in dropped}, tmp_path / "one.pt")
+                found = imported(published, tmp_path / "one.pt")
+                assert_same_weights(found, expected)
+
+
+def assert_same_weights(found: Checkpoint, expected: Checkpoint) -> None:
+    pairs = [(found.model, expected.model)]
+    assert found.step_decoder is not None
+    assert expected.step_decoder is not None
+    for ours, theirs in [*pairs, (found.step_decoder, expected.step_decoder)]:
+        state, wanted = ours.state_dict(), theirs.state_dict()
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "DDP": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "DDP of a compiled one": lambda name: f"module._orig_mod.{name}",
+    "FSDP, every block": lambda name: f"_fsdp_wrapped_module.{name}".replace(".h.0.", ".h.0._fsdp_wrapped_module."),
+    "a wrapped base": lambda name: name.replace("base_causallm.", "base_causallm.module._orig_mod."),
+    "checkpointed blocks": lambda name: name.replace(".h.1.", ".h.1._checkpoint_wrapped_module."),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+@pytest.mark.parametrize("under", ["", "state_dict", "model", "model state_dict"])
+def test_what_wrappers_leave_in_names(how: str, under: str, gpt2_base: Base, tmp_path: Path) -> None:
+    published = publish("simcot_coconut", gpt2_base)
+    expected = imported(published, save(published, tmp_path / "plain.pt"))
+    content: Any = {WRAPPED[how](name): x for name, x in published.state_dict().items()}
+    assert content.keys() != published.state_dict().keys()
+    for key in reversed(under.split()):
+        content = {"epoch": 3, "optimizer": {"state": {}}, key: content}
+    torch.save(content, tmp_path / "wrapped.pt")
+    assert_same_weights(imported(published, tmp_path / "wrapped.pt"), expected)
+
+
+def test_two_weights_of_one_name(gpt2_base: Base, tmp_path: Path) -> None:
+    state = publish("coconut", gpt2_base).state_dict()
+    name = "base_causallm.transformer.ln_f.bias"
+    state[f"module.{name}"] = state[name].clone()
+    torch.save(state, tmp_path / "x.pt")
+    import_checkpoint(tmp_path / "x.pt", "coconut", gpt2_base.folder)  # the same one: no harm
+    state[f"module.{name}"] += 1
+    message = error_of(state, tmp_path / "x.pt", "coconut", gpt2_base.folder)
+    assert f"holds {name} twice" in message
+
+
+@pytest.mark.parametrize("empty", ["", "{}", None])
+def test_a_folder_as_simcots_repositories_are(empty: str | None, gpt2_base: Base, tmp_path: Path) -> None:
+    """One file without a suffix beside an empty configuration, and what else lies in repositories."""
+    published = publish("simcot_coconut", gpt2_base)
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    save(published, folder / "checkpoint_34")
+    for name in ("README.md", "LICENSE", ".gitattributes"):
+        (folder / name).write_text("text")
+    torch.save({"step": 3}, folder / "optimizer.pt")
+    if empty is not None:
+        (folder / "config.json").write_text(empty)
+    assert imported(published, folder).step_decoder is not None
+    save(published, folder / "checkpoint_35")
+    with pytest.raises(UserError, match="holds several files of tensors: checkpoint_34, checkpoint_35; give one"):
+        imported(published, folder)
+
+
+def test_shards_without_an_index(gpt2_base: Base, tmp_path: Path) -> None:
+    published = publish("simcot_coconut", gpt2_base)
+    state = list(published.state_dict().items())
+    for n in range(3):
+        save_file({name: x.clone() for name, x in state[n::3]}, tmp_path / f"model-{n + 1:05}-of-00003.safetensors")
+    assert imported(published, tmp_path).step_decoder is not None
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="2 shards of 3 are there; all are needed"):
+        imported(published, tmp_path)
+
+
+def test_safetensors_without_a_suffix(gpt2_base: Base, tmp_path: Path) -> None:
+    published = publish("coconut", gpt2_base)
+    save_file({name: x.clone() for name, x in published.state_dict().items()}, tmp_path / "checkpoint_3")
+    imported(published, tmp_path / "checkpoint_3")
+
+
+def test_a_repository_on_the_hub(gpt2_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants as constants
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--someone--SIM_CoT-GPT2-Coconut"
+    folder = cached / "snapshots" / revision
+    folder.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    published = publish("simcot_coconut", gpt2_base)
+    save(published, folder / "checkpoint_34")
+    (folder / "config.json").touch()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = import_checkpoint("someone/SIM_CoT-GPT2-Coconut", "simcot_coconut", gpt2_base.folder)
+    assert checkpoint.step_decoder is not None
+    with pytest.raises(UserError, match=r"source=someone/else: is no file or folder here, and as a hub id cannot be"):
+        import_checkpoint("someone/else", "simcot_coconut", gpt2_base.folder)
+
+
+@pytest.mark.parametrize("rows", ["base", "with the added tokens"])
+def test_coconuts_stage_0(rows: str, gpt2_base: Base, tmp_path: Path) -> None:
+    """Saved before there is any thought: the model by itself, which writes its steps."""
+    V = gpt2_base.vocab_size + (ADDED if rows != "base" else 0)
+    theirs = gpt2_base.model(V, seed=3)
+    torch.save({f"module.{name}": x for name, x in theirs.state_dict().items()}, tmp_path / "checkpoint_3")
+    checkpoint = import_checkpoint(tmp_path / "checkpoint_3", "coconut", gpt2_base.folder)
+    assert (checkpoint.thoughts.n_latents, checkpoint.step_decoder) == (0, None)
+    assert checkpoint.tokenizer.n_vocab == checkpoint.model.config.vocab_size == V
+    ids = gpt2_base.ids(f"{QUESTIONS[1]}\n")
+    prompts = encode_prompts(checkpoint.model, checkpoint.tokenizer, checkpoint.thoughts, QUESTIONS[1:2])
+    assert prompts == [ids]
+    expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, eos_token_id=gpt2_base.end_id,
+                               pad_token_id=gpt2_base.end_id)[0, len(ids):].tolist()  # fmt: skip
+    (answer,) = generate_all(checkpoint, QUESTIONS[1:2], 1, 8)
+    assert answer.text == gpt2_base.tokenizer.decode([i for i in expected if i != gpt2_base.end_id])
+    problem = Problem(QUESTIONS[1], parse_steps("<<9/2=4.5>>")[0], "<<9/2=4.5>>", "4.5")
+    example = encode_problem(checkpoint.tokenizer, problem, thinks=False, rationale="equations",
+                             answer_mark=checkpoint.thoughts.answer_mark)  # fmt: skip
+    written = [*example.question, *example.rationale.ids, *example.answer.ids]
+    assert checkpoint.tokenizer.decode(written[:-1]) == f"{QUESTIONS[1]}\n<<9/2=4.5>>\n### 4.5"
+    assert checkpoint.config["rationale"] == "equations", "evals score the steps that it writes"
+    with pytest.raises(UserError, match="is of stage 0, whose model writes its steps; leave n_latents out"):
+        import_checkpoint(tmp_path / "checkpoint_3", "coconut", gpt2_base.folder, n_latents=2)
+
+
 # What is wrong
+
+
+def drop(state: dict[str, Tensor], *ends: str) -> None:
+    for name in [name for name in state if name.endswith(ends)]:
+        del state[name]
 
 
 Change = Callable[[dict[str, Tensor]], object]
@@ -524,16 +676,27 @@ def test_another_kind_is_named(kind: str, given: str, gpt2_base: Base, tmp_path:
 
 
 def test_no_kind_at_all(gpt2_base: Base, tmp_path: Path) -> None:
-    state = gpt2_base.model(gpt2_base.vocab_size, 1).state_dict()
+    state = {"lm_head.weight": torch.ones(1), "encoder.weight": torch.ones(1)}
     message = error_of(state, tmp_path / "x.pt", "coconut", gpt2_base.folder)
-    assert "begin with lm_head, transformer; no such kind is known" in message
+    assert "begin with encoder, lm_head; no such kind is known" in message
+    state = gpt2_base.model(gpt2_base.vocab_size, 1).state_dict()
+    message = error_of(state, tmp_path / "x.pt", "codi", gpt2_base.folder)
+    assert "begin with lm_head, transformer; that is kind=coconut, of its stage 0" in message
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
         ("coconut", lambda s: s.pop("base_causallm.transformer.h.1.ln_2.bias"), ["lacks transformer.h.1.ln_2.bias"]),
-        ("coconut", lambda s: s.pop("base_causallm.transformer.wte.weight"), ["lacks transformer.wte.weight"]),
+        ("coconut", lambda s: drop(s, "wte.weight", "lm_head.weight", "embedding.weight"), ["lacks transformer.wte.w"]),
+        ("coconut", lambda s: drop(s, "h.0.ln_1.bias", "h.0.ln_2.bias", "h.1.ln_1.bias", "h.1.ln_2.bias", "ln_f.bias"),
+         ["lacks transformer.", "and 2 more"]),
+        ("coconut", lambda s: s.update({f"base_causallm.extra.{i}": torch.ones(1) for i in range(9)}),
+         ["has extra.0, extra.1, extra.2 and 6 more, which a gpt2 has not"]),
+        ("coconut", lambda s: s.update({"base_causallm.transformer.h.0.mlp.c_fc.qweight": torch.ones(1)}),
+         ["is quantised (base_causallm.transformer.h.0.mlp.c_fc.qweight)"]),
+        ("codi", lambda s: s.update({f"codi.base_model.model.{C_FC}.base_layer.weight": torch.arange(9)}),
+         ["is quantised", C_FC]),
         ("coconut", lambda s: s.update({"base_causallm.what": torch.ones(1)}), ["what", "which a gpt2 has not"]),
         ("coconut", lambda s: s.update({"value_head.weight": torch.ones(1)}), ["value_head.weight", "kind=coconut"]),
         ("coconut", lambda s: s.update({"base_causallm.transformer.h.0.mlp.c_fc.weight": torch.ones(3, 4)}),
@@ -579,7 +742,7 @@ class Anything:
 
 
 @pytest.mark.parametrize(
-    "value", [{"codi.x": Anything()}, [torch.ones(1)], {"model": {"codi.x": torch.ones(1)}}, {"codi.x": 1}, "text"]
+    "value", [{"codi.x": Anything()}, [torch.ones(1)], {"model": {"codi.x": [1]}}, {"codi.x": 1}, "text", {"model": {}}]
 )
 def test_a_pickle_that_is_not_plain_tensors(value: object, gpt2_base: Base, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "x.bin")

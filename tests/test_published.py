@@ -111,10 +111,13 @@ def test_the_hubs_layout_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
     assert_same("someone/small", theirs, folder)
-    with pytest.raises(UserError, match=r"init_from=someone/else: cannot be downloaded.*give a folder") as error:
+    with pytest.raises(
+        UserError,
+        match=r"init_from=someone/else: is no file or folder here, and as a hub id cannot be downloaded.*give a folder",
+    ) as error:
         load_pretrained("someone/else", key="init_from")
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"init_from=some--one/small: cannot be downloaded"):  # no id of the hub's
+    with pytest.raises(UserError, match=r"init_from=some--one/small: .*cannot be downloaded"):  # no id of the hub's
         load_pretrained("some--one/small", key="init_from")
 
 
@@ -363,11 +366,91 @@ def test_what_is_broken_is_named(what: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["nothing", "./nothing", "model.gguf", "a/model.gguf", "a/b/c"])
+@pytest.mark.parametrize("source", ["./nothing", "model.gguf", "a/model.gguf", "a/b/c"])
 def test_what_is_nothing(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"init_from={source}: must be a folder .* a hub id"):
         load_pretrained(source, key="init_from")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", ["lm_head.weight", "transformer.wte.weight"])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "_fsdp_wrapped_module."]
+)
+def test_tied_weights_and_wrapped_names(kept: str, prefix: str, tmp_path: Path) -> None:
+    n_vocab = write_tokenizer(tmp_path).get_vocab_size()
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=n_vocab, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.config.save_pretrained(tmp_path)
+    both = ("lm_head.weight", "transformer.wte.weight")
+    state = {f"{prefix}{n}": x for n, x in theirs.state_dict().items() if n == kept or n not in both}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "pytorch_model.bin")
+    assert_same(tmp_path, theirs, tmp_path)
+
+
+QUANTISED: dict[str, Callable[[Path], None]] = {
+    "bitsandbytes": lambda folder: write_config(folder, quantization_config={"quant_method": "bitsandbytes"}),
+    "gptq": lambda folder: write_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "without a word in the configuration": lambda folder: change_tensors(folder, ".q_proj.qweight"),
+    "packed": lambda folder: change_tensors(folder, ".q_proj.weight"),
+}
+
+
+def write_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_tensors(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    prefix = "model.layers.0.self_attn"
+    tensors.pop(f"{prefix}.q_proj.weight")
+    save_file(tensors | {f"{prefix}{name}": torch.zeros(16, 4, dtype=torch.uint8)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("how", QUANTISED)
+def test_what_is_quantised_is_called_that(how: str, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    QUANTISED[how](tmp_path)
+    with pytest.raises(UserError, match=r"is quantised \(.*which is not read; give the weights"):
+        load_pretrained(tmp_path)
+
+
+def test_names_that_do_not_fit_are_three_and_a_number(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({f"x.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        load_pretrained(tmp_path)
+    text = str(error.value)
+    assert f"and {len(tensors) - 3} more" in text
+    assert text.count("layers.") <= 6
+    assert len(text) < 700
+
+
+def test_a_hub_id_without_an_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt2; of before safetensors, too."""
+    import huggingface_hub.constants as constants
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--gpt2" / "snapshots" / revision
+    theirs = write_folder(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (tmp_path / "models--gpt2" / "refs").mkdir()
+    (tmp_path / "models--gpt2" / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert_same("gpt2", theirs, folder)
+
+
+def test_an_empty_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=r"config.json: is empty.* read by python -m simcot_latent.import_checkpoint"):
+        load_pretrained(tmp_path)
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

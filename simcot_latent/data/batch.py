@@ -1,6 +1,7 @@
 """From examples to batches: which examples make a step."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,17 @@ class BatchOrder:
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of an optimizer step (0-based), shortest first."""
         return self._pool(step // POOL_BATCHES)[step % POOL_BATCHES]
+
+    def read_by(self, num_steps: int) -> list[int]:
+        """The examples whose lengths the first `num_steps` steps depend on, in the order of their indices.
+
+        They do not depend on lengths themselves: a pool is drawn first, and only then sorted.
+        """
+        end = math.ceil(num_steps / POOL_BATCHES) * POOL_BATCHES * self.batch_size
+        epochs = math.ceil(end / len(self.lengths))
+        if epochs > 1:
+            return list(range(len(self.lengths)))
+        return sorted(self._epoch(0)[:end])
 
     def _shuffled_epoch(self, epoch: int) -> list[int]:
         return torch.randperm(len(self.lengths), generator=self._generator(2 * epoch)).tolist()

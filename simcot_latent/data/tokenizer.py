@@ -47,7 +47,7 @@ PATTERN = (
 
 _RANKS_FILE = "ranks.tiktoken"
 _CONFIG_FILE = "tokenizer.json"
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -365,7 +365,7 @@ def default_tokenizer(ranks: str | Path | None = None) -> Tokenizer:
     Raises:
         UserError: the file is missing or broken.
     """
-    file = Path(ranks) if ranks is not None else Path(__file__).parent / "ranks" / "default.tiktoken"
+    file = Path(ranks).expanduser() if ranks is not None else Path(__file__).parent / "ranks" / "default.tiktoken"
     table = read_ranks(file)
     try:
         return Tokenizer(file.stem, PATTERN, table, _after(table.values()))
@@ -421,7 +421,7 @@ def write_ranks(file: str | Path, ranks: Mapping[bytes, int]) -> None:
 
 def valid_text(text: str) -> str:
     """`text` with U+FFFD for each lone surrogate: one character for one, so that offsets hold."""
-    return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
+    return text if text.isascii() else LONE_SURROGATE.sub("\ufffd", text)
 
 
 def _after(ids: Iterable[int]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import regex
 
+from simcot_latent.cli import print_whatever_comes
 from simcot_latent.data.sources import Source
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.sources.gsm8k import GSM8K
@@ -120,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--vocab-size", type=int, default=2048, metavar="N", help="tokens, special ones counted (default: 2048)"
     )
     options = parser.parse_args(arguments)
+    print_whatever_comes()
     try:
         _train(options)
     except UserError as error:

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, some
 from simcot_latent.model.gpt import GPT, GPTConfig
 
 
@@ -370,31 +370,32 @@ def build(published: PublishedModel) -> GPT:
         model = GPT(config)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     tensors = {name: value for name, value in published.tensors.items() if not name.endswith(family.ignored)}
+    if tensors and all(name.startswith((f"model.{family.body}", "model.lm_head.")) for name in tensors):
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}  # an attribute of a trainer's
     if not any(name.startswith(family.body) for name in tensors):  # a bare model, saved without its head
         tensors = {name if name.startswith("lm_head.") else family.body + name: x for name, x in tensors.items()}
     if config.tie_head and "lm_head.weight" in tensors:
-        table, head = (
-            tensors.get(family.body + family.modules["embedding"][0] + ".weight"),
-            tensors.pop("lm_head.weight"),
-        )
-        if table is not None and not torch.equal(table, head):
+        head = tensors.pop("lm_head.weight")
+        table = tensors.setdefault(f"{family.body}{family.modules['embedding'][0]}.weight", head)
+        if not torch.equal(table, head):
             raise UserError(
                 f"{published.path}: lm_head.weight is not the embedding, though the configuration ties them"
             )
 
     state: dict[str, Tensor] = {}
-    problems: list[str] = []
+    lacking: list[str] = []
+    misshapen: list[str] = []
     for ours, parts in family.names(shapes):
         shape = shapes[ours]
         found: list[Tensor] = []
         for (name, module), rows in zip(parts, part_rows(shape[0], len(parts), config), strict=True):
             tensor = tensors.pop(name, None)
             if tensor is None:
-                problems.append(f"lacks {name}")
+                lacking.append(name)
                 continue
             right = family.turned(torch.empty(rows, *shape[1:], device="meta"), ours).shape
             if tensor.shape != right:
-                problems.append(f"has {name} of shape {tuple(tensor.shape)}, not {tuple(right)}")
+                misshapen.append(f"{name} of shape {tuple(tensor.shape)}, not {tuple(right)}")
                 continue
             tensor = family.turned(tensor, ours)
             found.append(family.reorder[module](tensor, config) if module in family.reorder else tensor)
@@ -402,7 +403,9 @@ def build(published: PublishedModel) -> GPT:
             state[ours] = torch.cat([tensor.float() for tensor in found]).contiguous()
     if family.norm_biases:
         tensors = {n: x for n, x in tensors.items() if not (n.endswith("norm.bias") and x.count_nonzero() == 0)}
-    problems += [f"has {name}, which a {family.model_type} has not" for name in tensors]
+    problems = [f"lacks {some(lacking)}"] if lacking else []
+    problems += [f"has {some(misshapen)}"] if misshapen else []
+    problems += [f"has {some(tensors)}, which a {family.model_type} has not"] if tensors else []
     if problems:
         raise UserError(
             f"{published.path}: does not hold the weights that its configuration says: it {'; it '.join(problems)}"

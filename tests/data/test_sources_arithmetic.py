@@ -29,7 +29,7 @@ DIGEST_OF_FIRST_100 = "8deee34707898e96"
 def splits() -> dict[str, list[Problem]]:
     """The default data, in full."""
     source = Arithmetic()
-    return {split: source.load(split).problems for split in SPLITS}
+    return {split: list(source.load(split).problems) for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_number_of_steps(steps: int) -> None:
 @pytest.mark.parametrize("operations", [["+"], ["-"], ["*"], ["/"], ["+", "-"], ["*", "/"], ["/", "+"]])
 def test_operations(operations: list[str]) -> None:
     source = Arithmetic(operations=operations, min_steps=1, max_steps=2, branching=0.0, max_number=50, train_size=200)
-    assert set(operators(source.load("train").problems)) == set(operations)
+    assert set(operators(list(source.load("train").problems))) == set(operations)
 
 
 def test_limits_on_numbers() -> None:

@@ -1,8 +1,10 @@
 """GSM8K and GSM8K-Aug, from small files written here and, where they lie beside the repository, from the real ones."""
 
+import gzip
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,9 @@ def test_a_single_file(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_file_gives_the_same(folder: Path, tmp_path: Path) -> None:
-    expected: dict[Split, list[Problem]] = {split: GSM8K(path=str(folder)).load(split).problems for split in ALL_SPLITS}
+    expected: dict[Split, Sequence[Problem]] = {}
+    for split in ALL_SPLITS:
+        expected[split] = GSM8K(path=str(folder)).load(split).problems
     parquet, hub, as_json = tmp_path / "parquet", tmp_path / "hub", tmp_path / "json"
     for name, values in (("train", rows(50)), ("test", rows(5, "test"))):
         write_parquet(parquet / f"{name}.parquet", values)
@@ -193,7 +197,6 @@ def test_notes_count_what_is_odd(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ('{"question": "q", "answer": "#### 1"', "not valid JSON (Expecting ',' delimiter, column 37)"),
-        ("", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("1" * 5000, "not valid JSON"),
         ("[1]", "a list, not an object"),
@@ -253,12 +256,20 @@ def test_paths_that_hold_nothing(tmp_path: Path, folder: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert message(GSM8K(path=str(empty))).startswith(f"{empty}: no data in this folder; looked for")
+    assert message(GSM8K(path=str(empty))).endswith("; it holds nothing")
+    for name in ("train.csv", "notes.md", "train.txt"):
+        (empty / name).touch()
+    (empty / "raw").mkdir()
+    assert message(GSM8K(path=str(empty))).endswith("; it holds notes.md, raw/, train.csv, train.txt")
     csv = tmp_path / "train.csv"
     csv.write_text("question,answer\n")
-    assert message(GSM8K(path=str(csv))).endswith("must end in one of .jsonl, .json, .parquet")
+    assert message(GSM8K(path=str(csv))).endswith(
+        "must end in one of .jsonl, .json, .parquet (text also with .gz or .zst behind it)"
+    )
     (folder / "train.jsonl").unlink()
-    assert message(GSM8K(path=str(folder))) == f"{folder} has no train split; it has: test"
-    assert message(GSM8K(path=str(folder)), "validation") == f"{folder} has no train split; it has: test"
+    has_test = f"{folder} has no train split; it has: test; the folder holds empty/, test.jsonl, train.csv"
+    assert message(GSM8K(path=str(folder))) == has_test
+    assert message(GSM8K(path=str(folder)), "validation") == has_test
     assert message(GSM8K(path=str(folder)), "tset") == "split='tset': choose one of train, validation, test"  # pyright: ignore[reportArgumentType]
 
 
@@ -268,6 +279,137 @@ def test_folders_that_are_ambiguous_or_incomplete(folder: Path, tmp_path: Path) 
     shards = tmp_path / "shards"
     write_parquet(shards / "train-00000-of-00002.parquet", rows(2))
     assert "1 of 2 train files are there" in message(GSM8K(path=str(shards)))
+
+
+# --- layouts that people have ----------------------------------------------------------------------------------------
+
+
+def as_jsonl(values: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def write_zst(file: Path, data: bytes) -> None:
+    with pyarrow.output_stream(str(file), compression="zstd") as stream:
+        stream.write(data)
+
+
+def write_layout(layout: str, folder: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> None:
+    """The same rows in a layout; with shards, of three files."""
+    parts = [train[:20], train[20:40], train[40:]]
+    if layout == "hub shards with a digest":
+        for i, part in enumerate(parts):
+            write_parquet(folder / f"data/train-0000{i}-of-00003-a09b74b3ef9c3b5{i}.parquet", part)
+        write_parquet(folder / "data/test-00000-of-00001-0123456789abcdef.parquet", test)
+    elif layout == "converted":
+        for i, part in enumerate(parts):
+            write_parquet(folder / f"main/train/000{i}.parquet", part)
+        write_parquet(folder / "main/test/0000.parquet", test)
+    elif layout == "converted, large":
+        for i, part in enumerate(parts):
+            write_parquet(folder / f"default/partial-train/000{i}.parquet", part)
+        write_parquet(folder / "default/test/0000.parquet", test)
+    elif layout == "save_to_disk":
+        datasets.DatasetDict(
+            {"train": datasets.Dataset.from_list(train), "test": datasets.Dataset.from_list(test)}
+        ).save_to_disk(folder)
+    elif layout == "names before the split":
+        for name, values in (("train", train), ("test", test)):
+            (folder / f"gsm_{name}.json").write_text(json.dumps(values))
+    elif layout == "gz":
+        for name, values in (("train", train), ("test", test)):
+            (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(as_jsonl(values)))
+    elif layout == "zst":
+        for name, values in (("train", train), ("test", test)):
+            write_zst(folder / f"{name}.jsonl.zst", as_jsonl(values))
+    elif layout == "blank lines":
+        for name, values in (("train", train), ("test", test)):
+            (folder / f"{name}.jsonl").write_bytes(b"\n" + as_jsonl(values).replace(b"\n", b"\n \r\n\n"))
+    elif layout == "under data":
+        for name, values in (("train", train), ("test", test)):
+            (folder / f"{name}.json").write_text(json.dumps({"version": 1, "data": values}, indent=1))
+    elif layout == "under data, on one line":
+        for name, values in (("train", train), ("test", test)):
+            (folder / f"{name}.json").write_text(json.dumps({"data": values}))
+
+
+LAYOUTS = (
+    "hub shards with a digest", "converted", "converted, large", "save_to_disk", "names before the split", "gz", "zst",
+    "blank lines", "under data", "under data, on one line",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same(layout: str, folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    write_layout(layout, other, rows(50), rows(5, "test"))
+    for split in ALL_SPLITS:
+        theirs = GSM8K(path=str(other)).load(split)
+        assert theirs == GSM8K(path=str(folder)).load(split)
+
+
+def test_what_the_published_code_writes(tmp_path: Path) -> None:
+    """Coconut's preprocessing: gsm_train.json, gsm_valid.json and gsm_test.json, a list of objects each."""
+    for name in ("train", "valid", "test"):
+        values = [{"question": f"{name} {i}?", "steps": [f"<<{i}+1={i + 1}>>"], "answer": str(i + 1)} for i in range(4)]
+        (tmp_path / f"gsm_{name}.json").write_text(json.dumps(values))
+    source = GSM8KAug(path=str(tmp_path))
+    for name, split in zip(("train", "valid", "test"), ALL_SPLITS, strict=True):
+        assert questions(source, split) == [f"{name} {i}?" for i in range(4)]
+
+
+def test_one_saved_table_is_of_its_split(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(rows(30)).save_to_disk(tmp_path / "any")
+    assert len(questions(GSM8K(path=str(tmp_path / "any")), "test")) == 30, "as a single file: train and test"
+    datasets.Dataset.from_list(rows(30), split=datasets.NamedSplit("train")).save_to_disk(tmp_path / "train")
+    assert len(questions(GSM8K(path=str(tmp_path / "train")), "train")) == 27
+    assert "has no test split; it has: train" in message(GSM8K(path=str(tmp_path / "train")), "test")
+    next((tmp_path / "train").glob("*.arrow")).write_bytes(b"broken")
+    assert "not a whole folder of save_to_disk" in message(GSM8K(path=str(tmp_path / "train")))
+    other = datasets.DatasetDict({"socratic": datasets.Dataset.from_list(rows(3))})
+    other.save_to_disk(tmp_path / "other")
+    assert message(GSM8K(path=str(tmp_path / "other"))).endswith(
+        "no train, validation or test split; it holds socratic"
+    )
+
+
+def test_what_is_not_read_is_named(folder: Path) -> None:
+    for name in ("train_socratic.jsonl", "train.csv", "backup_train.jsonl", "README.md"):
+        (folder / name).write_text("{}")
+    loaded = GSM8K(path=str(folder)).load("test")
+    unread = [note for note in loaded.notes if note.startswith("file that is not read")]
+    assert sorted(unread) == [
+        f"file that is not read ({name})" for name in ("backup_train.jsonl", "train.csv", "train_socratic.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_broken_row_of_a_packed_file_is_named(suffix: str, tmp_path: Path) -> None:
+    file, data = tmp_path / f"train.jsonl{suffix}", as_jsonl(rows(2)) + b'\n{"question": "q"}\n'
+    file.write_bytes(gzip.compress(data)) if suffix == ".gz" else write_zst(file, data)
+    assert message(GSM8K(path=str(tmp_path))).startswith(f'{file}:4: no "answer"')
+    packed = file.read_bytes()
+    for damaged in (packed[: len(packed) // 2], b"no archive", packed[:20] + b"xxxx" + packed[24:]):
+        file.write_bytes(damaged)
+        assert message(GSM8K(path=str(file))).startswith(f"{file}: not a whole {suffix} file")
+
+
+def test_shards_that_are_not_all_there(tmp_path: Path) -> None:
+    for i in (0, 1, 3):
+        write_parquet(tmp_path / f"default/train/000{i}.parquet", rows(2))
+    assert "3 of 4 train files are there (train/0000.parquet, " in message(GSM8K(path=str(tmp_path)))
+    for digest in ("a09b74b3ef9c3b56", "b09b74b3ef9c3b56"):
+        write_parquet(tmp_path / f"twice/train-00000-of-00001-{digest}.parquet", rows(2))
+    assert "are the same shard; keep one" in message(GSM8K(path=str(tmp_path / "twice")))
+
+
+@pytest.mark.parametrize("where", ["question", "answer"])
+def test_half_a_character_is_named(where: str, tmp_path: Path) -> None:
+    """JSON can spell what no UTF-8 file can hold: the reports would fail after all answers are there."""
+    values = rows(3)
+    values[1] |= {where: "Tom \ud83d has. " + values[1][where]}
+    (tmp_path / "train.jsonl").write_bytes(as_jsonl(values))
+    assert message(GSM8K(path=str(tmp_path))).startswith(f"{tmp_path / 'train.jsonl'}:2: holds U+D83D, half of")
 
 
 def test_one_problem_cannot_be_split(tmp_path: Path) -> None:
@@ -369,7 +511,6 @@ def test_gsm8k_aug_without_steps(tmp_path: Path) -> None:
     ("name", "line", "says"),
     [
         ("train.txt", "How many? <<1+1=2>> #### 2", 'no "||" after the question'),
-        ("train.txt", "", 'no "||" after the question'),
         ("train.txt", "||<<1+1=2>> #### 2", "the question is empty"),
         ("train.txt", "How many?||<<1+1=2>> 2", 'no "####" before the final answer'),
         ("train.txt", "How many?||<<1+1=2>> ####", 'no answer behind "####"'),
@@ -410,7 +551,7 @@ real = pytest.mark.skipif(
 def everything(source: WrittenSolutions) -> tuple[dict[Split, list[Problem]], Counter[str]]:
     loaded: dict[Split, LoadedSplit] = {split: source.load(split) for split in ALL_SPLITS}
     notes = sum((part.notes for part in loaded.values()), Counter[str]())
-    return {split: part.problems for split, part in loaded.items()}, notes
+    return {split: list(part.problems) for split, part in loaded.items()}, notes
 
 
 @real

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import zipfile
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def test_the_wheel_holds_what_is_not_python_too(unzipped: Path) -> None:
     configs = {f"simcot_latent/{path.relative_to(REPOSITORY)}" for path in REPOSITORY.glob("configs/**/*.yaml")}
     assert len(configs) >= 12
     assert configs <= files
-    assert {"simcot_latent/py.typed", "simcot_latent/data/ranks/default.tiktoken", "evals/gsm8k.py"} <= files
+    assert {"simcot_latent/py.typed", "simcot_latent/data/ranks/default.tiktoken"} <= files
+    assert {f"simcot_latent/{path.relative_to(REPOSITORY)}" for path in REPOSITORY.glob("evals/*.py")} <= files
+    assert not [name for name in files if name.startswith("evals/")], "a name that other packages have"
     modules = {str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("simcot_latent/**/*.py")}
     assert modules <= files
     assert not [name for name in files if name.startswith(("tests", "configs", ".ci")) or "__pycache__" in name]
@@ -45,13 +48,28 @@ def test_the_wheel_holds_what_is_not_python_too(unzipped: Path) -> None:
 
 def test_the_wheel_trains_and_evaluates_from_an_empty_folder(unzipped: Path, tmp_path: Path) -> None:
     env = {**OFFLINE, "PYTHONPATH": str(unzipped)}
-    where = "import evals, simcot_latent.config as c; print(evals.__file__, c.__file__, c.config_dir(), sep='\\n')"
+    where = "import simcot_latent.evals.gsm8k as e, simcot_latent.config as c; "
+    where += "print(e.__file__, c.__file__, c.config_dir(), sep='\\n')"
     for line in run_process("-c", where, folder=tmp_path, env=env).ok().out.splitlines():
         assert line.startswith(str(unzipped)), "this checkout was tested, not the wheel"
     assert list(tmp_path.iterdir()) == []
     arguments = ("mode=latent", "num_iterations=2", *TINY, *ARITHMETIC)
-    run_process("-m", TRAIN, *arguments, folder=tmp_path, env=env).ok()
+    trained = run_process("-m", TRAIN, *arguments, folder=tmp_path, env=env).ok()
+    assert "next: python -m simcot_latent.evals.arithmetic ckpt=runs/latent" in trained.out
     assert (tmp_path / "runs/latent/latest/step_decoder.safetensors").is_file()
     checkpoint = "ckpt=runs/latent/latest"
-    run_process("-m", "evals.arithmetic", checkpoint, "limit=3", "device=cpu", folder=tmp_path, env=env).ok()
+    evaluate = ("-m", "simcot_latent.evals.arithmetic", checkpoint, "limit=3", "device=cpu")
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals/__init__.py").write_text("raise ImportError('somebody else's')")
+    run_process(*evaluate, folder=tmp_path, env=env).ok()
     assert (tmp_path / "runs/latent/latest/evals/arithmetic.json").is_file()
+
+
+def test_the_wheel_knows_its_version_and_its_commands(unzipped: Path, tmp_path: Path) -> None:
+    env = {**OFFLINE, "PYTHONPATH": str(unzipped)}
+    [declared] = re.findall(r'^version = "(.+)"$', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+    printed = run_process("-c", "import simcot_latent as sl; print(sl.__version__)", folder=tmp_path, env=env).ok()
+    assert printed.out.strip() == declared
+    (file,) = unzipped.glob("*.dist-info/entry_points.txt")
+    names = re.findall(r"^(simcot-\w+) = simcot_latent.commands:\w+$", file.read_text(), re.MULTILINE)
+    assert sorted(names) == ["simcot-eval", "simcot-export", "simcot-import", "simcot-probe", "simcot-train"]

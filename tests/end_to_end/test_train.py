@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -504,3 +505,12 @@ def test_wandb_offline_gets_the_metrics(tmp_path: Path) -> None:
     for step, line in written.items():
         assert {key: logged[step][key] for key in line if key != "step"} == {k: line[k] for k in line if k != "step"}
     assert {"val_accuracy", "step_loss"} <= logged[4].keys()
+
+
+def test_a_short_run_makes_only_the_problems_that_it_trains_on(tmp_path: Path) -> None:
+    """Not a million of them; too long ones count where the run comes to them."""
+    arguments = ("mode=latent", "data.train_size=1000000", "data.validation_size=8", "num_iterations=2", "out_dir=run")
+    began = time.monotonic()
+    outcome = run(TRAIN, *TINY, *arguments, folder=tmp_path).ok()
+    assert time.monotonic() - began < 60, "making and encoding all of them takes minutes"
+    assert "1000000 problems, 4 held out" in outcome.out

@@ -1,6 +1,7 @@
 """Data sources: one file each. A source is a dataclass whose fields are its yaml keys, with a `load` method."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -18,7 +19,7 @@ class LoadedSplit:
     can report it: a source never drops or repairs in silence.
     """
 
-    problems: list[Problem]
+    problems: Sequence[Problem]
     notes: Counter[str] = field(default_factory=Counter)
 
 

@@ -18,9 +18,10 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple, TypeVar
 
+from simcot_latent.data.lazy import Lazily
 from simcot_latent.data.problem import Problem, Step
 from simcot_latent.data.sources import SPLITS, LoadedSplit, Split
 from simcot_latent.data.sources.situations import (
@@ -113,7 +114,7 @@ class Arithmetic:
             raise UserError("data.branching must be 0 where data.operations does not have * and one of + and -")
 
     def load(self, split: Split) -> LoadedSplit:
-        """All problems of `split`, in the order of their index.
+        """All problems of `split`, in the order of their index; those of train are made when they are asked for.
 
         Raises:
             UserError: there is no such split, or the settings leave it without chains.
@@ -121,7 +122,8 @@ class Arithmetic:
         if split not in SPLITS:
             raise UserError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
         size = {"train": self.train_size, "validation": self.validation_size, "test": self.test_size}[split]
-        return LoadedSplit([self.problem(split, index) for index in range(size)])
+        problems = Lazily(size, partial(self.problem, split))
+        return LoadedSplit(problems if split == "train" and problems[:1] else problems[:])
 
     def problem(self, split: Split, index: int) -> Problem:
         """Problem `index` (0, 1, ...; not bounded by the size) of `split`.

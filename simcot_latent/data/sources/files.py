@@ -3,9 +3,11 @@
 A source of this kind is a subclass of `WrittenSolutions` that says which files it reads and what one row holds.
 """
 
+import gzip
 import hashlib
 import json
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 from simcot_latent.data.problem import Problem, parse_number, parse_steps, split_solution
 from simcot_latent.data.sources import SPLITS, LoadedSplit, Split
+from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.errors import UserError
+from simcot_latent.paths import expanded
 
 if TYPE_CHECKING:
     import datasets
@@ -30,8 +34,21 @@ _SPLIT_OF_NAME: dict[str, Split] = {
     "dev": "validation",
     "test": "test",
 }
-# train.jsonl, or the hub's own layout: train-00000-of-00002.parquet
-_SPLIT_FILE = re.compile(rf"(?P<name>{'|'.join(_SPLIT_OF_NAME)})(?:-[0-9]+-of-(?P<count>[0-9]+))?(?P<suffix>\.[a-z]+)")
+# train.jsonl; a data set's name before it, gsm_train.json, as Coconut's code writes them; or the hub's own layout,
+# train-00000-of-00002.parquet, in which some have a digest behind the count.
+_SPLIT_FILE = re.compile(
+    r"(?:(?P<prefix>[\w.-]*)[_.-])?"
+    rf"(?P<name>{'|'.join(_SPLIT_OF_NAME)})"
+    r"(?:-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)(?:-[0-9a-f]{8,})?)?"
+    r"(?P<suffix>\.[a-z]+(?:\.(?:gz|zst))?)"
+)
+# The hub's conversion of every data set: default/train/0000.parquet, of large ones main/partial-train/0000.parquet.
+_SPLIT_FOLDER = re.compile(rf"(?P<partial>partial-)?(?P<name>{'|'.join(_SPLIT_OF_NAME)})")
+_CONVERTED = re.compile(r"(?P<number>[0-9]{4,})(?P<suffix>\.parquet)")
+_PACKED = (".gz", ".zst")
+_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+_SAVED = ("dataset_dict.json", "state.json")
+"""What `datasets`' `save_to_disk` writes of a set of splits, and of one table."""
 
 
 class Row(NamedTuple):
@@ -54,8 +71,10 @@ class WrittenSolutions(ABC):
     """Problems with written solutions, from a local path or from the hub by `datasets`.
 
     Attributes:
-        path: a folder with a file for each split (`train.jsonl`, `test.parquet`, ..., or the hub's own layout, such as
-            `main/train-00000-of-00001.parquet`), or a single file; None reads from the hub. A single file is train
+        path: a folder with a file for each split (`train.jsonl`, `gsm_test.json`, `test.parquet`, text also as
+            `.jsonl.gz` or `.jsonl.zst`; or the hub's own layouts, `main/train-00000-of-00001.parquet` and
+            `default/train/0000.parquet`), a folder that `save_to_disk` wrote, or a single file; None reads from the
+            hub. A single file is train
             (and the validation split cut from it) and also test, whichever is asked for: evaluate on the file that a
             model was trained on and you measure memory.
         hub_id: the data set's name on the hub.
@@ -106,11 +125,14 @@ class WrittenSolutions(ABC):
         """
         if split not in SPLITS:
             raise UserError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
-        tables = self._hub_tables() if self.path is None else self._local_tables(Path(self.path).expanduser())
+        unread: list[str] = []  # notes
+        path = None if self.path is None else expanded(self.path, "data.path")
+        tables = self._hub_tables() if path is None else self._local_tables(path, unread)
         cut = split != "test" and "validation" not in tables
         table: Split = "train" if cut else split
         if table not in tables:
-            raise UserError(f"{self.path or self.hub_id} has no {table} split; it has: {', '.join(tables)}")
+            holds = f"; the folder holds {_names(path)}" if path is not None and path.is_dir() else ""
+            raise UserError(f"{self.path or self.hub_id} has no {table} split; it has: {', '.join(tables)}{holds}")
         solutions = [self._solution(row) for row in tables[table]()]
         if cut:
             held_out = _held_out([solution.question for solution in solutions], self.validation_size)
@@ -119,7 +141,9 @@ class WrittenSolutions(ABC):
                 raise UserError(
                     f"{self.path or self.hub_id}: one question to train on, and validation takes it; give at least two"
                 )
-        return _with_steps(solutions[: self.train_limit] if split == "train" else solutions)
+        loaded = _with_steps(solutions[: self.train_limit] if split == "train" else solutions)
+        loaded.notes.update(dict.fromkeys(unread, 1))
+        return loaded
 
     def broken(self, row: Row, what: str) -> UserError:
         """The error for a row that is not of the right form."""
@@ -152,24 +176,41 @@ class WrittenSolutions(ABC):
         question, written = self.read(row)
         if not question.strip():
             raise self.broken(row, "the question is empty")
+        if half := LONE_SURROGATE.search(question + written):
+            raise UserError(
+                f"{row.where}: holds U+{ord(half[0]):04X}, half of a character that was cut in two; write the whole "
+                "character, or take it out"
+            )
         try:
             return Solution(question.strip(), *split_solution(written))
         except ValueError as error:
             raise self.broken(row, str(error)) from None
 
-    def _local_tables(self, path: Path) -> dict[Split, Callable[[], Iterator[Row]]]:
-        """For each split that is there, what reads its rows."""
+    def _local_tables(self, path: Path, unread: list[str]) -> dict[Split, Callable[[], Iterator[Row]]]:
+        """For each split that is there, what reads its rows; a note of each file beside them that looks like data, but
+        is not read, is added to `unread`."""
         kinds = ", ".join(self.suffixes)
         if path.is_file():
-            if path.suffix not in self.suffixes:
-                raise UserError(f"{path}: cannot tell what kind of file this is; data.path must end in one of {kinds}")
+            if _kind_of_file(path.name) not in self.suffixes:
+                raise UserError(
+                    f"{path}: cannot tell what kind of file this is; data.path must end in one of {kinds} (text also "
+                    f"with {' or '.join(_PACKED)} behind it)"
+                )
             files: dict[Split, list[Path]] = {"train": [path], "test": [path]}
         elif path.is_dir():
-            folders = [path, *([path / self.hub_config] if self.hub_config else []), path / "data"]
-            found = (_split_files(folder, self.suffixes) for folder in folders if folder.is_dir())
-            files = next(filter(None, found), {})
+            if any(entry.name in _SAVED for entry in _entries(path)):
+                return _saved_tables(path)
+            folders = [path, *([path / self.hub_config] if self.hub_config else []), path / "default", path / "data"]
+            found = ((folder, _split_files(folder, self.suffixes)) for folder in folders if folder.is_dir())
+            folder, files = next((pair for pair in found if pair[1]), (path, {}))
+            read = {file for paths in files.values() for file in paths}
+            others = [file for file in _entries(folder) if file.is_file() and file not in read]
+            unread += [f"file that is not read ({f.name})" for f in others if _kind_of_file(f.name) in _DATA_SUFFIXES]
             if not files:
-                raise UserError(f"{path}: no data in this folder; looked for train, validation and test with {kinds}")
+                raise UserError(
+                    f"{path}: no data in this folder; looked for train, validation and test with {kinds}; it holds "
+                    f"{_names(path)}"
+                )
         else:
             raise UserError(
                 f"data.path={path} does not exist; looked for a folder with train and test as {kinds}, or one such file"
@@ -178,7 +219,7 @@ class WrittenSolutions(ABC):
 
     def _file_rows(self, files: Sequence[Path]) -> Iterator[Row]:
         for file in files:
-            rows = _READERS[file.suffix](file, self.shape)
+            rows = _READERS[_kind_of_file(file.name)](file, self.shape)
             if not rows:
                 raise UserError(f"{file}: the file is empty; every row must be {self.shape}")
             yield from rows
@@ -232,34 +273,95 @@ def _with_steps(solutions: Sequence[Solution]) -> LoadedSplit:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def _kind_of_file(name: str) -> str:
+    """A file's suffix, that of what is packed in it if it is packed."""
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, in the order of names; hidden files are left out.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+
+
+def _names(folder: Path, most: int = 8) -> str:
+    """The names of what lies in a folder, for a message."""
+    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in _entries(folder)]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more
+
+
 def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path]]:
-    """The files of each split that lie in `folder` itself; shards in order."""
-    found: dict[Split, dict[tuple[str, str, str], list[Path]]] = {}  # the files of a split by (name, count, suffix)
-    for file in sorted(folder.iterdir()):
-        match = _SPLIT_FILE.fullmatch(file.name)
-        if match and match["suffix"] in suffixes and file.is_file():
-            series = (match["name"], match["count"] or "1", match["suffix"])
-            found.setdefault(_SPLIT_OF_NAME[match["name"]], {}).setdefault(series, []).append(file)
+    """The files of each split that lie in `folder` itself, or in the subfolders of a conversion; shards in order.
+
+    Files without a data set's name before that of the split go before those with one.
+    """
+    found: dict[Split, dict[tuple[str, ...], dict[int, Path]]] = {}  # a split's files by what they share, by number
+    for entry in _entries(folder):
+        match = _SPLIT_FILE.fullmatch(entry.name)
+        if match and entry.is_file() and _kind_of_file(entry.name) in suffixes:
+            series = (match["prefix"] or "", match["name"], match["count"] or "", match["suffix"])
+            shards = found.setdefault(_SPLIT_OF_NAME[match["name"]], {}).setdefault(series, {})
+            number = int(match["number"] or 0)
+            if number in shards:
+                raise UserError(f"{folder}: {shards[number].name} and {entry.name} are the same shard; keep one")
+            shards[number] = entry
+        elif (match := _SPLIT_FOLDER.fullmatch(entry.name)) and entry.is_dir() and ".parquet" in suffixes:
+            converted = ((_CONVERTED.fullmatch(file.name), file) for file in _entries(entry))
+            shards = {int(number["number"]): file for number, file in converted if number}
+            if shards:
+                series = ("", match["name"], str(max(shards) + 1), ".parquet", match["partial"] or "")
+                found.setdefault(_SPLIT_OF_NAME[match["name"]], {})[series] = shards
+    files: dict[Split, list[Path]] = {}
     for split, all_series in found.items():
-        names = ", ".join(file.name for files in all_series.values() for file in files)
-        if len(all_series) > 1:
+        plain = {series: shards for series, shards in all_series.items() if not series[0]} or all_series
+        names = ", ".join(str(file.relative_to(folder)) for shards in plain.values() for file in shards.values())
+        if len(plain) > 1:
             raise UserError(f"{folder}: {names} are all {split} data; keep one, or name a single file as data.path")
-        [((_, count, _), files)] = all_series.items()
-        if len(files) != int(count):
-            raise UserError(f"{folder}: {len(files)} of {int(count)} {split} files are there ({names}); all are needed")
-    return {split: files for split, all_series in found.items() for files in all_series.values()}
+        [(series, shards)] = plain.items()
+        count = int(series[2] or 1)
+        if len(shards) != count:
+            raise UserError(f"{folder}: {len(shards)} of {count} {split} files are there ({names}); all are needed")
+        files[split] = [shards[number] for number in sorted(shards)]
+    return files
+
+
+def _saved_tables(folder: Path) -> dict[Split, Callable[[], Iterator[Row]]]:
+    """For each split of a folder that `datasets`' `save_to_disk` wrote, what reads its rows.
+
+    One table, saved without its splits, is train and test, as a single file is.
+    """
+    import datasets  # only here: it takes a second to import
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # `datasets` raises its own errors, pyarrow's and whatever a broken description leads to
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"{folder}: not a whole folder of save_to_disk ({reason})") from error
+    if not isinstance(saved, datasets.DatasetDict):
+        name = str(saved.split)
+        splits: tuple[Split, ...] = (_SPLIT_OF_NAME[name],) if name in _SPLIT_OF_NAME else ("train", "test")
+        return {split: partial(_hub_rows, saved, str(folder)) for split in splits}
+    tables = {str(name): table for name, table in saved.items()}
+    known = {name: table for name, table in tables.items() if name in _SPLIT_OF_NAME}
+    if not known:
+        raise UserError(f"{folder}: no train, validation or test split; it holds {', '.join(tables)}")
+    return {_SPLIT_OF_NAME[name]: partial(_hub_rows, table, f"{folder / name}") for name, table in known.items()}
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a text file; blank ones at its end are left out.
+    """The lines of a text file, unpacked if it is packed; those at its end that are blank are left out.
 
     Lines end at "\\n" only. `str.splitlines` also splits at characters such as U+2028, which stands inside a question
     of GSM8K.
     """
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    data = _unpacked(file)
     try:
         text = data.decode("utf-8-sig").rstrip()  # -sig: without the byte order mark that some editors put in front
     except UnicodeDecodeError as error:
@@ -268,22 +370,48 @@ def _lines(file: Path) -> list[str]:
     return [line.rstrip("\r") for line in text.split("\n")] if text else []
 
 
+def _unpacked(file: Path) -> bytes:
+    """A file's bytes; those that are packed in it where its name ends in `.gz` or `.zst`."""
+    try:
+        if file.suffix == ".gz":
+            return gzip.decompress(file.read_bytes())
+        if file.suffix == ".zst":
+            import pyarrow  # comes with `datasets`; the standard library reads zst from Python 3.14 on
+
+            with pyarrow.input_stream(str(file), compression="zstd") as stream:
+                return stream.read()
+        return file.read_bytes()
+    except OSError as error:
+        if file.suffix in _PACKED and error.errno is None:
+            raise UserError(f"{file}: not a whole {file.suffix} file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{file}: not a whole {file.suffix} file ({error})") from None
+
+
 def _read_text(file: Path, shape: str) -> list[Row]:
-    return [Row(line, f"{file}:{number}") for number, line in enumerate(_lines(file), start=1)]
+    return [Row(line, f"{file}:{number}") for number, line in _filled_lines(file)]
 
 
 def _read_jsonl(file: Path, shape: str) -> list[Row]:
-    lines = enumerate(_lines(file), start=1)
-    return [Row(_json(line, file, number, shape), f"{file}:{number}") for number, line in lines]
+    return [Row(_json(line, file, number, shape), f"{file}:{number}") for number, line in _filled_lines(file)]
+
+
+def _filled_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines that hold something, with their numbers: blank ones part rows in some files, and are no rows."""
+    return ((number, line) for number, line in enumerate(_lines(file), start=1) if line.strip())
 
 
 def _read_json(file: Path, shape: str) -> list[Row]:
-    """One JSON list of rows; or a row a line, as some name their JSONL files `.json`."""
+    """One JSON list of rows, also as `{"data": [..]}`; or one row per line, as some name their JSONL files `.json`."""
     text = "\n".join(_lines(file))
-    if not text.lstrip().startswith("["):
+    start = text.lstrip()
+    if not start.startswith("[") and not re.match(r'\{\s*"data"\s*:\s*\[|\{[ \t]*\n', start):
         return _read_jsonl(file, shape)
-    values = cast(list[object], _json(text, file, 1, shape))
-    return [Row(value, f"{file} row {number}") for number, value in enumerate(values, start=1)]
+    values = _json(text, file, 1, shape)
+    if isinstance(values, dict):
+        values = values["data"] if isinstance(values.get("data"), list) else [values]
+    return [Row(value, f"{file} row {number}") for number, value in enumerate(cast(list[object], values), start=1)]
 
 
 def _json(text: str, file: Path, first_line: int, shape: str) -> object:

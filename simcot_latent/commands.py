@@ -1,0 +1,74 @@
+"""The commands that pip installs: `simcot-train`, `simcot-eval`, `simcot-probe`, `simcot-export`, `simcot-import`.
+
+Each is `python -m simcot_latent.<module>` by another name. A shell that completes their arguments (`-sc`, see hydra's
+https://hydra.cc/docs/tutorials/basic/running_your_app/tab_completion/) asks at every key, so nothing heavy is imported
+for it.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+from simcot_latent import cli
+from simcot_latent.errors import UserError, did_you_mean
+from simcot_latent.evals import eval_names
+
+COMPLETION = ("-sc", "--shell-completion")
+
+
+def train() -> None:
+    _run("simcot_latent.train", "train")
+
+
+def probe() -> None:
+    _run("simcot_latent.probe", "probe")
+
+
+def export() -> None:
+    _run("simcot_latent.export", "export")
+
+
+def import_() -> None:
+    _run("simcot_latent.import_checkpoint", "import")
+
+
+def evaluate() -> None:
+    """`simcot-eval <name> ckpt=DIR ..`; the name of an eval comes first."""
+    if _completing():
+        _complete_eval()
+        return
+    names = eval_names()
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in names:
+        given = f"{name}: is no eval" if name else "which eval?"
+        near = did_you_mean(name, names)
+        cli.fail(UserError(f"{given} give one of {', '.join(names)} first, as in `simcot-eval gsm8k ckpt=DIR`{near}"))
+    del sys.argv[1]
+    _run(f"simcot_latent.evals.{name}", "eval")
+
+
+def _run(module: str, config_name: str) -> None:
+    if _completing():
+        cli.run(lambda raw: None, config_name)
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _completing() -> bool:
+    return any(argument in COMPLETION for argument in sys.argv[1:])
+
+
+def _complete_eval() -> None:
+    """Completes the eval's name, or what follows it as the keys of the eval on its data."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if "query=bash" in sys.argv and (len(words) < 2 or (len(words) == 2 and not line[-1].isspace())):
+        print(" ".join(name for name in eval_names() if name.startswith("".join(words[1:]))))
+        return
+    if len(words) > 1:
+        command, name, *rest = words
+        end = " " if line[-1].isspace() else ""
+        os.environ["COMP_LINE"] = " ".join([command, f"data={name}", *rest]) + end
+    cli.run(lambda raw: None, "eval")

@@ -1,0 +1,91 @@
+"""The installed commands, as pip makes them: what they run, and what a shell completes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import REPOSITORY, Outcome, Trained, environment, run_process, strict_json
+
+SCRIPTS = dict(
+    re.findall(r'^(simcot-\w+) = "simcot_latent.commands:(\w+)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M)
+)
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> dict[str, str]:
+    """An environment in whose PATH the commands are, as pip writes them."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, function in SCRIPTS.items():
+        file = folder / name
+        file.write_text(f"#!{sys.executable}\nfrom simcot_latent.commands import {function}\n{function}()\n")
+        file.chmod(0o755)
+    return environment({"PATH": f"{folder}:{os.environ['PATH']}"})
+
+
+def call(command: list[str], scripts: dict[str, str], folder: Path) -> Outcome:
+    done = subprocess.run(command, cwd=folder, env=scripts, capture_output=True, text=True, timeout=120)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def test_each_runs_its_module(scripts: dict[str, str], latent_run: Trained, tmp_path: Path) -> None:
+    assert len(SCRIPTS) == 5
+    ckpt = f"ckpt={latent_run.latest}"
+    call(["simcot-eval", "gsm8k", ckpt, "limit=2", "device=cpu", "out=results"], scripts, tmp_path).ok()
+    assert strict_json((tmp_path / "results/gsm8k.json").read_text())["eval"] == "gsm8k"
+    assert "decoded step" in call(["simcot-probe", ckpt, "question=How many, is it?"], scripts, tmp_path).ok().out
+    assert "ckpt is missing" in call(["simcot-export"], scripts, tmp_path).error
+    assert "source is missing" in call(["simcot-import"], scripts, tmp_path).error
+    assert "did you mean latent?" in call(["simcot-train", "mode=lattent"], scripts, tmp_path).error
+    message = call(["simcot-eval", "gsm8", ckpt], scripts, tmp_path).error
+    assert "gsm8: is no eval" in message
+    assert message.endswith("did you mean gsm8k?")
+    assert "which eval?" in call(["simcot-eval"], scripts, tmp_path).error
+
+
+COMPLETED = {
+    "simcot-train mo": {"mode=", "model=", "model."},
+    "simcot-train mode=": {"mode=latent", "mode=weighted"},
+    "simcot-train mode=latent latent.n_l": {"latent.n_latents="},
+    "simcot-train out": {"out_dir="},
+    "simcot-eval ": {"arithmetic", "gsm8k", "gsm8k_aug"},
+    "simcot-eval gs": {"gsm8k", "gsm8k_aug"},
+    "simcot-eval gsm8k li": {"limit="},
+    "simcot-eval arithmetic data.max_r": {"data.max_result="},
+    "simcot-probe for": {"format="},
+    "simcot-export max": {"max_shard_gb="},
+    "simcot-import kin": {"kind="},
+}
+
+
+def test_bash_completes_their_arguments(scripts: dict[str, str], tmp_path: Path) -> None:
+    """What the README's line defines is called as bash calls it when somebody presses TAB."""
+    (line,) = re.findall(r"^for c in .*simcot-train.*-sc install=bash.*$", (REPOSITORY / "README.md").read_text(), re.M)
+    ask = "".join(
+        f"COMP_LINE={typed!r}; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE); COMPREPLY=()\n"
+        f"COMP_CWORD={len(typed.split()) - 1 + typed.endswith(' ')}\n"
+        f"f=$(complete -p {typed.split()[0]} | sed 's/.*-F \\([^ ]*\\).*/\\1/'); $f; echo \"${{COMPREPLY[*]}}\"\n"
+        for typed in COMPLETED
+    )
+    outcome = call(["bash", "-c", f"{line}\n{ask}"], scripts, tmp_path)
+    assert outcome.err == ""
+    found = [set(words.split()) for words in outcome.out.splitlines()]
+    assert dict(zip(COMPLETED, found, strict=True)) == COMPLETED
+
+
+def test_evals_have_two_names_in_a_checkout(latent_run: Trained, tmp_path: Path) -> None:
+    """And one of them is ours alone: whoever has a package `evals` of his own can use the other."""
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals/__init__.py").write_text("raise ImportError('somebody else\\'s')")
+    arguments = (f"ckpt={latent_run.latest}", "limit=1", "device=cpu", f"out={tmp_path}/results")
+    run_process("-m", "simcot_latent.evals.gsm8k", *arguments, folder=tmp_path).ok()
+    assert "somebody else's" in run_process("-m", "evals.gsm8k", *arguments, folder=tmp_path).err
+    run_process("-m", "evals.gsm8k", *arguments, folder=REPOSITORY).ok()
+    which = "from simcot_latent.evals import module_of; print(module_of('gsm8k'))"
+    assert run_process("-c", which, folder=REPOSITORY).ok().out == "evals.gsm8k\n"
+    assert run_process("-c", which, folder=tmp_path).ok().out == "simcot_latent.evals.gsm8k\n"
