@@ -95,10 +95,10 @@ class LatentObjective(Objective):
             thinks=True, n_latents=groups * c, latents_per_step=c, feeds_last=self.config.latent.feeds_last
         )
 
-    def begin_stage(self, thoughts: ThoughtFormat) -> None:
-        first_with_thoughts = next(groups for groups in self.stage_groups if groups)
-        if self.config.decoder.init == "base" and thoughts.groups == first_with_thoughts:
-            # Until now the decoder was idle: start it from what the warm-up has taught the base.
+    def begin_stage(self, before: ThoughtFormat, thoughts: ThoughtFormat) -> None:
+        if self.config.decoder.init == "base" and before.groups == 0:
+            # Until now the decoder was idle: start it from what the warm-up has taught the base. Once, since no later
+            # stage is without thoughts.
             self.step_decoder.copy_base(self.model)
 
     @property

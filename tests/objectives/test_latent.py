@@ -733,17 +733,39 @@ def test_the_decoder_starts_as_the_base_that_the_warm_up_left(make_objective: Ma
         source = base.state_dict()
         return all(torch.equal(weight, source[name]) for name, weight in decoder.state_dict().items())
 
+    before = objective.thoughts_at(0.0)
     for progress, copied in ((0.3, True), (0.6, False)):
         with torch.no_grad():
             for parameter in base.parameters():
                 parameter += 0.1
         assert not is_copy()
-        objective.begin_stage(objective.thoughts_at(progress))
+        objective.begin_stage(before, before := objective.thoughts_at(progress))
         assert is_copy() == copied
+
+
+@pytest.mark.parametrize(("warmup", "copied_at"), [(0.2, [2]), (0.0, [])])
+def test_a_schedule_that_returns_to_fewer_thoughts_keeps_its_decoder(
+    make_objective: MakeObjective, monkeypatch: pytest.MonkeyPatch, warmup: float, copied_at: list[int]
+) -> None:
+    """Stages of 3, 1 and again 3 steps: a copy of the base is made once, after the warm-up, and where a run is resumed
+    makes no difference. Without a warm-up it is the one that the decoder began as.
+    """
+    stages = [{"steps": 3, "share": 0.2}, {"steps": 1, "share": 0.2}]
+    objective = make_objective(latent={"warmup": warmup, "stages": stages}, decoder={"init": "base"})
+    copies: list[int] = []
+    monkeypatch.setattr(objective.step_decoder, "copy_base", lambda base: copies.append(step))
+    began: list[int] = []
+    for step in range(10):  # as the trainer goes through its steps, every one of them perhaps after resuming
+        before, thoughts = objective.thoughts_at(max(0, step - 1) / 10), objective.thoughts_at(step / 10)
+        if before != thoughts:
+            began.append(step)
+            objective.begin_stage(before, thoughts)
+    assert began == ([2, 4, 6] if warmup else [2, 4])
+    assert copies == copied_at
 
 
 def test_a_random_decoder_stays_as_it_is(make_objective: MakeObjective) -> None:
     objective = make_objective(latent={"warmup": 0.3})
     before = {name: weight.clone() for name, weight in objective.step_decoder.state_dict().items()}
-    objective.begin_stage(objective.thoughts_at(0.3))
+    objective.begin_stage(objective.thoughts_at(0.0), objective.thoughts_at(0.3))
     assert all(torch.equal(weight, before[name]) for name, weight in objective.step_decoder.state_dict().items())
