@@ -54,6 +54,7 @@ class LatentBatch:
         row_N: which of the B * G groups each taught group is.
         steps: what these are taught.
         step_group_M: the group (0 to G - 1) of each of its labels.
+        is_step_M: whether each is of a step, not of the answer that a group without a step is taught.
         totals: see `losses`.
     """
 
@@ -67,6 +68,7 @@ class LatentBatch:
     row_N: Tensor
     steps: PackedSteps
     step_group_M: Tensor
+    is_step_M: Tensor
     totals: dict[str, Tensor]
 
 
@@ -136,11 +138,13 @@ class LatentObjective(Objective):
         steps = PackedSteps.of([ids for _, _, ids in taught], tokenizer.end_id, thoughts.latents_per_step)
         group_N = torch.tensor([group for _, group, _ in taught], dtype=torch.long)
         step_group_M = group_N[steps.group_M]
+        holds_step = [group < len(examples[row // groups].steps) for row, group, _ in taught]
+        is_step_M = torch.tensor(holds_step, dtype=torch.bool)[steps.group_M]
         totals = target_totals(targets) | position_totals(
             questions, Packing.grid(B, thoughts.n_latents - 1), packed_texts, steps.packing
         )
         # In this mode the steps are the decoder's to say; those still written are part of the answer loss.
-        totals["step_tokens"] = torch.tensor(float(len(step_group_M)))
+        totals["step_tokens"] = is_step_M.sum(dtype=torch.float32)
         totals["group_tokens_G"] = torch.bincount(step_group_M, minlength=groups).float()
         totals["group_problems_G"] = torch.bincount(group_N, minlength=groups).float()
         return LatentBatch(
@@ -154,6 +158,7 @@ class LatentObjective(Objective):
             row_N=torch.tensor([row for row, _, _ in taught], dtype=torch.long),
             steps=steps,
             step_group_M=step_group_M,
+            is_step_M=is_step_M,
             totals=totals,
         )
 
@@ -202,7 +207,7 @@ class LatentObjective(Objective):
         }
         if self.run.track_step_accuracy:
             correct_M = found.correct_M[len(batch.targets) :]
-            shares["step_accuracy"] = share(correct_M.float(), totals["step_tokens"])
+            shares["step_accuracy"] = share((correct_M & batch.is_step_M).float(), totals["step_tokens"])
         return shares
 
 

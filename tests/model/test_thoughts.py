@@ -18,7 +18,7 @@ from torch import Tensor
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, geometry, go_on, others_thoughts, think
+from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, geometry, go_on, think
 
 QUESTIONS = [[7, 3, 22, 9, 41, 60], [5, 60], [60], [50, 11, 8, 60]]
 ANSWERS = [[59, 1, 2], [59, 13, 40, 6, 2], [59], [59, 4]]
@@ -284,17 +284,6 @@ def test_geometry_of_collapsed_and_of_single_thoughts() -> None:
     assert math.isnan(geometry(same[:, :1], torch.zeros(5, 3))["thought_distance"]), "there is no pair to measure"
     assert geometry(same, torch.zeros(5, 3))["thought_spread"] == pytest.approx(0, abs=1e-6)
     assert math.isnan(geometry(same[:1], torch.zeros(5, 3))["thought_spread"]), "there is no second problem"
-
-
-def test_thoughts_of_the_wrong_problem() -> None:
-    """Three groups of two thoughts: all four problems are taught the first, two the second, one the third."""
-    latents = torch.arange(4.0 * 6).view(4, 6, 1)
-    taught = torch.tensor([[True, False, False], [True, True, False], [True, False, True], [True, True, False]])
-    others, exchanged = others_thoughts(latents, taught)
-    assert others[:, :2, 0].tolist() == [[18, 19], [0, 1], [6, 7], [12, 13]]
-    assert others[:, 2:4, 0].tolist() == [[2, 3], [20, 21], [14, 15], [8, 9]]
-    assert torch.equal(others[:, 4:], latents[:, 4:])
-    assert exchanged.tolist() == [[True, False, False], [True, True, False], [True, False, False], [True, True, False]]
 
 
 def test_attention_in_bfloat16_as_on_a_gpu(model: GPT) -> None:

@@ -500,9 +500,12 @@ def test_a_step_without_any_step_loses_nothing(make_objective: MakeObjective, pr
             assert not name.startswith("step_decoder.") or gradient.abs().max() == 0
 
 
-def test_step_accuracy_is_the_decoders(make_objective: MakeObjective, problems: list[Problem]) -> None:
-    """Of a decoder that always finds the digit 2 most likely, the share of twos among all that it is taught."""
-    objective = make_objective(family="gpt2")
+@pytest.mark.parametrize("missing", ["mask", "answer"])
+def test_step_accuracy_is_the_decoders(make_objective: MakeObjective, problems: list[Problem], missing: str) -> None:
+    """Of a decoder that always finds the digit 2 most likely, the share of twos in the steps that it is taught: answers
+    that are taught to groups without a step are no steps.
+    """
+    objective = make_objective({"missing": missing}, family="gpt2")
     (two,) = objective.tokenizer.encode("2")
     norm = objective.step_decoder.transformer.norm
     assert isinstance(norm, nn.LayerNorm)
