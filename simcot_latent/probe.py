@@ -465,8 +465,8 @@ def probe_table(probes: Sequence[QuestionProbe]) -> Table:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """Scores by step index, over all steps, and of groups that were taught the answer."""
-    keys = [
+    """Scores in rows; by step index, over all steps, and of groups that were taught the answer in columns."""
+    rows = [
         ("exact", "exact match"),
         ("operators", "operators"),
         ("operands", "operands"),
@@ -476,16 +476,17 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("forced_token_accuracy", "tokens, teacher-forced"),
         ("gold_probability", "probability of gold"),
         ("v_information", "V-information, bits"),
-        ("v_information_bound", "(at most)"),
+        ("v_information_bound", "... at most"),
         ("text_entropy", "entropy of gold, bits"),
     ]
-    table = Table("step", "n", *[title for _, title in keys])
-    rows = [*summary["by_step"].items(), ("all", summary["all"])]
+    columns = {f"step {name}": scores for name, scores in summary["by_step"].items()} | {"all steps": summary["all"]}
     if summary["answer_groups"]["n"]:
-        rows.append(("taught the answer", summary["answer_groups"]))
-    for name, scores in rows:
-        found = [scores.get(key) for key, _ in keys]
-        table.add_row(name, str(scores["n"]), *["-" if value is None else f"{value:.3f}" for value in found])
+        columns["answers"] = summary["answer_groups"]
+    table = Table("thoughts decoded", *columns)
+    table.add_row("n", *[str(scores["n"]) for scores in columns.values()])
+    for key, title in rows:
+        found = [scores.get(key) for scores in columns.values()]
+        table.add_row(title, *["-" if value is None else f"{value:.3f}" for value in found])
     return table
 
 

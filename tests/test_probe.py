@@ -319,14 +319,7 @@ def test_v_information_keeps_its_bound(nats: list[float]) -> None:
     found = _v_information(nats)
     assert math.isfinite(found.v_information)
     assert found.v_information <= found.v_information_bound + 1e-9 <= 6 + 1e-9
-    # In all, no problem's thoughts can tell each of the others' apart: probabilities are at least their mean's share.
-    assert (
-        found.v_information
-        == pytest.approx(
-            math.log2(len(nats)) - math.log2(sum(math.exp(min(nats[0] - n, 700)) for n in nats)), rel=1e-6, abs=1e-6
-        )
-        or nats[0] - min(nats) > 700
-    )
+    assert found.v_information >= -(nats[0] - min(nats)) / math.log(2) - 1e-9  # lost at most against the best one
 
 
 def test_donors_are_few_and_the_same_in_any_order(
@@ -378,8 +371,8 @@ def test_groups_that_are_taught_the_answer_are_no_steps(
     }  # fmt: skip
     assert expected.pop("answer_groups") == {"n": 0}
     assert found == expected
-    assert lines_with(printed(summary_table(summarise(probes))), "taught the answer", "6")
-    assert not lines_with(printed(summary_table(summarise(steps_only))), "taught the answer")
+    assert lines_with(printed(summary_table(summarise(probes))), "step 1", "all steps", "answers")
+    assert not lines_with(printed(summary_table(summarise(steps_only))), "answers")
 
 
 def test_the_entropy_of_texts() -> None:

@@ -109,6 +109,45 @@ def test_a_latent_model_is_scored_on_its_thoughts_too(latent_run: Trained, sums:
     assert {line["n_tokens"] for line in lines if line["output"] == "#### 14"} == {8}
 
 
+def test_groups_that_are_taught_the_answer_are_no_steps(latent_run: Trained, sums: Path, tmp_path: Path) -> None:
+    """latent.missing=answer: the third group of these problems of two steps has figures of its own."""
+    checkpoint = latent_run.copy_to(tmp_path / "checkpoint")
+    evaluate(checkpoint, f"data.path={sums}").ok()
+    masked, masked_lines = report_of(checkpoint)
+    assert not any("answer_group" in key for key in masked)
+    config = strict_json((checkpoint / "config.json").read_text())
+    config["run"]["latent"]["missing"] = "answer"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    outcome = evaluate(checkpoint, f"data.path={sums}").ok()
+    report, lines = report_of(checkpoint)
+    for key in ("steps", "step_exact_match", "step_exact_match_ci95", "different_steps", "different_gold_steps"):
+        assert report[key] == masked[key]
+    assert [line["decoded_steps"] for line in lines] == [line["decoded_steps"] for line in masked_lines]
+    assert [line["gold_steps"] for line in lines] == [line["gold_steps"] for line in masked_lines]
+    assert all(line["decoded_answers"] == [] for line in masked_lines)
+    assert all(len(line["decoded_answers"]) == 1 for line in lines)
+    right = sum(line["decoded_answers"] == [f"#### {line['gold']}"] for line in lines)
+    assert report["answer_groups"] == 21
+    assert report["answer_group_exact_match"] == pytest.approx(right / 21)
+    assert report["answer_group_exact_match_ci95"] == pytest.approx(wilson(right, 21), abs=1e-12)
+    assert "groups taught the answer" in outcome.out
+
+
+def test_a_tolerance_is_applied_and_reported(latent_run: Trained, sums: Path, tmp_path: Path) -> None:
+    checkpoint = latent_run.copy_to(tmp_path / "checkpoint")
+    exact = evaluate(checkpoint, f"data.path={sums}").ok()
+    assert report_of(checkpoint)[0]["tolerance"] == 0.0
+    assert "of the gold answer" not in exact.out
+    outcome = evaluate(checkpoint, f"data.path={sums}", "tolerance=0.3").ok()
+    report, lines = report_of(checkpoint)
+    near = [abs(int(line["answer"]) - int(line["gold"])) <= 0.3 * int(line["gold"]) for line in lines if line["answer"]]
+    assert sum(near) > sum(map(is_right, lines)) > 0
+    assert report["correct"] == sum(near)
+    assert report["tolerance"] == 0.3
+    assert "0.3 of the gold answer" in outcome.out
+    assert "tolerance" in evaluate(checkpoint, f"data.path={sums}", "tolerance=1.5").error
+
+
 def test_a_weighted_model_is_scored_on_the_steps_it_writes(weighted_run: Trained, sums: Path, tmp_path: Path) -> None:
     """Step by step in their order: one that is missing is wrong, one too many counts for nothing."""
     checkpoint = weighted_run.copy_to(tmp_path / "checkpoint")
