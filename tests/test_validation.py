@@ -91,6 +91,7 @@ def test_v_information_at_validation_is_the_probes(
         thought_v_information(checkpoint, many, latents_NKD, run, ranks)
         parts += ranks.sent
     count, total, bound = torch.stack(parts).sum(0).tolist()
+    assert count == probed["n"], "each step is scored on one rank"
     assert total / count == pytest.approx(found["thought_v_information"], rel=1e-4, abs=1e-6)
     assert bound / count == pytest.approx(found["thought_v_information_bound"])
 

@@ -394,4 +394,6 @@ def same_number(a: str | None, gold: str | None, tolerance: float = 0.0) -> bool
     if a is None or gold is None:
         return False
     value, wanted = parse_number(a), parse_number(gold)
-    return value is not None and wanted is not None and abs(value - wanted) <= Fraction(tolerance) * abs(wanted)
+    if value is None or wanted is None:
+        return False
+    return abs(value - wanted) <= Fraction(str(tolerance)) * abs(wanted)  # the decimal as it was given

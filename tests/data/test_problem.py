@@ -546,6 +546,7 @@ def test_same_number(a: str | None, b: str | None, same: bool) -> None:
         ("-0.666667", "0.6666666667", 1e-6, False),
         ("101", "100", 0.01, True),  # of gold, not of the answer
         ("100", "101", 0.0099, False),
+        ("14", "20", 0.3, True),  # as decimals: the nearest float to 0.3 is less
         ("-101", "-100", 0.01, True),
         ("0.000001", "0", 0.5, False),  # there is no share of 0
         ("0", "0", 0.0, True),

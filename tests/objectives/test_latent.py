@@ -502,21 +502,21 @@ def test_a_step_without_any_step_loses_nothing(make_objective: MakeObjective, pr
 
 @pytest.mark.parametrize("missing", ["mask", "answer"])
 def test_step_accuracy_is_the_decoders(make_objective: MakeObjective, problems: list[Problem], missing: str) -> None:
-    """Of a decoder that always finds the digit 2 most likely, the share of twos in the steps that it is taught: answers
+    """Of a decoder that always finds the digit 4 most likely, the share of fours in the steps that it is taught: answers
     that are taught to groups without a step are no steps.
     """
     objective = make_objective({"missing": missing}, family="gpt2")
-    (two,) = objective.tokenizer.encode("2")
+    (four,) = objective.tokenizer.encode("4")
     norm = objective.step_decoder.transformer.norm
     assert isinstance(norm, nn.LayerNorm)
     with torch.no_grad():  # every hidden state of the decoder is its last norm's bias, which is nearest to the digit
         norm.weight.zero_()
         norm.bias.fill_(1.0)
-        objective.step_decoder.embedding.weight[two] = 10.0
+        objective.step_decoder.embedding.weight[four] = 10.0
     shares, _ = run_step(objective, [collate(objective, problems)])
     texts = [group_text(p, g, "merge", "mask") for p, g in product(problems, range(GROUPS))]
     taught = [i for text in texts if text for i in [*objective.tokenizer.encode(text), objective.tokenizer.end_id]]
-    assert shares["step_accuracy"].item() == pytest.approx(taught.count(two) / len(taught))
+    assert shares["step_accuracy"].item() == pytest.approx(taught.count(four) / len(taught))
 
 
 # What a batch holds, and the stages of training
