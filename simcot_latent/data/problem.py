@@ -215,7 +215,7 @@ class Problem:
         question: the question.
         steps: the well-formed steps, in the order of the text; their spans index into `rationale`.
         rationale: the written solution with its annotations, without the closing `#### answer`.
-        answer: the gold answer without thousands separators, else as written (`1000`, `-5`, `.5`, `7.00`).
+        answer: the gold answer, a number in plain spelling (`1000`, `-5`, `.5`, `7.00`, see `split_solution`).
 
     Raises:
         ValueError: a step is not at its span of `rationale`, or the steps overlap or are out of order.

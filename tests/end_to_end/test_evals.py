@@ -13,6 +13,7 @@ import pytest
 from commands import ARITHMETIC, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, read_lines, run, strict_json
 
 from simcot_latent.data.problem import Problem, parse_steps
+from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.evaluate import written_steps
 
 GSM8K = "evals.gsm8k"
@@ -245,6 +246,24 @@ def test_the_data_are_those_of_training_unless_said_otherwise(tmp_path: Path, su
     evaluate(latest, "limit=4", f"data.path={sums}", name="gsm8k").ok()
     report, _ = report_of(latest, "gsm8k")
     assert report["data"]["path"] == str(sums)
+
+
+def test_a_checkpoint_from_before_data_had_versions_keeps_its_test_set(tmp_path: Path) -> None:
+    """Its settings have no version: the problems are those of version 1, not of the default now."""
+    run(TRAIN, *TINY, *ARITHMETIC, "mode=weighted", "num_iterations=1", "out_dir=run", folder=tmp_path).ok()
+    latest = tmp_path / "run" / "latest"
+    asked: dict[int, list[str]] = {}
+    for version in (2, 1):
+        evaluate(latest, name="arithmetic").ok()
+        asked[version] = [line["question"] for line in report_of(latest, "arithmetic")[1]]
+        assert asked[version] == [p.question for p in Arithmetic(version=version, test_size=12).load("test").problems]
+        config = strict_json((latest / "config.json").read_text())
+        for key in ("version", "unseen_steps"):
+            config["run"]["data"].pop(key, None)
+        (latest / "config.json").write_text(json.dumps(config))
+    assert asked[1] != asked[2]
+    evaluate(latest, "data.version=2", name="arithmetic").ok()
+    assert [line["question"] for line in report_of(latest, "arithmetic")[1]] == asked[2]
 
 
 def test_sampling_is_reproducible(checkpoint: Path, sums: Path) -> None:
