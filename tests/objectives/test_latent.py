@@ -502,8 +502,8 @@ def test_a_step_without_any_step_loses_nothing(make_objective: MakeObjective, pr
 
 @pytest.mark.parametrize("missing", ["mask", "answer"])
 def test_step_accuracy_is_the_decoders(make_objective: MakeObjective, problems: list[Problem], missing: str) -> None:
-    """Of a decoder that always finds the digit 4 most likely, the share of fours in the steps that it is taught: answers
-    that are taught to groups without a step are no steps.
+    """Of a decoder that always finds the digit 4 most likely, the share of fours in the steps that it is taught:
+    answers that are taught to groups without a step are no steps.
     """
     objective = make_objective({"missing": missing}, family="gpt2")
     (four,) = objective.tokenizer.encode("4")
