@@ -30,7 +30,7 @@ from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.paths import check_writable, write_lines, write_text
-from simcot_latent.probe import decode_taught, gold_groups, latents_of
+from simcot_latent.probe import decode_taught, gold_groups, holds_step, latents_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -49,6 +49,7 @@ class EvalConfig:
     temperature: float = 0.0
     top_k: int | None = None
     seed: int = 0
+    tolerance: float = 0.0
     device: str = "auto"
     cuda_graphs: bool = False
     dtype: str = "float32"
@@ -63,32 +64,50 @@ class EvalConfig:
         require(
             self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1"
         )
+        require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "a share of the gold answer, from 0 to below 1")
         require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What became of one problem."""
+    """What became of one problem.
+
+    Attributes:
+        decoded: what each thought group decodes to ("" where nothing is to be decoded), or each written step.
+        gold: what each is to be; None where there is nothing.
+        tolerance: see `same_number`.
+    """
 
     problem: Problem
     generation: Generation
     decoded: list[str]
     gold: list[str | None]
+    tolerance: float = 0.0
 
     @property
     def correct(self) -> bool:
         """Strict: the number after `####`."""
-        return same_number(self.generation.answer, self.problem.answer)
+        return same_number(self.generation.answer, self.problem.answer, self.tolerance)
 
     @property
     def correct_last_number(self) -> bool:
         """Lenient: the last number in the output."""
-        return same_number(last_number(self.generation.text), self.problem.answer)
+        return same_number(last_number(self.generation.text), self.problem.answer, self.tolerance)
 
     @property
     def steps(self) -> list[tuple[str, str]]:
-        """For each group with gold steps, or each gold step of a written answer: what was said, and the gold."""
-        return [(said, gold) for said, gold in zip(self.decoded, self.gold, strict=True) if gold is not None]
+        """For each group with gold steps, or each gold step of a written answer: what was decoded, and the gold."""
+        return [(said, gold) for said, gold, is_step in self._groups if is_step]
+
+    @property
+    def answer_groups(self) -> list[tuple[str, str]]:
+        """The same for each group that is taught the answer, for want of a step (`latent.missing=answer`)."""
+        return [(said, gold) for said, gold, is_step in self._groups if not is_step]
+
+    @property
+    def _groups(self) -> list[tuple[str, str, bool]]:
+        groups = zip(self.decoded, self.gold, strict=True)
+        return [(s, g, holds_step(self.problem, i)) for i, (s, g) in enumerate(groups) if g is not None]
 
 
 def run(name: str) -> None:
@@ -152,7 +171,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
                 pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
                 decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):
-            predictions[i] = Prediction(problem, generation, said, wanted)
+            predictions[i] = Prediction(problem, generation, said, wanted, config.tolerance)
 
     ordered = [predictions[i] for i in range(len(problems))]
     report = {
@@ -170,6 +189,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "temperature": config.temperature,
         "top_k": config.top_k,
         "seed": config.seed,
+        "tolerance": config.tolerance,
         "device": str(device),
         "cuda_graphs": config.cuda_graphs,
         "dtype": str(dtype).removeprefix("torch."),
@@ -206,16 +226,23 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
     steps = [step for p in predictions for step in p.steps]
     if steps:
-        matches = sum(score_steps(said, gold).exact for said, gold in steps)
         summary |= {
-            "step_exact_match": matches / len(steps),
-            "step_exact_match_ci95": list(wilson_interval(matches, len(steps))),
+            **exact_match("step_exact_match", steps),
             "steps": len(steps),
             # A decoder that knows what is likely, but not what a thought says, says the same of every problem.
             "different_steps": len({said for said, _ in steps}),
             "different_gold_steps": len({gold for _, gold in steps}),
         }
+    answers = [group for p in predictions for group in p.answer_groups]
+    if answers:
+        summary |= {**exact_match("answer_group_exact_match", answers), "answer_groups": len(answers)}
     return summary
+
+
+def exact_match(key: str, groups: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The share of groups (at least one) that are decoded exactly, and its interval."""
+    matches = sum(score_steps(said, gold).exact for said, gold in groups)
+    return {key: matches / len(groups), f"{key}_ci95": list(wilson_interval(matches, len(groups)))}
 
 
 def report_table(report: dict[str, Any]) -> Table:
@@ -232,6 +259,11 @@ def report_table(report: dict[str, Any]) -> Table:
         text = with_interval("step_exact_match", "step_exact_match_ci95")
         table.add_row("step exact match, free-running", f"{text} of {report['steps']} steps")
         table.add_row("different steps", f"{report['different_steps']}, gold {report['different_gold_steps']}")
+    if "answer_groups" in report:
+        text = with_interval("answer_group_exact_match", "answer_group_exact_match_ci95")
+        table.add_row("groups taught the answer, exact match", f"{text} of {report['answer_groups']} groups")
+    if report["tolerance"]:
+        table.add_row("tolerance", f"{report['tolerance']:g} of the gold answer")
     table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {report['thoughts']} thoughts")
     table.add_row("without an end token", str(report["unfinished"]))
     table.add_row("questions/s", f"{report['questions_per_s']:.1f} (batch {report['batch_size']}, {report['dtype']})")
@@ -258,8 +290,9 @@ def write_report(files: tuple[Path, Path], report: dict[str, Any], predictions: 
             "correct_last_number": p.correct_last_number,
             "n_tokens": p.generation.n_tokens,
             "finished": p.generation.finished,
-            "decoded_steps": p.decoded,
-            "gold_steps": p.gold,
+            "decoded_steps": [s if holds_step(p.problem, k) else "" for k, s in enumerate(p.decoded)],
+            "gold_steps": [g if holds_step(p.problem, k) else None for k, g in enumerate(p.gold)],
+            "decoded_answers": [said for said, _ in p.answer_groups],
         }
         for i, p in enumerate(predictions)
     ]

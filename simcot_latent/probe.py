@@ -8,10 +8,12 @@ Shapes: B questions, K thoughts, G step groups, C thoughts a group, N = B * G, D
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +39,7 @@ from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.step_decoder import PackedSteps
-from simcot_latent.model.thoughts import Thoughts, others_thoughts
+from simcot_latent.model.thoughts import Thoughts
 from simcot_latent.paths import check_writable, write_text
 
 if TYPE_CHECKING:
@@ -86,24 +88,27 @@ class GroupProbe:
         right: whether that is arithmetically right; None where it holds no step.
         probability: what the decoder gives to the whole of it.
         gold: what it was to say; None where nothing was taught or there is no gold solution.
+        taught_answer: whether that is the answer, since the problem has no step for this group.
         exact, operators, operands, result: `decoded` against `gold`, see `StepScore`.
         forced_token_accuracy: share of gold tokens that are most likely after the gold tokens before them.
         gold_probability: what the decoder gives to the whole of `gold`.
-        bits: what the thoughts say about `gold`, log2 of that probability over the one with another problem's thoughts
-            (see `others_thoughts`); None where no other problem has such a group.
+        v_information: how many bits the thoughts tell the decoder about `gold`, at most `v_information_bound`; see
+            `v_information`. None where `gold` is no step, or no other problem has a step in this group.
     """
 
     decoded: str
     right: bool | None
     probability: float
     gold: str | None = None
+    taught_answer: bool = False
     exact: bool | None = None
     operators: bool | None = None
     operands: bool | None = None
     result: bool | None = None
     forced_token_accuracy: float | None = None
     gold_probability: float | None = None
-    bits: float | None = None
+    v_information: float | None = None
+    v_information_bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -221,22 +226,27 @@ def probe_problems(
     answers = [generation.answer for generations, _ in answered for generation in generations]
     latents_BKD = torch.cat([latents for _, latents in answered])
     gold = [gold_groups(checkpoint, problem) for problem in problems]
-    others_BKD, exchanged_BG = others_thoughts(latents_BKD, taught_groups(gold).to(latents_BKD.device))
+    found = v_information(checkpoint, latents_BKD, problems, batch_size=batch_size, console=console)
     probes = []
     for i in track(starts, "decoding", console, sizes):
         rows = slice(i, i + batch_size)
         decoded = chain.from_iterable(decode_groups(checkpoint, latents_BKD[rows]))
-        own = teacher_forced(checkpoint, latents_BKD[rows], gold[rows])
-        others = teacher_forced(checkpoint, others_BKD[rows], gold[rows])
-        bits = bits_said(own, others, exchanged_BG[rows])
-        groups = map(score_group, decoded, chain.from_iterable(gold[rows]), own, bits)
-        for problem, answer in zip(problems[rows], answers[rows], strict=True):
-            its_groups = list(islice(groups, checkpoint.thoughts.groups))
-            probes.append(QuestionProbe(problem.question, its_groups, answer, problem.answer))
+        forced = teacher_forced(checkpoint, latents_BKD[rows], gold[rows])
+        groups = map(score_group, decoded, chain.from_iterable(gold[rows]), forced)
+        for row, problem in enumerate(problems[rows], start=i):
+            its_groups = [
+                replace(
+                    group,
+                    taught_answer=group.gold is not None and not holds_step(problem, g),
+                    **found[row, g]._asdict() if (row, g) in found else {},
+                )
+                for g, group in enumerate(islice(groups, checkpoint.thoughts.groups))
+            ]
+            probes.append(QuestionProbe(problem.question, its_groups, answers[row], problem.answer))
     return probes
 
 
-def score_group(decoded: tuple[str, float], gold: str | None, forced: Forced | None, bits: float | None) -> GroupProbe:
+def score_group(decoded: tuple[str, float], gold: str | None, forced: Forced | None) -> GroupProbe:
     """A group's decoded text and its probability against gold."""
     text, probability = decoded
     if gold is None or forced is None:
@@ -249,7 +259,6 @@ def score_group(decoded: tuple[str, float], gold: str | None, forced: Forced | N
         **asdict(score_steps(text, gold)),
         forced_token_accuracy=forced.token_accuracy,
         gold_probability=math.exp(-forced.nats),
-        bits=bits,
     )
 
 
@@ -267,6 +276,11 @@ def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
         missing=latent["missing"],
     )
     return [None if group is None else "\n".join(group) for group in aligned]
+
+
+def holds_step(problem: Problem, group: int) -> bool:
+    """Whether a group (0, 1, ...) that is taught something is taught a step, not the answer for want of one."""
+    return group < len(problem.steps)
 
 
 class Forced(NamedTuple):
@@ -301,31 +315,104 @@ def teacher_forced(
     return results
 
 
-def taught_groups(gold: Sequence[Sequence[str | None]]) -> Tensor:
-    """Which groups are taught something (B, G)."""
-    return torch.tensor([[text is not None for text in groups] for groups in gold])
+DONORS = 64
+"""Problems whose thoughts a step is scored with for its V-information, its own among them: it is at most 6 bits."""
 
 
-def bits_said(
-    own: Sequence[Forced | None], others: Sequence[Forced | None], exchanged_BG: Tensor
-) -> list[float | None]:
-    """`GroupProbe.bits` of each group, from gold as read from its own and from another problem's thoughts.
+class VInformation(NamedTuple):
+    """Pointwise V-information of a group's thoughts about its step, and the most it can be, both in bits."""
+
+    v_information: float
+    v_information_bound: float
+
+
+@torch.no_grad()
+def v_information(
+    checkpoint: Checkpoint,
+    latents_BKD: Tensor,
+    problems: Sequence[Problem],
+    rows: Sequence[int] | None = None,
+    batch_size: int = 32,
+    console: Console | None = None,
+) -> dict[tuple[int, int], VInformation]:
+    """How much the thoughts tell the decoder about each gold step, in bits:
+
+        log2 p(y | z_own) - log2 mean_j p(y | z_j)
+
+    Pointwise V-information (Ethayarajh et al. 2022, https://arxiv.org/abs/2110.08420, after Xu et al. 2020,
+    https://arxiv.org/abs/2002.10689), where what a decoder knows without the thoughts is its mean over problems that
+    hold a step in the same group: up to `DONORS` of them, the own one among them. So it is at most log2 of their
+    number, and 0 for a decoder that does not read the thoughts. Which ones is settled by the questions' texts, whatever
+    their order and the batches: all problems of a group stand in a circle by a digest, and each takes those that follow
+    it.
 
     Args:
-        exchanged_BG: of `others_thoughts`.
+        latents_BKD: the thoughts about `problems`.
+        rows: the problems to score; None: all. Donors are of all problems in any case.
+        batch_size: problems at once.
+        console: where to show progress; None: nowhere.
+
+    Returns:
+        By problem and group; without the groups that hold no step, or that hold one in a single problem.
     """
-    return [
-        (b.nats - a.nats) / math.log(2) if exchanged and a is not None and b is not None else None
-        for a, b, exchanged in zip(own, others, exchanged_BG.flatten().tolist(), strict=True)
-    ]
+    decoder, tokenizer, c = require_decoder(checkpoint), checkpoint.tokenizer, checkpoint.thoughts.latents_per_step
+    G = checkpoint.thoughts.groups
+    gold = [gold_groups(checkpoint, problem) for problem in problems]
+    wanted = set(range(len(problems)) if rows is None else rows)
+    circle = sorted(range(len(problems)), key=lambda row: (_digest(problems[row].question), row))
+    pairs: list[tuple[int, int, int]] = []  # row and group of a step, and the row whose thoughts it is scored with
+    for group in range(G):
+        members = [row for row in circle if gold[row][group] is not None and holds_step(problems[row], group)]
+        n = min(DONORS, len(members))
+        if n > 1:
+            twice = [*members, *members]  # the own problem comes first
+            pairs += [(row, group, j) for i, row in enumerate(members) if row in wanted for j in twice[i : i + n]]
+    ids = {(row, group): tokenizer.encode(gold[row][group] or "") for row, group, _ in pairs}
+    groups_NCD = group_prefix(checkpoint, latents_BKD)
+    nats: dict[tuple[int, int], list[float]] = {}
+    starts = range(0, len(pairs), batch_size * G)
+    for start in track(starts, "V-information", console or make_console(is_main=False)):
+        batch = pairs[start : start + batch_size * G]
+        steps = PackedSteps.of([ids[row, group] for row, group, _ in batch], tokenizer.end_id, c)
+        steps = to_device(steps, latents_BKD.device)
+        prefix_NCD = groups_NCD[torch.tensor([j * G + group for _, group, j in batch], device=latents_BKD.device)]
+        nll_M = decoder.score(prefix_NCD, steps).nll_M
+        nats_N = torch.zeros(len(batch), device=latents_BKD.device).index_add(0, steps.group_M, nll_M)
+        for (row, group, _), value in zip(batch, nats_N.tolist(), strict=True):
+            nats.setdefault((row, group), []).append(value)
+    return {key: _v_information(values) for key, values in nats.items()}
+
+
+def _v_information(nats: Sequence[float]) -> VInformation:
+    """From the code lengths of a step with the thoughts of each problem, the own one's first."""
+    ratios = torch.tensor(nats, dtype=torch.float64).sub(nats[0]).neg()  # log p(y | z_j) - log p(y | z_own)
+    bound = math.log2(len(nats))
+    return VInformation(bound - torch.logsumexp(ratios, 0).item() / math.log(2), bound)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def text_entropy(texts: Sequence[str]) -> float:
+    """Entropy in bits of the texts as they are distributed here: what there is to know about one of them."""
+    return sum(count / len(texts) * math.log2(len(texts) / count) for count in Counter(texts).values())
 
 
 def summarise(probes: Sequence[QuestionProbe]) -> dict[str, Any]:
-    """Step scores over all taught groups, and by step index (the first step is 1); answers alongside."""
-    scored = [(i, g) for probe in probes for i, g in enumerate(probe.groups, start=1) if g.gold is not None]
+    """Step scores over all groups with a step, and by step index (the first step is 1); groups that were taught the
+    answer apart; answers alongside.
+    """
+    taught = [(i, g) for probe in probes for i, g in enumerate(probe.groups, start=1) if g.gold is not None]
+    scored = [(i, g) for i, g in taught if not g.taught_answer]
     indices = sorted({i for i, _ in scored})
-    summary: dict[str, Any] = {"n": len(probes), "all": summarise_groups([g for _, g in scored])}
-    summary["by_step"] = {str(i): summarise_groups([g for j, g in scored if i == j]) for i in indices}
+    by_step = {str(i): summarise_groups([g for j, g in scored if i == j]) for i in indices}
+    summary: dict[str, Any] = {"n": len(probes), "all": summarise_groups([g for _, g in scored]), "by_step": by_step}
+    if scored:  # which step it is is known, so what there is to know is the mean of the steps' entropies
+        summary["all"]["text_entropy"] = sum(s["n"] * s["text_entropy"] for s in by_step.values()) / len(scored)
+    summary["answer_groups"] = summarise_groups([g for _, g in taught if g.taught_answer])
+    for key in ("operators", "operands", "result", "right", *VInformation._fields, "text_entropy"):
+        summary["answer_groups"].pop(key, None)  # of steps
     correct = sum(same_number(probe.answer, probe.gold_answer) for probe in probes)
     summary["accuracy"] = correct / len(probes)
     summary["ci95"] = list(wilson_interval(correct, len(probes)))
@@ -333,12 +420,11 @@ def summarise(probes: Sequence[QuestionProbe]) -> dict[str, Any]:
 
 
 def summarise_groups(groups: Sequence[GroupProbe]) -> dict[str, Any]:
-    """Means over groups that have gold steps."""
+    """Means over groups that have gold."""
     n = len(groups)
     if n == 0:
         return {"n": 0}
     exact = sum(bool(g.exact) for g in groups)
-    bits = [g.bits for g in groups if g.bits is not None]
     return {
         "n": n,
         "exact": exact / n,
@@ -350,8 +436,16 @@ def summarise_groups(groups: Sequence[GroupProbe]) -> dict[str, Any]:
         "probability": sum(g.probability for g in groups) / n,
         "forced_token_accuracy": sum(g.forced_token_accuracy or 0.0 for g in groups) / n,
         "gold_probability": sum(g.gold_probability or 0.0 for g in groups) / n,
-        "bits": sum(bits) / len(bits) if bits else None,
+        "v_information": _mean([g.v_information for g in groups]),
+        "v_information_bound": _mean([g.v_information_bound for g in groups]),
+        "text_entropy": text_entropy([g.gold or "" for g in groups]),
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are there; None where none is."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
 
 
 def show(text: str) -> str:
@@ -378,8 +472,8 @@ def probe_table(probes: Sequence[QuestionProbe]) -> Table:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """Scores over all step groups with gold steps, and by step index."""
-    keys = [
+    """Scores in rows; by step index, over all steps, and of groups that were taught the answer in columns."""
+    rows = [
         ("exact", "exact match"),
         ("operators", "operators"),
         ("operands", "operands"),
@@ -388,12 +482,18 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("probability", "probability"),
         ("forced_token_accuracy", "tokens, teacher-forced"),
         ("gold_probability", "probability of gold"),
-        ("bits", "bits said"),
+        ("v_information", "V-information, bits"),
+        ("v_information_bound", "... at most"),
+        ("text_entropy", "entropy of gold, bits"),
     ]
-    table = Table("step", "n", *[title for _, title in keys])
-    for name, scores in [*summary["by_step"].items(), ("all", summary["all"])]:
-        found = [scores.get(key) for key, _ in keys]
-        table.add_row(name, str(scores["n"]), *["-" if value is None else f"{value:.3f}" for value in found])
+    columns = {f"step {name}": scores for name, scores in summary["by_step"].items()} | {"all steps": summary["all"]}
+    if summary["answer_groups"]["n"]:
+        columns["answers"] = summary["answer_groups"]
+    table = Table("thoughts decoded", *columns)
+    table.add_row("n", *[str(scores["n"]) for scores in columns.values()])
+    for key, title in rows:
+        found = [scores.get(key) for scores in columns.values()]
+        table.add_row(title, *["-" if value is None else f"{value:.3f}" for value in found])
     return table
 
 

@@ -282,7 +282,7 @@ class Trainer:
     def begin_stage(self, thoughts: ThoughtFormat) -> None:
         """A step before the first of a stage."""
         self.console.print(f"step {self.step:05d} | stage: {thoughts.n_latents} thoughts")
-        self.objective.begin_stage(thoughts)
+        self.objective.begin_stage(self.thoughts_now(), thoughts)
         self.module = self.wrap(thoughts)
         if self.objective.resets_optimizer:
             self.optimizers = make_optimizers(self.objective, self.run)

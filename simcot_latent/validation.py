@@ -1,4 +1,4 @@
-"""Held-out losses and answers, how thoughts lie and what they say, while training goes on.
+"""Held-out losses and answers, how thoughts lie and what they hold, while training goes on.
 
 Shapes: N problems, K thoughts, G step groups, D width.
 """
@@ -22,13 +22,17 @@ from simcot_latent.distributed import Ranks
 from simcot_latent.generate import generate
 from simcot_latent.losses import add_up
 from simcot_latent.metrics import wilson_interval
-from simcot_latent.model.thoughts import geometry, others_thoughts
+from simcot_latent.model.thoughts import geometry
 from simcot_latent.objectives.base import Objective
-from simcot_latent.probe import bits_said, gold_groups, latents_of, taught_groups, teacher_forced
+from simcot_latent.probe import latents_of, v_information
 
 # Thoughts count as collapsed when they lie this much closer together than they are long. Published distances: 28 in a
 # healthy model, 4 in a collapsed one, where the norm is of the order of the former (SIM-CoT, section 3.1).
 COLLAPSE_RATIO = 0.1
+
+V_INFORMATION_PROBLEMS = 32
+"""Held-out problems whose steps are scored with each other's thoughts: a step takes as many scorings, and V-information
+is at most 5 bits here. The probe takes the thoughts of up to 64 problems."""
 
 
 @dataclass(frozen=True)
@@ -76,31 +80,30 @@ def validate(
     if thoughts.n_latents:
         metrics |= geometry(everyones["latents"], model.embedding.weight)
     if thoughts.n_latents and checkpoint.step_decoder is not None:
-        metrics["thought_bits"] = thought_bits(checkpoint, held_out.problems, everyones["latents"], plan, ranks)
+        metrics |= thought_v_information(checkpoint, held_out.problems, everyones["latents"], run, ranks)
     objective.train()
     return metrics
 
 
-def thought_bits(
-    checkpoint: Checkpoint, problems: Sequence[Problem], latents_NKD: Tensor, plan: Sequence[list[int]], ranks: Ranks
-) -> float:
-    """Mean of `GroupProbe.bits` over all problems; nan where there is none.
+def thought_v_information(
+    checkpoint: Checkpoint, problems: Sequence[Problem], latents_NKD: Tensor, run: RunConfig, ranks: Ranks
+) -> dict[str, float]:
+    """Mean V-information of thoughts about their steps (see `probe.v_information`), and of the most that it can be,
+    over the first `V_INFORMATION_PROBLEMS` problems; nan where no two of them have a step in the same group.
 
-    The step loss alone does not tell whether thoughts say anything: much of a step can be guessed.
-
-    Args:
-        plan: the batches of problems that this rank scores.
+    The step loss alone does not tell whether thoughts hold anything: much of a step can be guessed.
     """
-    gold = [gold_groups(checkpoint, problem) for problem in problems]
-    others_NKD, exchanged_NG = others_thoughts(latents_NKD, taught_groups(gold).to(latents_NKD.device))
-    bits: list[float] = []
-    for batch in plan:
-        texts = [gold[i] for i in batch]
-        own, others = (teacher_forced(checkpoint, latents[batch], texts) for latents in (latents_NKD, others_NKD))
-        bits += [said for said in bits_said(own, others, exchanged_NG[batch]) if said is not None]
-    sums = ranks.sum({"bits": torch.tensor([sum(bits), float(len(bits))], device=latents_NKD.device)})
-    total, count = sums["bits"].tolist()
-    return total / count if count else math.nan
+    problems, latents_NKD = problems[:V_INFORMATION_PROBLEMS], latents_NKD[:V_INFORMATION_PROBLEMS]
+    mine = range(ranks.rank, len(problems), ranks.world)
+    found = v_information(checkpoint, latents_NKD, problems, mine, run.eval_batch_size).values()
+    sums = torch.tensor(
+        [float(len(found)), sum(each.v_information for each in found), sum(each.v_information_bound for each in found)]
+    )
+    count, total, bound = ranks.sum({"sums": sums.to(latents_NKD.device)})["sums"].tolist()
+    return {
+        "thought_v_information": total / count if count else math.nan,
+        "thought_v_information_bound": bound / count if count else math.nan,
+    }
 
 
 def collapse(metrics: dict[str, float]) -> str | None:

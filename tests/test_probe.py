@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 import simcot_latent as sl
@@ -27,6 +29,7 @@ from simcot_latent.objectives.latent import LatentBatch, LatentObjective, Latent
 from simcot_latent.probe import (
     GroupProbe,
     QuestionProbe,
+    _v_information,  # pyright: ignore[reportPrivateUsage]
     decode_groups,
     gold_groups,
     probe_problems,
@@ -35,6 +38,7 @@ from simcot_latent.probe import (
     summarise,
     summary_table,
     teacher_forced,
+    text_entropy,
 )
 
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -233,24 +237,149 @@ def test_teacher_forcing_against_a_naive_loop(checkpoint: Checkpoint) -> None:
     assert teacher_forced(checkpoint, latents_BKD, [[None] * 3] * 2) == [None] * 6
 
 
-def test_bits_against_the_decoder_itself(checkpoint: Checkpoint, problems: list[Problem]) -> None:
-    """Two problems, each read from its own and from the other's thoughts; a group that one alone has says None."""
-    pair = [problem for problem in problems if len(problem.steps) > 1][:2]
-    latents_BKD = sl.think(checkpoint, [problem.question for problem in pair]).latents
-    gold = [gold_groups(checkpoint, problem) for problem in pair]
-    own = teacher_forced(checkpoint, latents_BKD, gold)
-    others = teacher_forced(checkpoint, latents_BKD.flip(0), gold)
-    probes = probe_problems(checkpoint, pair)
-    for i, (a, b, group) in enumerate(zip(own, others, [g for p in probes for g in p.groups], strict=True)):
-        both = all(groups[i % GROUPS] is not None for groups in gold)
-        if not both:
-            assert group.bits is None
-            continue
-        assert a is not None
-        assert b is not None
-        assert group.bits == pytest.approx((b.nats - a.nats) / math.log(2), rel=1e-3, abs=1e-4)
-        assert abs(group.bits or 0.0) > 1e-3, "nothing is proven"
-    assert all(group.bits is None for group in probe_problems(checkpoint, pair[:1])[0].groups)
+# V-information
+
+
+def brute_force(checkpoint: Checkpoint, problems: list[Problem]) -> dict[tuple[int, int], tuple[float, float]]:
+    """V-information and its bound with every problem as a donor, one step and one donor at a time."""
+    latents_BKD = sl.think(checkpoint, [problem.question for problem in problems]).latents
+    found: dict[tuple[int, int], tuple[float, float]] = {}
+    for group in range(GROUPS):
+        members = [row for row, problem in enumerate(problems) if len(problem.steps) > group]
+        for row in members:
+            text = gold_groups(checkpoint, problems[row])[group]
+            gold: list[str | None] = [text if i == group else None for i in range(GROUPS)]
+            probability = {}
+            for donor in members:
+                forced = teacher_forced(checkpoint, latents_BKD[donor : donor + 1], [gold])[group]
+                assert forced is not None
+                probability[donor] = math.exp(-forced.nats)
+            mean = sum(probability.values()) / len(members)
+            if len(members) > 1:
+                found[row, group] = (math.log2(probability[row] / mean), math.log2(len(members)))
+    return found
+
+
+def found_in(probes: Sequence[QuestionProbe]) -> dict[tuple[int, int], tuple[float, float]]:
+    """What `probe_problems` says, in the form of `brute_force`."""
+    return {
+        (row, group): (g.v_information, g.v_information_bound or 0.0)
+        for row, probe in enumerate(probes)
+        for group, g in enumerate(probe.groups)
+        if g.v_information is not None
+    }
+
+
+def test_v_information_against_brute_force(checkpoint: Checkpoint, problems: list[Problem]) -> None:
+    """Steps of 4 problems in the first group, 3 in the second, 2 in the third; none where one problem is alone."""
+    expected = brute_force(checkpoint, problems)
+    assert len(expected) == 4 + 3 + 2
+    found = found_in(probe_problems(checkpoint, problems, batch_size=2))
+    assert found.keys() == expected.keys()
+    for key, (value, bound) in expected.items():
+        assert found[key] == (pytest.approx(value, rel=1e-3, abs=1e-4), pytest.approx(bound)), key
+        assert value <= bound
+    assert max(abs(value) for value, _ in expected.values()) > 0.01, "nothing is proven"
+    alone = next(problem for problem in problems if problem.steps)
+    assert found_in(probe_problems(checkpoint, [alone])) == {}
+
+
+def test_a_decoder_that_ignores_the_thoughts(make_checkpoint: MakeCheckpoint, problems: list[Problem]) -> None:
+    """No V-information, however surprising the steps are to it: what it knows it knows without the thoughts."""
+    checkpoint = make_checkpoint()
+    decoder = checkpoint.step_decoder
+    assert decoder is not None
+    forward = decoder.forward
+    decoder.forward = lambda thoughts, *rest: forward(torch.zeros_like(thoughts), *rest)  # type: ignore[method-assign]
+    probes = probe_problems(checkpoint, problems)
+    values = [value for value, _ in found_in(probes).values()]
+    assert values == pytest.approx([0.0] * 9, abs=1e-5)
+    probabilities = [g.gold_probability for probe in probes for g in probe.groups if g.gold_probability is not None]
+    assert len(set(probabilities)) > 5
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "bits"),
+    [
+        ([1 / 2, 1 / 4, 1 / 4], math.log2(3 / 2)),
+        ([1 / 8, 1 / 8, 1 / 8, 1 / 8], 0.0),
+        ([1e-3, 1e-9], math.log2(2 / (1 + 1e-6))),  # far apart is no more than one bit among two
+        ([1e-9, 1e-3], -math.log2((1 + 1e6) / 2)),  # the own thoughts mislead
+    ],
+)
+def test_v_information_in_closed_form(probabilities: list[float], bits: float) -> None:
+    found = _v_information([-math.log(p) for p in probabilities])
+    assert found.v_information == pytest.approx(bits, abs=1e-9)
+    assert found.v_information_bound == math.log2(len(probabilities))
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 2000), min_size=1, max_size=64))
+def test_v_information_keeps_its_bound(nats: list[float]) -> None:
+    found = _v_information(nats)
+    assert math.isfinite(found.v_information)
+    assert found.v_information <= found.v_information_bound + 1e-9 <= 6 + 1e-9
+    assert found.v_information >= -(nats[0] - min(nats)) / math.log(2) - 1e-9  # lost at most against the best one
+
+
+def test_donors_are_few_and_the_same_in_any_order(
+    make_checkpoint: MakeCheckpoint, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two donors: the own problem and one other, which depends on neither the order nor the batches."""
+    checkpoint = make_checkpoint()
+    monkeypatch.setattr(probe_module, "DONORS", 2)
+    forwards = probe_problems(checkpoint, problems)
+    assert {bound for _, bound in found_in(forwards).values()} == {1.0}
+    backwards = probe_problems(checkpoint, problems[::-1], batch_size=3)[::-1]
+    for key, (value, _) in found_in(forwards).items():
+        assert found_in(backwards)[key][0] == pytest.approx(value, rel=1e-3, abs=1e-4)
+    # Each is one of the others, or the own one would be its own baseline.
+    latents_BKD = sl.think(checkpoint, [problem.question for problem in problems]).latents
+    members = [row for row, problem in enumerate(problems) if problem.steps]
+    donors: list[int] = []
+    for row in members:
+        gold: list[str | None] = [gold_groups(checkpoint, problems[row])[0], None, None]
+        scored = [teacher_forced(checkpoint, latents_BKD[j : j + 1], [gold])[0] for j in range(len(problems))]
+        nats = [forced.nats for forced in scored if forced is not None]
+        bits = {j: -math.log2((1 + math.exp(nats[row] - nats[j])) / 2) for j in members if j != row}
+        donor = min(bits, key=lambda j: abs(bits[j] - found_in(forwards)[row, 0][0]))
+        assert bits[donor] == pytest.approx(found_in(forwards)[row, 0][0], rel=1e-3, abs=1e-4)
+        donors.append(donor)
+    assert sorted(donors) == members, "each is a donor once: they stand in a circle"
+
+
+def test_groups_that_are_taught_the_answer_are_no_steps(
+    make_checkpoint: MakeCheckpoint, problems: list[Problem]
+) -> None:
+    """missing=answer: they say so, have no V-information and give none, and a summary has them apart."""
+    masked, taught = make_checkpoint(missing="mask"), make_checkpoint(missing="answer")
+    steps_only, probes = probe_problems(masked, problems), probe_problems(taught, problems)
+    for probe, expected, problem in zip(probes, steps_only, problems, strict=True):
+        for i, (group, step) in enumerate(zip(probe.groups, expected.groups, strict=True)):
+            assert group.taught_answer == (i >= len(problem.steps))
+            if group.taught_answer:
+                assert group.gold == f"#### {problem.answer}"
+                assert group.v_information is None
+                assert group.exact is not None
+            else:
+                assert group == step
+    found, expected = summarise(probes), summarise(steps_only)
+    answers = found.pop("answer_groups")
+    assert answers["n"] == sum(GROUPS - min(GROUPS, len(problem.steps)) for problem in problems) == 6
+    assert answers.keys() == {
+        "n", "exact", "exact_ci95", "probability", "forced_token_accuracy", "gold_probability"
+    }  # fmt: skip
+    assert expected.pop("answer_groups") == {"n": 0}
+    assert found == expected
+    assert lines_with(printed(summary_table(summarise(probes))), "step 1", "all steps", "answers")
+    assert not lines_with(printed(summary_table(summarise(steps_only))), "answers")
+
+
+def test_the_entropy_of_texts() -> None:
+    assert text_entropy(["a", "b", "c", "d"]) == 2.0
+    assert text_entropy(["a", "a", "b", "b"]) == 1.0
+    assert text_entropy(["a", "a", "a", "b"]) == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
+    assert text_entropy(["a", "a"]) == 0.0
 
 
 def test_probing_does_not_depend_on_batches(checkpoint: Checkpoint, problems: list[Problem]) -> None:
@@ -302,16 +431,20 @@ def test_probing_questions(checkpoint: Checkpoint, questions: list[str]) -> None
     assert all(0 < g.probability <= 1 and g.gold is None for probe in probes for g in probe.groups)
 
 
-def scored(exact: bool, result: bool, probability: float, right: bool | None = True) -> GroupProbe:
-    bits = None if right is None else 4 * probability
-    return GroupProbe("x", right, probability, "gold", exact, exact, result, result, 0.75, probability / 2, bits)
+def scored(exact: bool, result: bool, probability: float, right: bool | None = True, gold: str = "gold") -> GroupProbe:
+    return GroupProbe(
+        "x", right, probability, gold, exact=exact, operators=exact, operands=result, result=result,
+        forced_token_accuracy=0.75, gold_probability=probability / 2,
+        v_information=None if right is None else 4 * probability,
+        v_information_bound=None if right is None else 5.0,
+    )  # fmt: skip
 
 
 def test_a_summary_in_closed_form() -> None:
     """Means over groups with gold, by step index and over all; answers with their interval."""
     probes = [
         QuestionProbe("a", [scored(True, True, 1.0), scored(False, True, 0.5)], "10", "10"),
-        QuestionProbe("b", [scored(False, False, 0.2, right=None), GroupProbe("x", None, 0.9)], "", "7"),
+        QuestionProbe("b", [scored(False, False, 0.2, right=None, gold="other"), GroupProbe("x", None, 0.9)], "", "7"),
         QuestionProbe("c", [GroupProbe("x", True, 0.9), GroupProbe("x", True, 0.9)], "3.0", "3"),
     ]
     summary = summarise(probes)
@@ -319,13 +452,17 @@ def test_a_summary_in_closed_form() -> None:
     assert summary["accuracy"] == pytest.approx(2 / 3)
     assert summary["ci95"] == list(wilson_interval(2, 3))
     assert set(summary["by_step"]) == {"1", "2"}
+    assert summary["answer_groups"] == {"n": 0}
     expected: dict[str, dict[str, float]] = {
         "all": {"n": 3, "exact": 1 / 3, "operators": 1 / 3, "operands": 2 / 3, "result": 2 / 3, "right": 2 / 3,
-                "probability": 1.7 / 3, "forced_token_accuracy": 0.75, "gold_probability": 0.85 / 3, "bits": 3.0},
+                "probability": 1.7 / 3, "forced_token_accuracy": 0.75, "gold_probability": 0.85 / 3,
+                "v_information": 3.0, "v_information_bound": 5.0, "text_entropy": 2 / 3},
         "1": {"n": 2, "exact": 0.5, "operators": 0.5, "operands": 0.5, "result": 0.5, "right": 0.5,
-              "probability": 0.6, "forced_token_accuracy": 0.75, "gold_probability": 0.3, "bits": 4.0},
+              "probability": 0.6, "forced_token_accuracy": 0.75, "gold_probability": 0.3,
+              "v_information": 4.0, "v_information_bound": 5.0, "text_entropy": 1.0},
         "2": {"n": 1, "exact": 0.0, "operators": 0.0, "operands": 1.0, "result": 1.0, "right": 1.0,
-              "probability": 0.5, "forced_token_accuracy": 0.75, "gold_probability": 0.25, "bits": 2.0},
+              "probability": 0.5, "forced_token_accuracy": 0.75, "gold_probability": 0.25,
+              "v_information": 2.0, "v_information_bound": 5.0, "text_entropy": 0.0},
     }  # fmt: skip
     for step, scores in expected.items():
         found = summary["all"] if step == "all" else summary["by_step"][step]

@@ -119,6 +119,8 @@ def test_defaults_in_the_code_are_those_of_the_yaml(cls: type, section: str | No
     for field in fields(cls):
         if field.name in ("model", "data", "tokenizer", "rationale", "mode", "objective") and section is None:
             continue  # groups, and what a mode sets
+        if cls is Arithmetic and field.name == "version":
+            continue  # in code the default is what settings without a version mean, those of earlier checkpoints
         default = field.default if field.default_factory is MISSING else field.default_factory()
         default = list(default) if isinstance(default, tuple) else default
         assert default == values[field.name], field.name

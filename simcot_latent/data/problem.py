@@ -4,6 +4,21 @@ Everything is exact: numbers are `fractions.Fraction`, expressions go through a 
 every input is bounded in size, since what is read here may be the output of a half-trained model.
 
 GSM8K's calculator annotations: https://arxiv.org/abs/2110.14168, section 4.1.
+
+**Numbers in answers.** One grammar, for gold answers, for `#### number` (strict) and for the last number of an output:
+
+    number   = sign? amount ("/" amount)? "%"?          7   -7.50   2/5   25% (which is 25, as gold answers have it)
+    sign     = "-" | "+", before or behind a currency sign, with a space behind it or none      -5  - 5  -$5  $-5
+    amount   = digits ("." digits?)? exponent? | "." digits exponent?                           18.  .5  1.5e3
+    digits   may hold commas, wherever they stand; a trailing dot or currency sign is no part of the number
+    exponent = "e" sign? digits, or "x10^" digits, also with a multiplication sign or star, spaces and braces
+
+Before that, other minus signs are read as "-" (U+2212, the en dash and the non-breaking hyphen too), runs of spaces of
+any kind as one space, and TeX's `{,}`, `\\,`, `\\$`, `\\%` and `\\frac{2}{5}` as what they show; a narrow or no-break
+space between groups of three digits is a comma. In running text a minus belongs to a number unless something to
+subtract from stands right before it (`5-3` ends in 3); with a space behind it, only after `#`, `=`, `:`, `(` or at the
+beginning. What a number goes on to be belongs to it: `5^2`, `1_000`, `1.2.3`, `1/2/2020` and a 2 with a half sign are
+no numbers, and equal nothing, not even themselves. `3 1/2` is two numbers.
 """
 
 import re
@@ -200,7 +215,7 @@ class Problem:
         question: the question.
         steps: the well-formed steps, in the order of the text; their spans index into `rationale`.
         rationale: the written solution with its annotations, without the closing `#### answer`.
-        answer: the gold answer without thousands separators, else as written (`1000`, `-5`, `.5`, `7.00`).
+        answer: the gold answer, a number in plain spelling (`1000`, `-5`, `.5`, `7.00`, see `split_solution`).
 
     Raises:
         ValueError: a step is not at its span of `rationale`, or the steps overlap or are out of order.
@@ -257,46 +272,99 @@ def _has_value(expression: str) -> bool:
 
 ANSWER_MARK = "####"
 
-# In answers commas are taken out wherever they stand between digits, as the field's scoring scripts do.
-_LOOSE_NUMBER = r"(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
-_MARKED = rf"[ \t]+([-+]?\$?[-+]?{_LOOSE_NUMBER}(?:/[0-9]+)?)"
-# A minus belongs to the number unless something to subtract from stands right before it: `5-3` ends in 3, `=-3` in -3.
-_ANY = re.compile(rf"(?:(?<![\w.)%$])-\$?|\$-)?{_LOOSE_NUMBER}")
-_PLAIN = re.compile(r"([-+]?)([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:/([0-9]+))?")
+_CURRENCY = r"[$\u20ac\u00a3\u00a5]"
+_AMOUNT = r"(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
+_EXPONENT = r"(?:[eE][-+]?[0-9]+)"
+# What would make another number of it, or none. The last are superscripts and fractions such as one half.
+_MORE = r"(?:_[0-9]\w*|\^\S*|[/.][0-9][0-9.,/]*|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2150-\u215e]+)"
+_UNSIGNED = rf"{_AMOUNT}{_EXPONENT}?(?:/{_AMOUNT})?{_MORE}?"
+_SIGN = rf"(?:[-+] ?(?:{_CURRENCY} ?)?|{_CURRENCY} ?(?:[-+] ?)?)?"
+_MARKED = rf" ({_SIGN}{_UNSIGNED})"
+_SIGN_IN_TEXT = (
+    rf"(?:(?<![\w.)%$])-(?:{_CURRENCY} ?)?|{_CURRENCY} ?-|(?:\A|(?<=[#=:(])|(?<=[#=:(] ))- (?:{_CURRENCY} ?)?)?"
+)
+_ANY = re.compile(_SIGN_IN_TEXT + _UNSIGNED)
+_WHOLE = re.compile(rf"{_SIGN}(?P<above>{_AMOUNT})(?P<exponent>{_EXPONENT})?(?:/(?P<below>{_AMOUNT}))?")
+MAX_EXPONENT = 999
+"""Largest exponent that is read, of either sign."""
+
+_SPELLINGS = (
+    (re.compile(r"[\u2212\u2013\u2011\ufe63\uff0d]"), "-"),
+    (re.compile(r"(?<=[0-9])[\u00a0\u2007-\u2009\u202f](?=[0-9]{3}(?![0-9]))|\{,\}|\\,"), ","),
+    (re.compile(r"[\u2044\u2215]"), "/"),
+    (re.compile(r"[ \t\u00a0\u2000-\u200a\u202f\u205f\u3000]+"), " "),
+    (re.compile(r"\\(?=[$%])"), ""),
+    (re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"), r"\1/\2"),
+    (re.compile(r"(?<=[0-9.]) ?(?:[x*\u00d7]|\\times) ?10\^\{?([-+]?[0-9]+)\}?"), r"e\1"),
+)
+
+
+def _plain(text: str) -> str:
+    """A text whose numbers are spelled in one way, see the top of the module."""
+    for spelling, plain in _SPELLINGS:
+        text = spelling.sub(plain, text)
+    return text
+
+
+def _bare(number: str) -> str:
+    """A number without commas, currency signs and spaces, and without a trailing `.` or `%`."""
+    return re.sub(rf"{_CURRENCY}|[, ]", "", number).rstrip(".%")
 
 
 def split_solution(text: str) -> tuple[str, str]:
-    """Splits a written solution at its last `####` into the rationale and the gold answer (commas taken out).
+    """Splits a written solution at its last `####` into the rationale and the gold answer.
+
+    The answer is the first line behind the mark: of a number its plain spelling without commas (a `$` or `%` stays),
+    without words that follow it (`7 apples`, but not `7 or 8`); any other text as it is. What else is there is left
+    out, see `trailer`.
 
     Raises:
         ValueError: there is no `####`, or nothing behind it.
     """
-    rationale, mark, answer = text.rpartition(ANSWER_MARK)
-    answer = answer.replace(",", "").strip()
+    rationale, mark, rest = text.rpartition(ANSWER_MARK)
     if not mark:
         raise ValueError(f'no "{ANSWER_MARK}" before the final answer')
-    if not answer:
+    if not rest.strip():
         raise ValueError(f'no answer behind "{ANSWER_MARK}"')
-    return rationale.strip(), answer
+    return rationale.strip(), _split_answer(rest)[0]
+
+
+def trailer(text: str) -> str:
+    """What a written solution has behind its gold answer, and `split_solution` leaves out; mostly nothing."""
+    return _split_answer(text.rpartition(ANSWER_MARK)[2])[1]
+
+
+_GOLD = re.compile(rf"(?P<number>{_SIGN}{_UNSIGNED} ?%?(?:{_CURRENCY}|\.)?)(?P<words> +[^\W\d_].*)?")
+
+
+def _split_answer(text: str) -> tuple[str, str]:
+    """The answer that a text begins with, and what else is there."""
+    line, _, others = text.strip().partition("\n")
+    line = line.strip()
+    match = _GOLD.fullmatch(_plain(line))
+    words = (match["words"] or "").strip() if match else ""
+    if (
+        match is None
+        or parse_number(match["number"]) is None
+        or last_number(words) not in (None, _bare(match["number"]))
+    ):
+        return line.replace(",", "").strip(), others.strip()
+    return re.sub(r"(?<=[-+]) |,", "", match["number"]), f"{words}\n{others}".strip()
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The value of a text that is a number, or None.
-
-    `$`, commas, spaces around, a trailing `.` and a trailing `%` are taken off (`25%` as an answer is 25: gold answers
-    give percentages as bare numbers). A fraction (`2/5`) is a number. Exponents are not read.
-    """
-    match = _PLAIN.fullmatch(_bare(text)) if len(text) <= MAX_CHARS else None
+    """The value of a text that is a number, or None. See the top of the module for what a number is."""
+    if len(text) > MAX_CHARS:
+        return None
+    match = _WHOLE.fullmatch(re.sub(rf"(?:{_CURRENCY}|[ .%])+\Z", "", _plain(text).strip()))
     if match is None:
         return None
-    sign, number, denominator = match.groups(default="1")
-    if int(denominator) == 0:
+    value, below = Fraction(_decimal(match["above"])), _decimal(match["below"] or "1")
+    exponent = (match["exponent"] or "e0")[1:]
+    if below == 0 or len(exponent) > 4 or abs(int(exponent)) > MAX_EXPONENT:
         return None
-    return Fraction(_decimal(number), int(denominator)) * (-1 if sign == "-" else 1)
-
-
-def _bare(text: str) -> str:
-    return text.replace(",", "").replace("$", "").strip().rstrip(" .%")
+    negative = "-" in match[0][: match.start("above")]
+    return value * Fraction(10) ** int(exponent) / below * (-1 if negative else 1)
 
 
 def strict_answer(output: str, mark: str = ANSWER_MARK) -> str | None:
@@ -305,21 +373,27 @@ def strict_answer(output: str, mark: str = ANSWER_MARK) -> str | None:
     `mark` is what stands before the number in the outputs of models that were trained on another format.
 
     The rule of GSM8K's own code, `dataset.py` in https://github.com/openai/grade-school-math, but that the numbers are
-    then compared as numbers. A fraction counts as one number.
+    then compared as numbers.
     """
-    match = re.search(re.escape(mark) + _MARKED, output)
+    match = re.search(re.escape(_plain(mark)) + _MARKED, _plain(output))
     return _bare(match[1]) if match else None
 
 
 def last_number(output: str) -> str | None:
     """The last number in `output`, without `$`, commas and a trailing `.`; None if there is none."""
-    matches = _ANY.findall(output)
+    matches = _ANY.findall(_plain(output))
     return _bare(matches[-1]) if matches else None
 
 
-def same_number(a: str | None, b: str | None) -> bool:
-    """Whether both are numbers and exactly equal (`18`, `18.0` and `$18.` are); a missing number equals nothing."""
-    if a is None or b is None:
+def same_number(a: str | None, gold: str | None, tolerance: float = 0.0) -> bool:
+    """Whether both are numbers and equal (`18`, `18.0` and `$18.` are); a missing number equals nothing.
+
+    Args:
+        tolerance: how far `a` may be from `gold`, as a share of `gold`; 0: not at all.
+    """
+    if a is None or gold is None:
         return False
-    value = parse_number(a)
-    return value is not None and value == parse_number(b)
+    value, wanted = parse_number(a), parse_number(gold)
+    if value is None or wanted is None:
+        return False
+    return abs(value - wanted) <= Fraction(str(tolerance)) * abs(wanted)  # the decimal as it was given

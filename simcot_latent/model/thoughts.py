@@ -10,7 +10,7 @@ Rows of a batch may have different numbers of thoughts: those that have all of t
 
 Shapes: B rows, P tokens of all questions with `<bot>`, A of all texts from `<eot>` on (see `packing`), K states that
 the loop comes to (of the row that has most), G step groups of C states, D width, R rows that are still thinking; X sets
-of N points; N rows that are taught a group.
+of N points.
 """
 
 from collections.abc import Sequence
@@ -194,23 +194,3 @@ def mean_distance(points_XND: Tensor) -> float:
     """Mean L2 distance between two of N points, over X sets of them; nan for a single point."""
     X, N, _ = points_XND.shape
     return torch.cdist(points_XND, points_XND).sum().item() / (X * N * (N - 1)) if N > 1 else float("nan")
-
-
-def others_thoughts(latents_BKD: Tensor, taught_BG: Tensor) -> tuple[Tensor, Tensor]:
-    """Thoughts of the wrong problem: what a decoder makes of them it does not have from its own problem's thoughts.
-
-    Args:
-        taught_BG: which step groups are taught something. Only these are exchanged, so that a thought that had a step
-            to say stands where one had.
-
-    Returns:
-        The thoughts, each taught group's being those of the row before that is taught in the same group (the last for
-        the first); and which groups were exchanged (B, G): a group that only one row is taught was not.
-    """
-    G = taught_BG.shape[1]
-    groups_BGCD = rearrange(latents_BKD, "b (g c) d -> b g c d", g=G)
-    others_BGCD = groups_BGCD.clone()
-    for group in range(G):
-        row_N = taught_BG[:, group].nonzero().squeeze(1)
-        others_BGCD[row_N, group] = groups_BGCD[row_N.roll(1), group]
-    return rearrange(others_BGCD, "b g c d -> b (g c) d"), taught_BG & (taught_BG.sum(0) > 1)

@@ -73,8 +73,8 @@ class Objective(nn.Module, ABC):
         """How the trained model answers."""
         return self.thoughts_at(1.0)
 
-    def begin_stage(self, thoughts: ThoughtFormat) -> None:
-        """Called before the first step of each stage but the first."""
+    def begin_stage(self, before: ThoughtFormat, thoughts: ThoughtFormat) -> None:
+        """Called before the first step of each stage but the first, with how the stage before it answers, too."""
 
     @property
     def resets_optimizer(self) -> bool:

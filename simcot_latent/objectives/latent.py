@@ -55,6 +55,7 @@ class LatentBatch:
         row_N: which of the B * G groups each taught group is.
         steps: what these are taught.
         step_group_M: the group (0 to G - 1) of each of its labels.
+        is_step_M: whether each is of a step, not of the answer that a group without a step is taught.
         totals: see `losses`.
     """
 
@@ -68,6 +69,7 @@ class LatentBatch:
     row_N: Tensor
     steps: PackedSteps
     step_group_M: Tensor
+    is_step_M: Tensor
     totals: dict[str, Tensor]
 
 
@@ -95,10 +97,10 @@ class LatentObjective(Objective):
         n_latents = max(0, groups * c - (not feeds_last))
         return ThoughtFormat(thinks=True, n_latents=n_latents, latents_per_step=c, feeds_last=feeds_last)
 
-    def begin_stage(self, thoughts: ThoughtFormat) -> None:
-        first_with_thoughts = next(groups for groups in self.stage_groups if groups)
-        if self.config.decoder.init == "base" and thoughts.groups == first_with_thoughts:
-            # Until now the decoder was idle: start it from what the warm-up has taught the base.
+    def begin_stage(self, before: ThoughtFormat, thoughts: ThoughtFormat) -> None:
+        if self.config.decoder.init == "base" and before.groups == 0:
+            # Until now the decoder was idle: start it from what the warm-up has taught the base. Once, since no later
+            # stage is without thoughts.
             self.step_decoder.copy_base(self.model)
 
     @property
@@ -150,9 +152,11 @@ class LatentObjective(Objective):
         steps = PackedSteps.of([ids for _, _, ids in taught], tokenizer.end_id, thoughts.latents_per_step)
         group_N = torch.tensor([group for _, group, _ in taught], dtype=torch.long)
         step_group_M = group_N[steps.group_M]
+        holds_step = [group < len(examples[row // groups].steps) for row, group, _ in taught]
+        is_step_M = torch.tensor(holds_step, dtype=torch.bool)[steps.group_M]
         totals = target_totals(targets) | position_totals(questions, *passes(counts), packed_texts, steps.packing)
         # In this mode the steps are the decoder's to say; those still written are part of the answer loss.
-        totals["step_tokens"] = torch.tensor(float(len(step_group_M)))
+        totals["step_tokens"] = is_step_M.sum(dtype=torch.float32)
         totals["group_tokens_G"] = torch.bincount(step_group_M, minlength=groups).float()
         totals["group_problems_G"] = torch.bincount(group_N, minlength=groups).float()
         return LatentBatch(
@@ -166,6 +170,7 @@ class LatentObjective(Objective):
             row_N=torch.tensor([row for row, _, _ in taught], dtype=torch.long),
             steps=steps,
             step_group_M=step_group_M,
+            is_step_M=is_step_M,
             totals=totals,
         )
 
@@ -214,7 +219,7 @@ class LatentObjective(Objective):
         }
         if self.run.track_step_accuracy:
             correct_M = found.correct_M[len(batch.targets) :]
-            shares["step_accuracy"] = share(correct_M.float(), totals["step_tokens"])
+            shares["step_accuracy"] = share((correct_M & batch.is_step_M).float(), totals["step_tokens"])
         return shares
 
 

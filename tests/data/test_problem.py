@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simcot_latent.data.problem import (
+    ANSWER_MARK,
     MAX_CHARS,
     MAX_DEPTH,
     ExpressionError,
@@ -22,6 +23,7 @@ from simcot_latent.data.problem import (
     same_number,
     split_solution,
     strict_answer,
+    trailer,
 )
 
 no_deadline = settings(deadline=None)  # a busy machine may take its time over an example
@@ -332,10 +334,42 @@ def test_a_problem_checks_its_spans() -> None:
         ("#### 3", "", "3"),
         ("x ####3", "x", "3"),
         ("x #### 1 #### 2", "x #### 1", "2"),
+        # Further lines and words are no part of the answer, a number is spelled plainly.
+        ("x\n#### 7\nThe answer is: 7", "x", "7"),
+        ("x\n#### 7\r\n\r\nThe answer is: 7\n", "x", "7"),
+        ("x\n####\n7\nThe answer is: 8", "x", "7"),
+        ("x\n#### 7 The answer is: 7", "x", "7"),
+        ("x\n#### 7 apples", "x", "7"),
+        ("x\n#### $7.50 for all", "x", "$7.50"),
+        ("x\n#### 30% of them", "x", "30%"),
+        ("x\n#### 9{,}500", "x", "9500"),
+        ("x\n####\u00a09\u00a0500", "x", "9500"),
+        ("x\n#### \u22125", "x", "-5"),
+        ("x\n#### - 5", "x", "-5"),
+        ("x\n#### 1.5e17", "x", "1.5e17"),
+        # Not one number: kept whole, and told as no number.
+        ("x\n#### 7 or 8", "x", "7 or 8"),
+        ("x\n#### 12:30", "x", "12:30"),
+        ("x\n#### 3 1/2", "x", "3 1/2"),
+        ("x\n#### Tom is a lempus, not a wumpus", "x", "Tom is a lempus not a wumpus"),
     ],
 )
 def test_split_solution(text: str, rationale: str, answer: str) -> None:
     assert split_solution(text) == (rationale, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "left_out"),
+    [
+        ("x\n#### 7", ""),
+        ("x\n#### 1,000.\n", ""),
+        ("x\n#### no number", ""),
+        ("x\n#### 7\nThe answer is: 7", "The answer is: 7"),
+        ("x\n#### 7 apples\nof his", "apples\nof his"),
+    ],
+)
+def test_what_is_left_out_behind_an_answer(text: str, left_out: str) -> None:
+    assert trailer(text) == left_out
 
 
 @pytest.mark.parametrize(("text", "message"), [("x 5", 'no "####"'), ("", 'no "####"'), ("x ####", "no answer")])
@@ -372,7 +406,39 @@ def test_split_solution_refuses(text: str, message: str) -> None:
         ("--1", None),
         ("nan", None),
         ("inf", None),
-        ("1e5", None),
+        ("1e5", 100_000),
+        ("1.5e3", 1500),
+        ("1.5E+3", 1500),
+        ("-15e-1", Fraction(-3, 2)),
+        ("1.5e17", 150_000_000_000_000_000),
+        ("1.5x10^3", 1500),
+        ("1.5 \u00d7 10^{3}", 1500),
+        ("1.5 \\times 10^3", 1500),
+        ("1e999", 10**999),
+        ("1e1000", None),
+        ("1e-99999999999", None),
+        ("9{,}500", 9500),
+        ("9\\,500", 9500),
+        ("9\u00a0500", 9500),
+        ("9\u202f500.5", Fraction(19001, 2)),
+        ("9\u00a050", None),
+        ("\u22125", -5),
+        ("\u20135", -5),
+        ("- 5", -5),
+        ("$ 5", 5),
+        ("- $ 5", -5),
+        ("\u20ac5", 5),
+        ("5$", 5),
+        ("\\$5", 5),
+        ("25\\%", 25),
+        ("\\frac{2}{5}", Fraction(2, 5)),
+        ("-1/2", Fraction(-1, 2)),
+        ("10/2.5", 4),
+        ("1/2/3", None),
+        ("2\u20445", Fraction(2, 5)),
+        ("2\u00bd", None),
+        ("5\u00b2", None),
+        ("5^2", None),
         ("1_000", None),
         ("٣", None),
         ("9" * 100_000, None),
@@ -401,7 +467,28 @@ def test_numbers_round_trip(scaled: int, decimals: int) -> None:
         ("#### -$5", "-5", "-5"),
         ("#### .5", ".5", ".5"),
         ("#### 18.0 eggs", "18.0", "18.0"),
-        ("#### 2/5", "2/5", "5"),
+        ("#### 2/5", "2/5", "2/5"),
+        ("#### 1.5e3", "1.5e3", "1.5e3"),
+        ("#### 1.5 x 10^3", "1.5e3", "1.5e3"),
+        ("#### 9{,}500", "9500", "9500"),
+        ("#### 9\u00a0500", "9500", "9500"),
+        ("####\u00a05", "5", "5"),
+        ("#### - 5", "-5", "-5"),
+        ("#### \u22125", "-5", "-5"),
+        ("#### $ 5", "5", "5"),
+        ("#### \u20ac5", "5", "5"),
+        ("#### 5\u00b2", "5\u00b2", "5\u00b2"),
+        ("#### 1_000", "1_000", "1_000"),
+        ("#### 1.2.3", "1.2.3", "1.2.3"),
+        ("#### _18_", None, "18"),
+        ("#### 18cm", "18", "18"),
+        ("The answer is 3 - 5", None, "5"),
+        ("Answer:\n- 5 apples", None, "5"),
+        ("Answer: - 5", None, "-5"),
+        ("x = - 5", None, "-5"),
+        ("12/4=3", None, "3"),
+        ("on 1/2/2020", None, "1/2/2020"),
+        ("3\u20135 apples", None, "5"),
         ("#### 18\n#### 19", "18", "19"),
         ("#### none, #### 7", "7", "7"),
         ("####", None, None),
@@ -449,17 +536,125 @@ def test_same_number(a: str | None, b: str | None, same: bool) -> None:
     assert same_number(a, b) is same
 
 
+@pytest.mark.parametrize(
+    ("a", "gold", "tolerance", "same"),
+    [
+        ("0.666667", "0.6666666667", 0.0, False),
+        ("0.666667", "0.6666666667", 1e-6, True),
+        ("0.66", "0.6666666667", 1e-6, False),
+        ("2/3", "0.6666666667", 1e-6, True),
+        ("-0.666667", "0.6666666667", 1e-6, False),
+        ("101", "100", 0.01, True),  # of gold, not of the answer
+        ("100", "101", 0.0099, False),
+        ("14", "20", 0.3, True),  # as decimals: the nearest float to 0.3 is less
+        ("-101", "-100", 0.01, True),
+        ("0.000001", "0", 0.5, False),  # there is no share of 0
+        ("0", "0", 0.0, True),
+        (None, "1", 1.0, False),
+        ("x", "1", 1.0, False),
+    ],
+)
+def test_a_tolerance_is_a_share_of_gold(a: str | None, gold: str, tolerance: float, same: bool) -> None:
+    assert same_number(a, gold, tolerance) is same
+
+
+def test_the_beginning_of_a_number_is_not_that_number() -> None:
+    """Right by the number before the exponent, the power, the fraction: wrong."""
+    for output, gold in [
+        ("#### 1.5e3", "1.5"),
+        ("#### 1.5 x 10^3", "1.5"),
+        ("#### 5^2", "5"),
+        ("#### 1_000", "1"),
+        ("#### 2\u00bd", "2"),
+        ("#### 1.2.3", "1.2"),
+        ("#### 10/2.5", "10"),
+        ("#### 9\u00a0500", "9"),
+    ]:
+        assert not same_number(strict_answer(output), gold), output
+        assert not same_number(last_number(output), gold), output
+
+
+@st.composite
+def spelled_numbers(draw: st.DrawFn) -> tuple[str, Fraction]:
+    """A number as somebody may write it, and its value."""
+    whole, decimals = draw(st.integers(0, 10**7)), draw(st.integers(0, 3))
+    digits = draw(st.sampled_from(["{}", "{:,}"])).format(whole)
+    digits = digits.replace(",", draw(st.sampled_from([",", "{,}", "\\,", "\u00a0", "\u202f"])))
+    value = Fraction(whole)
+    kind = draw(st.sampled_from(["plain", "dot", "exponent", "power", "fraction"]))
+    if kind == "dot":
+        digits += "."
+    elif kind != "fraction" and decimals:
+        tail = draw(st.integers(0, 10**decimals - 1))
+        digits, value = f"{digits}.{tail:0{decimals}d}", value + Fraction(tail, 10**decimals)
+    if kind == "exponent":
+        exponent = draw(st.integers(-20, 20))
+        digits, value = digits + draw(st.sampled_from("eE")) + str(exponent), value * Fraction(10) ** exponent
+    elif kind == "power":
+        exponent = draw(st.integers(-20, 20))
+        power = draw(st.sampled_from([" x 10^{}", "*10^{{{}}}", "\u00d710^{}", " \\times 10^{}"]))
+        digits, value = digits + power.format(exponent), value * Fraction(10) ** exponent
+    elif kind == "fraction":
+        below, slash = draw(st.integers(1, 999)), draw(st.sampled_from("/\u2044"))
+        digits, value = f"{digits}{slash}{below}", value / below
+    minus = draw(st.sampled_from(["-", "\u2212", "- ", "-$", "$-", "\u2212 $ ", "-\u20ac", "\u2013"]))
+    plus = draw(st.sampled_from(["", "", "", "$", "$ ", "\\$", "+", "\u00a3"]))
+    negative = draw(st.booleans())
+    end = draw(st.sampled_from(["", ".", "%", " %", "\\%", " %.", "$"]))
+    return (minus if negative else plus) + digits + end, -value if negative else value
+
+
 @no_deadline
-@given(st.text() | st.text(alphabet="#0123456789.,$-+/% \n"))
+@given(spelled_numbers(), st.sampled_from([" ", "  ", "\t", "\u00a0"]), st.sampled_from(["", " apples", " in all."]))
+def test_all_readings_of_a_single_number_agree(number: tuple[str, Fraction], space: str, words: str) -> None:
+    """Strict, last number, gold, and the number by itself: one grammar."""
+    text, value = number
+    output = f"She counts them.\n####{space}{text}{words}"
+    assert parse_number(text) == value
+    for read in (strict_answer(output), last_number(output), split_solution(output)[1]):
+        assert read is not None
+        assert parse_number(read) == value, read
+        assert same_number(read, text)
+    assert not same_number(strict_answer(output), str(value + 1))
+
+
+@no_deadline
+@given(st.text() | st.text(alphabet="#0123456789.,$-+/% \n") | st.text(alphabet="# 12e^_/.x*{}-\u2212\u00a0\u00bd"))
 def test_any_output_can_be_scored(output: str) -> None:
+    """Read again, what was found is the same; it is no number only where it goes on to be something else."""
     for number in (strict_answer(output), last_number(output)):
-        assert number is None or parse_number(number) is not None or number.endswith("/" + "0" * number.count("0"))
+        if number is not None:
+            assert strict_answer(f"#### {number}") == number
+            assert parse_number(number) is not None or re.search(r"[/_^.e\u00bd]|[^\x00-\x7f]", number)
+    if ANSWER_MARK in output and output.rpartition(ANSWER_MARK)[2].strip():
+        answer = split_solution(output)[1]
+        if parse_number(answer) is not None:
+            assert same_number(strict_answer(f"#### {answer}"), answer)
 
 
 def test_scoring_hostile_text_is_linear() -> None:
     start = time.perf_counter()
-    for piece in ["#### ", "-", "$", "1,", "9", "####", "1.", "-$", "1/"]:
+    for piece in [
+        "#### ",
+        "-",
+        "$",
+        "1,",
+        "9",
+        "####",
+        "1.",
+        "-$",
+        "1/",
+        "- ",
+        "$ -",
+        "1e",
+        "1_",
+        "^",
+        "1 x 10",
+        "{,}",
+        "\\",
+    ]:
         output = "#### 1 " + piece * 50_000
+        split_solution(f"{output}#### 1{piece * 50_000} 1")
         strict_answer(output)
         last_number(output)
         same_number(output, output)

@@ -1,8 +1,10 @@
 """The generated word problems: what they promise, checked from their text, without the generator's own bookkeeping."""
 
 import hashlib
+import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import yaml
 
 from simcot_latent.data.problem import Problem, operands_and_operator, parse_steps
-from simcot_latent.data.sources import Split
+from simcot_latent.data.sources import LoadedSplit, Split
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.sources.situations import SITUATIONS
 from simcot_latent.errors import UserError
@@ -21,15 +23,28 @@ CONFIG = Path(__file__).parents[2] / "configs" / "data" / "arithmetic.yaml"
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-# The data are part of every published figure: a change of this digest is a change of the benchmark.
-DIGEST_OF_FIRST_100 = "8deee34707898e96"
+# The data are part of every published figure: a change of a digest is a change of the benchmark. Checkpoints from
+# before there were versions go on evaluating on version 1.
+DIGESTS = {
+    1: {"train": "9037433d40645054", "validation": "d3b70c632bea0d1b", "test": "befe32b9feb3fac4"},
+    2: {"train": "cc536b3977b42174", "validation": "138170fc0608be60", "test": "63a85d624b27da72"},
+}
+# Settings far from the default, for version 1: as it was made before there were versions.
+OTHERS = {"seed": 3, "min_steps": 1, "max_steps": 5, "max_number": 30, "max_factor": 6, "max_result": 200,
+          "branching": 0.2, "distractors": 0.5}  # fmt: skip
+DIGESTS_OF_OTHERS = {"train": "c47e8a8ca04a2985", "validation": "d9daa8daa0583ea3", "test": "55def340c6fb97e3"}
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, list[Problem]]:
-    """The default data, in full."""
-    source = Arithmetic()
-    return {split: list(source.load(split).problems) for split in SPLITS}
+def loaded() -> dict[str, LoadedSplit]:
+    """The default data, in full, as `data=arithmetic` has them."""
+    source = Arithmetic(version=2)
+    return {split: source.load(split) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def splits(loaded: dict[str, LoadedSplit]) -> dict[str, list[Problem]]:
+    return {split: list(loaded[split].problems) for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -51,34 +66,56 @@ def calculations(problem: Problem) -> tuple[tuple[str, int, int], ...]:
     return tuple(found)
 
 
-def operators(problems: list[Problem]) -> Counter[str]:
+def operators(problems: Sequence[Problem]) -> Counter[str]:
     return Counter(operator for problem in problems for operator, _, _ in calculations(problem))
 
 
 # --- the same everywhere ---------------------------------------------------------------------------------------------
 
 
-def digest_of_first_100() -> str:
-    source = Arithmetic()
-    problems = [source.problem(split, index) for split in SPLITS for index in range(100)]
+def digest(source: Arithmetic, split: Split) -> str:
+    """Of a held-out split in full, of the first 1000 training problems."""
+    problems = [source.problem("train", i) for i in range(1000)] if split == "train" else source.load(split).problems
     text = "\n".join(f"{p.question}\n{p.rationale}\n{p.answer}" for p in problems)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def test_problems_are_the_same_everywhere() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_problems_are_the_same_everywhere(version: int) -> None:
     """In every process too: Python salts `hash` anew in each."""
-    assert digest_of_first_100() == DIGEST_OF_FIRST_100
+    assert {split: digest(Arithmetic(version=version), split) for split in SPLITS} == DIGESTS[version]
+
+
+def test_settings_without_a_version_are_of_version_1() -> None:
+    """As a checkpoint from before there were versions has saved them."""
+    saved = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    for key in ("_target_", "version", "unseen_steps"):
+        del saved[key]
+    assert {split: digest(Arithmetic(**saved), split) for split in ("validation", "test")} == {
+        split: DIGESTS[1][split] for split in ("validation", "test")
+    }
+    assert {split: digest(Arithmetic(**(saved | OTHERS)), split) for split in SPLITS} == DIGESTS_OF_OTHERS
 
 
 def test_a_problem_depends_on_seed_split_and_index_only() -> None:
-    source = Arithmetic(train_size=20)
-    assert [source.problem("train", index) for index in range(20)] == source.load("train").problems
-    assert source.problem("train", 19) == Arithmetic(train_size=30).load("train").problems[19]
-    assert source.problem("train", 0) != Arithmetic(seed=1).problem("train", 0)
+    """Whichever is asked for first, and however many."""
+    for split in SPLITS:
+        source = Arithmetic(version=2, train_size=20, test_size=20, validation_size=20)
+        backwards = [source.problem(split, index) for index in reversed(range(20))][::-1]
+        assert backwards == source.load(split).problems
+        longer = Arithmetic(version=2, train_size=30, test_size=30, validation_size=30)
+        assert backwards == longer.load(split).problems[:20]
+    source = Arithmetic(version=2)
+    assert source.problem("train", 0) != Arithmetic(version=2, seed=1).problem("train", 0)
     assert source.problem("train", 0) != source.problem("test", 0)
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def beginnings(problems: Sequence[Problem]) -> set[tuple[tuple[str, int, int], ...]]:
+    """The calculations of all problems, and all that these begin with."""
+    return {chain[:n] for chain in map(calculations, problems) for n in range(1, len(chain) + 1)}
 
 
 def test_sizes(splits: dict[str, list[Problem]]) -> None:
@@ -90,45 +127,118 @@ def test_sizes(splits: dict[str, list[Problem]]) -> None:
 
 
 def test_few_questions_are_repeated(splits: dict[str, list[Problem]]) -> None:
-    """0.3% of the training questions are repeats, nearly all of two steps; 1 of the validation split; none of test."""
+    """0.3% of the training questions are repeats, nearly all of two steps; none of the held-out splits."""
     distinct = {split: len({problem.question for problem in problems}) for split, problems in splits.items()}
     assert distinct["train"] > 0.995 * len(splits["train"])
-    assert distinct["validation"] >= 499
-    assert distinct["test"] == 500
+    assert distinct["validation"] == distinct["test"] == 500
 
 
-def test_different_calculations_of_each_length(splits: dict[str, list[Problem]]) -> None:
-    """How narrow the splits are: small numbers make few chains, of which the test split has 5%.
-
-    The 500 test problems tell 367 different calculations, those of two steps only 62: their answers are not
-    independent of each other.
-    """
-    found = {split: {calculations(problem) for problem in splits[split]} for split in SPLITS}
+def test_different_calculations_of_each_length(loaded: dict[str, LoadedSplit]) -> None:
+    """Each held-out problem has calculations of its own, so that answers to them are independent of each other."""
+    found = {split: {calculations(problem) for problem in loaded[split].problems} for split in SPLITS}
     counts = {split: Counter(map(len, chains)) for split, chains in found.items()}
     assert counts == {
-        "train": {2: 1198, 3: 9197, 4: 19143},
-        "validation": {2: 51, 3: 130, 4: 163},
-        "test": {2: 62, 3: 133, 4: 172},
+        "train": {2: 905, 3: 8121, 4: 18604},
+        "validation": {2: 169, 3: 160, 4: 171},
+        "test": {2: 164, 3: 157, 4: 179},
     }
+    assert not any(loaded[split].notes for split in SPLITS)
 
 
-def test_no_calculations_are_in_two_splits(splits: dict[str, list[Problem]]) -> None:
+def test_no_chain_is_the_beginning_of_one_in_another_split(splits: dict[str, list[Problem]]) -> None:
     """On the full default splits: a leak that is rare would not show in fewer problems."""
-    train, validation, test = ({calculations(problem) for problem in splits[split]} for split in SPLITS)
+    for split in SPLITS:
+        for other in SPLITS:
+            if other != split:
+                assert not {calculations(problem) for problem in splits[split]} & beginnings(splits[other])
+
+
+def test_no_question_is_in_two_splits(splits: dict[str, list[Problem]]) -> None:
+    train, validation, test = ({problem.question for problem in splits[split]} for split in SPLITS)
     assert not train & validation
     assert not train & test
     assert not validation & test
 
 
 def test_splits_are_disjoint_across_seeds_and_settings(splits: dict[str, list[Problem]]) -> None:
-    train = {calculations(problem) for problem in splits["train"]}
-    for other in (
-        Arithmetic(seed=5, max_steps=2),
-        Arithmetic(min_steps=1),
-        Arithmetic(max_factor=9, distractors=1.0),
-        Arithmetic(min_steps=2, max_steps=4, max_number=20, max_factor=5, max_result=100, branching=0.15),
+    train = beginnings(splits["train"])
+    for settings in (
+        {"seed": 5, "max_steps": 2},
+        {"min_steps": 1},
+        {"min_steps": 1, "max_steps": 1},
+        {"max_factor": 9, "distractors": 1.0},
+        {"max_number": 20, "max_factor": 5, "max_result": 100, "branching": 0.15},
+        {"unseen_steps": 0.5},
     ):
-        assert not train & {calculations(problem) for problem in other.load("test").problems}
+        other = Arithmetic(version=2, **settings)  # pyright: ignore[reportArgumentType]
+        chains = {calculations(problem) for problem in other.load("test").problems}
+        assert not train & chains, settings
+        # A single step may begin longer chains of any split, where training shows it.
+        longer = {chain for chain in beginnings(other.load("test").problems) if len(chain) > 1}
+        assert not longer & {calculations(problem) for problem in splits["train"]}, settings
+
+
+def test_chains_of_one_step_are_split_by_that_step() -> None:
+    """And no longer chain of another split begins with one that is held out."""
+    source = Arithmetic(version=2, min_steps=1, train_size=6000)
+    found = {split: source.load(split).problems for split in SPLITS}
+    for split in ("validation", "test"):
+        assert any(len(problem.steps) == 1 for problem in found[split])
+        for other in SPLITS:
+            if other != split:
+                assert not {calculations(problem) for problem in found[split]} & beginnings(found[other])
+
+
+def test_every_step_of_test_is_one_of_training(splits: dict[str, list[Problem]]) -> None:
+    """What is new in a test problem by default is the chain, not its single steps. Said so in the README."""
+    known = {step.text for problem in splits["train"] for step in problem.steps}
+    for split in ("validation", "test"):
+        assert known.issuperset(step.text for problem in splits[split] for step in problem.steps)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 1.0])
+def test_the_share_of_unseen_steps(share: float) -> None:
+    """At least the share, of all steps of the test split, and no more than the few that a training set of this size
+    happens to lack; validation has none of them, so that no choice is made by them.
+    """
+    source = Arithmetic(version=2, unseen_steps=share, train_size=20_000)
+    found = {split: source.load(split).problems for split in SPLITS}
+    known = {(step.text, key) for p in found["train"] for step, key in zip(p.steps, calculations(p), strict=True)}
+    texts, keys = {text for text, _ in known}, {key for _, key in known}
+    steps = [(step.text, key) for p in found["test"] for step, key in zip(p.steps, calculations(p), strict=True)]
+    unseen = [key not in keys for _, key in steps]
+    exact = math.floor(share * len(steps) + 0.5)
+    assert exact <= sum(unseen) < exact + 0.005 * len(steps)
+    assert all(text not in texts for (text, _), new in zip(steps, unseen, strict=True) if new)
+    validated = {key for problem in found["validation"] for key in calculations(problem)}
+    assert sum(key in validated for (_, key), new in zip(steps, unseen, strict=True) if new) <= sum(unseen) - exact
+    for split in ("validation", "test"):
+        assert not {calculations(problem) for problem in found[split]} & beginnings(found["train"])
+
+
+def test_unseen_steps_are_a_matter_of_version_2() -> None:
+    with pytest.raises(UserError, match=r"data\.unseen_steps is 0.5; it must be 0 with data.version=1"):
+        Arithmetic(unseen_steps=0.5)
+
+
+def test_chains_that_are_told_again_are_counted() -> None:
+    """Settings with few chains run out of new ones: the note says how many problems share theirs."""
+    loaded = Arithmetic(version=2, max_steps=2, max_number=5).load("test")
+    distinct = {calculations(problem) for problem in loaded.problems}
+    assert len(distinct) < 400
+    assert loaded.notes == {"problem with the calculations of another": 500 - len(distinct)}
+    old = Arithmetic().load("test")
+    assert len({calculations(problem) for problem in old.problems}) == 367
+    assert old.notes == {"problem with the calculations of another": 133}
+
+
+def test_all_problems_branch_where_all_are_to() -> None:
+    """Also in a held-out split that has told all its chains of this kind."""
+    loaded = Arithmetic(version=2, branching=1.0, distractors=0.0, max_steps=2, test_size=100).load("test")
+    assert loaded.notes["problem with the calculations of another"] > 50
+    for problem in loaded.problems:
+        _, number, each = question_numbers(problem)  # the product is of these two, not of the first number
+        assert problem.steps[0].expression == f"{number}*{each}"
 
 
 def test_unknown_split() -> None:
@@ -248,33 +358,30 @@ def test_questions_are_short(splits: dict[str, list[Problem]]) -> None:
 # --- balance ---------------------------------------------------------------------------------------------------------
 
 
-def share_of_commonest_answer(problems: list[Problem]) -> tuple[str, float]:
+def share_of_commonest_answer(problems: Sequence[Problem]) -> tuple[str, float]:
     [(answer, count)] = Counter(problem.answer for problem in problems).most_common(1)
     return answer, count / len(problems)
 
 
 def test_what_always_the_commonest_answer_gets(splits: dict[str, list[Problem]]) -> None:
-    """Always 8, the commonest answer of train, gets 7.1% of train, 3.8% of validation and 6.2% of test.
+    """Always 8, the commonest answer of train, gets 6.3% of train, 5.8% of validation and 5.2% of test.
 
-    The commonest answer of the split itself gets 11.2% of validation (12), where a few calculations are told often,
-    and 7.6% of test (6).
+    The commonest answer of test itself gets 5.4% (11).
     """
     shares = {split: share_of_commonest_answer(problems) for split, problems in splits.items()}
-    assert {split: answer for split, (answer, _) in shares.items()} == {"train": "8", "validation": "12", "test": "6"}
-    assert shares["train"][1] < 0.075
-    assert shares["validation"][1] < 0.12
-    assert shares["test"][1] < 0.08
+    assert {split: answer for split, (answer, _) in shares.items()} == {"train": "8", "validation": "8", "test": "11"}
+    assert max(share for _, share in shares.values()) < 0.065
     assert {int(problem.answer) for problem in splits["train"]} == set(range(1, 41))
 
 
 def test_what_the_commonest_answer_of_each_length_gets(splits: dict[str, list[Problem]]) -> None:
-    """Who knows the number of steps and no more gets 10.0% of test, and 11.8% of validation, at best."""
-    for split, bound in (("test", 0.11), ("validation", 0.125)):
+    """Who knows the number of steps and no more gets 7.2% of test, and 7.0% of validation, at best."""
+    for split in ("test", "validation"):
         right = 0
-        for n_steps in (2, 3):
+        for n_steps in (2, 3, 4):
             answers = Counter(problem.answer for problem in splits[split] if len(problem.steps) == n_steps)
             right += max(answers.values())
-        assert right / len(splits[split]) < bound
+        assert right / len(splits[split]) < 0.075
 
 
 def test_operations_and_lengths_are_balanced(splits: dict[str, list[Problem]]) -> None:
@@ -373,6 +480,11 @@ def test_a_problem_of_one_step_never_branches() -> None:
         ("max_factor", 1),
         ("max_factor", 10),
         ("max_result", 1),
+        ("version", 0),
+        ("version", 3),
+        ("version", "2"),
+        ("unseen_steps", -0.1),
+        ("unseen_steps", 2),
         ("branching", 1.5),
         ("branching", "often"),
         ("branching", float("nan")),
@@ -406,4 +518,5 @@ def test_the_config_names_every_field_with_its_default() -> None:
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     assert config.pop("_target_") == f"{Arithmetic.__module__}.{Arithmetic.__qualname__}"
     assert set(config) == {field.name for field in fields(Arithmetic)}
-    assert Arithmetic(**config) == Arithmetic()
+    # But for the version: settings that have none are those of earlier checkpoints.
+    assert Arithmetic(**config) == Arithmetic(version=2)

@@ -14,11 +14,13 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
+from simcot_latent.data.format import Example, encode_problem
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.data.sources import LoadedSplit, Split
-from simcot_latent.data.sources.files import WrittenSolutions
+from simcot_latent.data.sources.files import MALFORMED, WrittenSolutions
 from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.sources.gsm8k_aug import GSM8KAug
+from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -183,11 +185,38 @@ def test_notes_count_what_is_odd(tmp_path: Path) -> None:
     assert len(loaded.problems) == 3
     assert loaded.problems[0].rationale == "<<X/2=0.5X>> and <<1+1=2>>2 and <<oh"
     assert loaded.notes == {
-        "malformed step kept as text": 2,
+        MALFORMED: 2,
         "step whose result is rounded or wrong": 1,
         "problem without a step": 1,
         "answer that is not a number": 1,
     }
+
+
+def test_what_becomes_of_a_malformed_step(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As its note says: text in a whole solution, left out of the steps alone and of the thoughts."""
+    row = {"question": "q", "answer": "so <<7*21=147>>147, <<sqrt(147)=12.1243>>12.1243\n#### 12.1243"}
+    loaded = GSM8K(path=str(write_jsonl(tmp_path / "test.jsonl", [row]))).load("test")
+    (note,) = loaded.notes
+    assert "text where whole solutions are written" in note
+    assert "left out where steps alone are (or thoughts)" in note
+
+    def written(rationale: Any) -> Example:
+        return encode_problem(tokenizer, loaded.problems[0], thinks=False, rationale=rationale)
+
+    assert tokenizer.decode(written("natural").rationale.ids) == "so <<7*21=147>>147, <<sqrt(147)=12.1243>>12.1243\n"
+    assert tokenizer.decode(written("equations").rationale.ids) == "<<7*21=147>>\n"
+    assert [tokenizer.decode(step.ids) for step in written("equations").steps] == ["<<7*21=147>>"]
+
+
+def test_text_behind_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
+    values = [
+        {"question": "q1", "answer": "a\n#### 7\nThe answer is: 7"},
+        {"question": "q2", "answer": "b\n#### 8 pens"},
+        {"question": "q3", "answer": "c\n#### 9"},
+    ]
+    loaded = GSM8K(path=str(write_jsonl(tmp_path / "test.jsonl", values))).load("test")
+    assert [problem.answer for problem in loaded.problems] == ["7", "8", "9"]
+    assert loaded.notes == {"answer with text behind it, left out": 2, "problem without a step": 3}
 
 
 # --- GSM8K: what is refused ------------------------------------------------------------------------------------------
@@ -613,8 +642,8 @@ def test_the_whole_of_gsm8k_aug() -> None:
     }
     found = sum(len(problem.steps) for part in splits.values() for problem in part)
     text = "".join(file.read_text(encoding="utf-8") for file in (REAL_DATA / "gsm8k_aug").glob("*.txt"))
-    assert found + notes["malformed step kept as text"] == text.count("<<") == text.count(">>")
-    assert notes["malformed step kept as text"] == 11
+    assert found + notes[MALFORMED] == text.count("<<") == text.count(">>")
+    assert notes[MALFORMED] == 11
     assert notes["step whose result is rounded or wrong"] == 165
     assert notes["answer that is not a number"] == 0
     assert splits["train"][2488].answer == "2/5"

@@ -13,6 +13,7 @@ import pytest
 from commands import ARITHMETIC, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, read_lines, run, strict_json
 
 from simcot_latent.data.problem import Problem, parse_steps
+from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.evaluate import written_steps
 
 GSM8K = "evals.gsm8k"
@@ -107,6 +108,45 @@ def test_a_latent_model_is_scored_on_its_thoughts_too(latent_run: Trained, sums:
     # Thoughts count as tokens of the answer: three of them, "#### 14" and the end.
     assert report["thoughts"] == 3
     assert {line["n_tokens"] for line in lines if line["output"] == "#### 14"} == {8}
+
+
+def test_groups_that_are_taught_the_answer_are_no_steps(latent_run: Trained, sums: Path, tmp_path: Path) -> None:
+    """latent.missing=answer: the third group of these problems of two steps has figures of its own."""
+    checkpoint = latent_run.copy_to(tmp_path / "checkpoint")
+    evaluate(checkpoint, f"data.path={sums}").ok()
+    masked, masked_lines = report_of(checkpoint)
+    assert not any("answer_group" in key for key in masked)
+    config = strict_json((checkpoint / "config.json").read_text())
+    config["run"]["latent"]["missing"] = "answer"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    outcome = evaluate(checkpoint, f"data.path={sums}").ok()
+    report, lines = report_of(checkpoint)
+    for key in ("steps", "step_exact_match", "step_exact_match_ci95", "different_steps", "different_gold_steps"):
+        assert report[key] == masked[key]
+    assert [line["decoded_steps"] for line in lines] == [line["decoded_steps"] for line in masked_lines]
+    assert [line["gold_steps"] for line in lines] == [line["gold_steps"] for line in masked_lines]
+    assert all(line["decoded_answers"] == [] for line in masked_lines)
+    assert all(len(line["decoded_answers"]) == 1 for line in lines)
+    right = sum(line["decoded_answers"] == [f"#### {line['gold']}"] for line in lines)
+    assert report["answer_groups"] == 21
+    assert report["answer_group_exact_match"] == pytest.approx(right / 21)
+    assert report["answer_group_exact_match_ci95"] == pytest.approx(wilson(right, 21), abs=1e-12)
+    assert "groups taught the answer" in outcome.out
+
+
+def test_a_tolerance_is_applied_and_reported(latent_run: Trained, sums: Path, tmp_path: Path) -> None:
+    checkpoint = latent_run.copy_to(tmp_path / "checkpoint")
+    exact = evaluate(checkpoint, f"data.path={sums}").ok()
+    assert report_of(checkpoint)[0]["tolerance"] == 0.0
+    assert "of the gold answer" not in exact.out
+    outcome = evaluate(checkpoint, f"data.path={sums}", "tolerance=0.3").ok()
+    report, lines = report_of(checkpoint)
+    near = [abs(int(line["answer"]) - int(line["gold"])) <= 0.3 * int(line["gold"]) for line in lines if line["answer"]]
+    assert sum(near) > sum(map(is_right, lines)) > 0
+    assert report["correct"] == sum(near)
+    assert report["tolerance"] == 0.3
+    assert "0.3 of the gold answer" in outcome.out
+    assert "tolerance" in evaluate(checkpoint, f"data.path={sums}", "tolerance=1.5").error
 
 
 def test_a_weighted_model_is_scored_on_the_steps_it_writes(weighted_run: Trained, sums: Path, tmp_path: Path) -> None:
@@ -206,6 +246,24 @@ def test_the_data_are_those_of_training_unless_said_otherwise(tmp_path: Path, su
     evaluate(latest, "limit=4", f"data.path={sums}", name="gsm8k").ok()
     report, _ = report_of(latest, "gsm8k")
     assert report["data"]["path"] == str(sums)
+
+
+def test_a_checkpoint_from_before_data_had_versions_keeps_its_test_set(tmp_path: Path) -> None:
+    """Its settings have no version: the problems are those of version 1, not of the default now."""
+    run(TRAIN, *TINY, *ARITHMETIC, "mode=weighted", "num_iterations=1", "out_dir=run", folder=tmp_path).ok()
+    latest = tmp_path / "run" / "latest"
+    asked: dict[int, list[str]] = {}
+    for version in (2, 1):
+        evaluate(latest, name="arithmetic").ok()
+        asked[version] = [line["question"] for line in report_of(latest, "arithmetic")[1]]
+        assert asked[version] == [p.question for p in Arithmetic(version=version, test_size=12).load("test").problems]
+        config = strict_json((latest / "config.json").read_text())
+        for key in ("version", "unseen_steps"):
+            config["run"]["data"].pop(key, None)
+        (latest / "config.json").write_text(json.dumps(config))
+    assert asked[1] != asked[2]
+    evaluate(latest, "data.version=2", name="arithmetic").ok()
+    assert [line["question"] for line in report_of(latest, "arithmetic")[1]] == asked[2]
 
 
 def test_sampling_is_reproducible(checkpoint: Path, sums: Path) -> None:

@@ -20,6 +20,7 @@ KEYS = ("loss", "answer_loss", "step_loss", "grad_norm")
 # All three kinds of stage are met in 30 steps: written steps, some steps replaced, all replaced. Two micro-batches a
 # step, so that what is normalised over the whole step is seen to be.
 COMMON = (
+    "data.version=1",  # what they were recorded on
     "data.train_size=512",
     "data.validation_size=8",
     "device=cpu",

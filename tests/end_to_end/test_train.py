@@ -131,7 +131,9 @@ def test_latent_mode_logs_both_losses_and_the_geometry_of_its_thoughts(latent_ru
     last = [line for line in lines if "val_accuracy" in line][-1]
     assert last["val_step_loss"] > 0
     assert min(last[f"thought_{key}"] for key in ("distance", "spread", "to_embedding", "norm")) > 0
-    assert math.isfinite(last["thought_bits"])
+    # Four held-out problems of one question each: two steps, scored with the thoughts of the four.
+    assert last["thought_v_information_bound"] == pytest.approx(math.log2(4))
+    assert abs(last["thought_v_information"]) < 2, "every problem has the same steps, so no thought tells it apart"
 
 
 def test_what_it_prints(trained: Trained) -> None:
@@ -426,8 +428,9 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(mode: str, tmp_path: Pa
     for line, other in zip(metrics(tmp_path / "runs" / mode), metrics(tmp_path / "alone"), strict=True):
         for key, value in other.items():
             if key != "padding":  # which does depend on how a step is cut
-                # Bits are a small difference of two losses.
-                assert line[key] == pytest.approx(value, rel=1e-3, abs=1e-3 if key == "thought_bits" else 1e-6), key
+                # V-information is a small difference of two losses.
+                small = 1e-3 if key == "thought_v_information" else 1e-6
+                assert line[key] == pytest.approx(value, rel=1e-3, abs=small), key
 
 
 def test_more_ranks_than_held_out_problems(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from simcot_latent.model.thoughts import (
     Thoughts,
     geometry,
     go_on,
-    others_thoughts,
     pack_texts,
     passes,
     think,
@@ -293,17 +292,6 @@ def test_geometry_of_collapsed_and_of_single_thoughts() -> None:
     assert math.isnan(geometry(same[:, :1], torch.zeros(5, 3))["thought_distance"]), "there is no pair to measure"
     assert geometry(same, torch.zeros(5, 3))["thought_spread"] == pytest.approx(0, abs=1e-6)
     assert math.isnan(geometry(same[:1], torch.zeros(5, 3))["thought_spread"]), "there is no second problem"
-
-
-def test_thoughts_of_the_wrong_problem() -> None:
-    """Three groups of two thoughts: all four problems are taught the first, two the second, one the third."""
-    latents = torch.arange(4.0 * 6).view(4, 6, 1)
-    taught = torch.tensor([[True, False, False], [True, True, False], [True, False, True], [True, True, False]])
-    others, exchanged = others_thoughts(latents, taught)
-    assert others[:, :2, 0].tolist() == [[18, 19], [0, 1], [6, 7], [12, 13]]
-    assert others[:, 2:4, 0].tolist() == [[2, 3], [20, 21], [14, 15], [8, 9]]
-    assert torch.equal(others[:, 4:], latents[:, 4:])
-    assert exchanged.tolist() == [[True, False, False], [True, True, False], [True, False, False], [True, True, False]]
 
 
 def test_attention_in_bfloat16_as_on_a_gpu(model: GPT) -> None:

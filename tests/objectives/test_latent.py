@@ -500,20 +500,23 @@ def test_a_step_without_any_step_loses_nothing(make_objective: MakeObjective, pr
             assert not name.startswith("step_decoder.") or gradient.abs().max() == 0
 
 
-def test_step_accuracy_is_the_decoders(make_objective: MakeObjective, problems: list[Problem]) -> None:
-    """Of a decoder that always finds the digit 2 most likely, the share of twos among all that it is taught."""
-    objective = make_objective(family="gpt2")
-    (two,) = objective.tokenizer.encode("2")
+@pytest.mark.parametrize("missing", ["mask", "answer"])
+def test_step_accuracy_is_the_decoders(make_objective: MakeObjective, problems: list[Problem], missing: str) -> None:
+    """Of a decoder that always finds the digit 4 most likely, the share of fours in the steps that it is taught:
+    answers that are taught to groups without a step are no steps.
+    """
+    objective = make_objective({"missing": missing}, family="gpt2")
+    (four,) = objective.tokenizer.encode("4")
     norm = objective.step_decoder.transformer.norm
     assert isinstance(norm, nn.LayerNorm)
     with torch.no_grad():  # every hidden state of the decoder is its last norm's bias, which is nearest to the digit
         norm.weight.zero_()
         norm.bias.fill_(1.0)
-        objective.step_decoder.embedding.weight[two] = 10.0
+        objective.step_decoder.embedding.weight[four] = 10.0
     shares, _ = run_step(objective, [collate(objective, problems)])
     texts = [group_text(p, g, "merge", "mask") for p, g in product(problems, range(GROUPS))]
     taught = [i for text in texts if text for i in [*objective.tokenizer.encode(text), objective.tokenizer.end_id]]
-    assert shares["step_accuracy"].item() == pytest.approx(taught.count(two) / len(taught))
+    assert shares["step_accuracy"].item() == pytest.approx(taught.count(four) / len(taught))
 
 
 # What a batch holds, and the stages of training
@@ -733,19 +736,41 @@ def test_the_decoder_starts_as_the_base_that_the_warm_up_left(make_objective: Ma
         source = base.state_dict()
         return all(torch.equal(weight, source[name]) for name, weight in decoder.state_dict().items())
 
+    before = objective.thoughts_at(0.0)
     for progress, copied in ((0.3, True), (0.6, False)):
         with torch.no_grad():
             for parameter in base.parameters():
                 parameter += 0.1
         assert not is_copy()
-        objective.begin_stage(objective.thoughts_at(progress))
+        objective.begin_stage(before, before := objective.thoughts_at(progress))
         assert is_copy() == copied
+
+
+@pytest.mark.parametrize(("warmup", "copied_at"), [(0.2, [2]), (0.0, [])])
+def test_a_schedule_that_returns_to_fewer_thoughts_keeps_its_decoder(
+    make_objective: MakeObjective, monkeypatch: pytest.MonkeyPatch, warmup: float, copied_at: list[int]
+) -> None:
+    """Stages of 3, 1 and again 3 steps: a copy of the base is made once, after the warm-up, and where a run is resumed
+    makes no difference. Without a warm-up it is the one that the decoder began as.
+    """
+    stages = [{"steps": 3, "share": 0.2}, {"steps": 1, "share": 0.2}]
+    objective = make_objective(latent={"warmup": warmup, "stages": stages}, decoder={"init": "base"})
+    copies: list[int] = []
+    monkeypatch.setattr(objective.step_decoder, "copy_base", lambda base: copies.append(step))
+    began: list[int] = []
+    for step in range(10):  # as the trainer goes through its steps, every one of them perhaps after resuming
+        before, thoughts = objective.thoughts_at(max(0, step - 1) / 10), objective.thoughts_at(step / 10)
+        if before != thoughts:
+            began.append(step)
+            objective.begin_stage(before, thoughts)
+    assert began == ([2, 4, 6] if warmup else [2, 4])
+    assert copies == copied_at
 
 
 def test_a_random_decoder_stays_as_it_is(make_objective: MakeObjective) -> None:
     objective = make_objective(latent={"warmup": 0.3})
     before = {name: weight.clone() for name, weight in objective.step_decoder.state_dict().items()}
-    objective.begin_stage(objective.thoughts_at(0.3))
+    objective.begin_stage(objective.thoughts_at(0.0), objective.thoughts_at(0.3))
     assert all(torch.equal(weight, before[name]) for name, weight in objective.step_decoder.state_dict().items())
 
 

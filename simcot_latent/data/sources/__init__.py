@@ -15,7 +15,7 @@ SPLITS: tuple[str, ...] = get_args(Split)
 class LoadedSplit:
     """Problems of one split, in file order, and what was noticed while reading them.
 
-    `notes` counts everything that is not plain sailing ("malformed step kept as text": 12, ...), so that the caller
+    `notes` counts everything that is not plain sailing ("problem without a step": 12, ...), so that the caller
     can report it: a source never drops or repairs in silence.
     """
 

@@ -6,16 +6,25 @@ chain works on the result of the one before:
     Mia has 8 shells. She finds 4 more shells. Ben has 3 times as many shells as Mia. How many shells does he have now?
     8+4=12, 3*12=36
 
-**Splits are disjoint by construction.** A digest of the chain says to which split it belongs, and a problem of a split
-is drawn again until its chain does. So the calculations of a test problem are those of no training problem, whatever
-the situation, the wording or the seed.
+**Splits are disjoint by construction.** A digest of the beginning of a chain, of its first calculation or its first
+two, says to which split it belongs (see `split_of`), and a problem of a split is drawn again until its chain does. So
+no chain of a test problem is that of a training problem, or begins one, or goes on from one (a training chain of a
+single step may), whatever the situation, the wording, the seed or the other settings. The chains of a held-out split
+are distinct, as long as there are new ones. The single steps of test problems are drawn as those of training problems
+are, but for the share `unseen_steps`, which training never shows.
+
+**Version 1**, which earlier checkpoints were trained on, takes the digest of the whole chain: there a test chain may be
+the beginning of a training chain, and a split tells some of its chains several times.
 
 **The same everywhere.** A problem depends on nothing but the settings, the split and its index: the digest is BLAKE2,
 and only `random.Random.random` is used, which Python promises not to change for a seed.
 """
 
 import hashlib
+import math
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -44,8 +53,11 @@ MAX_STEPS = 8
 """The longest chain for which every kind of situation but days has enough names."""
 
 MAX_DRAWS = 20_000
-"""Draws of a chain before the settings count as impossible. One chain in 20 is of the test split, so a split that has
-any chain worth speaking of is hit long before."""
+"""Draws of a chain before the settings count as impossible. At least one chain in 20 is of the test split, so a split
+that has any chain worth speaking of is hit long before."""
+
+HELD_OUT_STEPS = 5
+"""One calculation in so many is kept from training where `unseen_steps` is above 0."""
 
 NUMBERS_PER_PLAN = 10
 """Draws of numbers for the same operations, so that operations that seldom fit, as divisions, are not much rarer."""
@@ -70,8 +82,14 @@ class Arithmetic:
             `max_number`.
         max_result: largest result of any step. Divisions are exact, and no result is below 1.
         branching: share of the problems of two steps or more in which a second quantity is worked out and then added
-            or taken away, as in "She buys 3 bags of 4 shells.": two of the problem's steps.
+            or taken away, as in "She buys 3 bags of 4 shells.": two of the problem's steps. (In version 2, a held-out
+            split that has no new one left tells one without, unless the share is 1.)
         distractors: share of problems with a sentence whose number is not used.
+        version: how problems are told apart, 1 or 2 (see the top of the module). The default is what settings without
+            a version mean, those of checkpoints from before there were two; the yaml has 2.
+        unseen_steps: share of the steps of test problems that training and validation are kept from. Where it is above
+            0, a fifth of all calculations is kept from both; where it is 0, none is. The other steps of test problems
+            are drawn as those of training are.
 
     Raises:
         UserError: a value is impossible.
@@ -89,6 +107,8 @@ class Arithmetic:
     max_result: int = 40
     branching: float = 0.05
     distractors: float = 0.15
+    version: int = 1
+    unseen_steps: float = 0.0
 
     def __post_init__(self) -> None:
         _check_whole("seed", self.seed, 0)
@@ -99,7 +119,8 @@ class Arithmetic:
         _check_whole("max_number", self.max_number, 2, 1_000_000)
         _check_whole("max_factor", self.max_factor, 2, min(self.max_number, 1000))
         _check_whole("max_result", self.max_result, 2, 1_000_000)
-        for name in ("branching", "distractors"):
+        _check_whole("version", self.version, 1, 2)
+        for name in ("branching", "distractors", "unseen_steps"):
             _check_share(name, getattr(self, name))
         if isinstance(self.operations, str) or not isinstance(self.operations, Sequence):
             raise UserError(f"data.operations is {self.operations!r}; it must be a list of {', '.join(OPERATIONS)}")
@@ -112,6 +133,9 @@ class Arithmetic:
         self._joining = tuple(op for op in self.operations if op in "+-") if "*" in self.operations else ()
         if self.branching > 0 and not self._joining:
             raise UserError("data.branching must be 0 where data.operations does not have * and one of + and -")
+        if self.unseen_steps > 0 and self.version == 1:
+            raise UserError(f"data.unseen_steps is {self.unseen_steps}; it must be 0 with data.version=1")
+        self._held_out: dict[Split, _HeldOut] = {"validation": _HeldOut(), "test": _HeldOut()}
 
     def load(self, split: Split) -> LoadedSplit:
         """All problems of `split`, in the order of their index; those of train are made when they are asked for.
@@ -123,7 +147,13 @@ class Arithmetic:
             raise UserError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
         size = {"train": self.train_size, "validation": self.validation_size, "test": self.test_size}[split]
         problems = Lazily(size, partial(self.problem, split))
-        return LoadedSplit(problems if split == "train" and problems[:1] else problems[:])
+        if split == "train":
+            self.problem(split, 0)  # settings that leave the split without chains end here, not in the middle of a run
+            return LoadedSplit(problems)
+        made = problems[:]
+        chains = {calculations_of(problem) for problem in made}
+        notes = Counter({"problem with the calculations of another": len(made) - len(chains)})
+        return LoadedSplit(made, +notes)
 
     def problem(self, split: Split, index: int) -> Problem:
         """Problem `index` (0, 1, ...; not bounded by the size) of `split`.
@@ -131,43 +161,83 @@ class Arithmetic:
         Raises:
             UserError: no chain that fits the settings is in the split.
         """
+        if self.version == 1 or split == "train":
+            return self._make(split, index, None)
+        held_out = self._held_out[split]
+        while len(held_out.problems) <= index:  # each depends on the chains before it
+            held_out.problems.append(self._make(split, len(held_out.problems), held_out))
+        return held_out.problems[index]
+
+    def _make(self, split: Split, index: int, held_out: "_HeldOut | None") -> Problem:
         draw = random.Random(f"{self.seed} {split} {index}").random
         n_steps = _between(draw, self.min_steps, self.max_steps)
         branching = n_steps > 1 and draw() < self.branching
-        chain = self._draw_chain(split, draw, n_steps, branching)
+        n_unseen = held_out.count_unseen(n_steps, self.unseen_steps) if held_out and split == "test" else 0
+        chain = self._draw_chain(split, draw, _Kind(n_steps, branching, n_unseen), held_out)
         distractor = None
         if draw() < self.distractors:  # numbers that also do for a child's age
             distractor = _between(draw, min(6, self.max_number), min(16, self.max_number))
         return _tell(draw, chain, distractor)
 
-    def _draw_chain(self, split: Split, draw: Draw, n_steps: int, branching: bool) -> "Chain":
-        """The first drawn chain of `n_steps` steps that fits the settings and belongs to `split`."""
+    def _draw_chain(self, split: Split, draw: Draw, kind: "_Kind", held_out: "_HeldOut | None") -> "Chain":
+        """The first drawn chain of a kind that fits the settings and belongs to `split`.
+
+        In a held-out split the first that is new there. Where that has no new one any more: one without a second
+        quantity, unless all problems are to have one; else one that was told before.
+        """
+        if held_out is not None and kind in held_out.used_up and kind.branching and self.branching < 1:
+            return self._draw_chain(split, draw, kind._replace(branching=False), held_out)
         for _ in range(MAX_DRAWS // NUMBERS_PER_PLAN):
-            plan = [_pick(draw, self.operations) for _ in range(n_steps - branching)]
+            plan = [_pick(draw, self.operations) for _ in range(kind.n_steps - kind.branching)]
             branch_at = -1
-            if branching:
+            if kind.branching:
                 branch_at = _between(draw, 0, len(plan) - 1)
                 plan[branch_at] = _pick(draw, self._joining)
+            unseen = None
+            if self.unseen_steps > 0:
+                steps = _sample(draw, range(kind.n_steps), kind.n_unseen)
+                unseen = [position in steps for position in range(kind.n_steps)]
             for _ in range(NUMBERS_PER_PLAN):
-                chain = self._draw_numbers(draw, plan, branch_at)
-                if chain is not None and split_of(chain) == split:
+                chain = self._draw_numbers(draw, plan, branch_at, unseen)
+                if chain is None:
+                    continue
+                calculations = chain.calculations()
+                if split_of(calculations, self.version) != split:
+                    continue
+                if held_out is None or held_out.is_new(calculations) or kind in held_out.used_up:
                     return chain
+        if held_out is not None and kind not in held_out.used_up:
+            held_out.used_up.add(kind)
+            return self._draw_chain(split, draw, kind, held_out)
+        unseen, lower = (f", {kind.n_unseen} of them unseen,", " or data.unseen_steps") if kind.n_unseen else ("", "")
         raise UserError(
-            f"data: no chain of {n_steps} steps for the {split} split was found in {MAX_DRAWS} draws; "
-            "raise data.max_result or data.max_number, lower data.max_steps, or allow more data.operations"
+            f"data: no chain of {kind.n_steps} steps{unseen} for the {split} split was found in {MAX_DRAWS} draws; "
+            f"raise data.max_result or data.max_number, lower data.max_steps{lower}, or allow more data.operations"
         )
 
-    def _draw_numbers(self, draw: Draw, plan: Sequence[str], branch_at: int) -> "Chain | None":
-        """Numbers for the operations of `plan`; None where the draw came to a dead end."""
+    def _draw_numbers(
+        self, draw: Draw, plan: Sequence[str], branch_at: int, unseen: Sequence[bool] | None
+    ) -> "Chain | None":
+        """Numbers for the operations of `plan`; None where the draw came to a dead end.
+
+        Args:
+            unseen: whether each step must be one that is kept from training, or must not; None: all the same.
+        """
         start = value = _between(draw, 2, min(self.max_number, self.max_result))
         links: list[Link] = []
+        wanted = None if unseen is None else iter(unseen)
         for position, operation in enumerate(plan):
             # Only the last result may be 1: nothing can be taken from it, and multiplied it gives the number away.
             least = 1 if position == len(plan) - 1 else 2
             if position == branch_at:
                 link = Link(operation, _between(draw, 2, self.max_factor), _between(draw, 2, self.max_factor))
+                if wanted is not None and any(kept_from_training(c) != next(wanted) for c in link.calculations(value)):
+                    return None
             else:
                 numbers = self._numbers(operation, value, least)
+                if wanted is not None:
+                    keep = next(wanted)
+                    numbers = [n for n in numbers if kept_from_training(_unordered(value, operation, n)) == keep]
                 if not numbers:
                     return None
                 link = Link(operation, _pick(draw, numbers))
@@ -247,11 +317,20 @@ class Link(NamedTuple):
             return value - self.amount
         return value * self.amount if self.operation == "*" else value // self.amount
 
+    def calculations(self, value: int) -> list[str]:
+        """What is worked out, from the running quantity `value`; see `Calculations`."""
+        groups = [_unordered(self.number, "*", self.each)] if self.each else []
+        return [*groups, _unordered(value, self.operation, self.amount)]
+
     def undoes(self, before: "Link") -> bool:
         return self == Link(_INVERSE[before.operation], before.number, before.each)
 
 
 _INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
+
+
+Calculations = tuple[str, ...]
+"""The calculations of a chain in order, each with its larger operand first: 3*5 and 5*3 are the same."""
 
 
 class Chain(NamedTuple):
@@ -260,22 +339,77 @@ class Chain(NamedTuple):
     start: int
     links: tuple[Link, ...]
 
+    def calculations(self) -> Calculations:
+        found: list[str] = []
+        value = self.start
+        for link in self.links:
+            found += link.calculations(value)
+            value = link.apply(value)
+        return tuple(found)
 
-def split_of(chain: Chain) -> Split:
-    """The one split that may hold `chain`: of all chains, 5% are for test, 5% for validation.
 
-    It depends on the calculations alone, whichever operand comes first: 3*5 and 5*3 are of one split.
+def calculations_of(problem: Problem) -> Calculations:
+    """The calculations of a problem that was made here."""
+    parts = (re.split(r"([-+*/])", step.expression) for step in problem.steps)
+    return tuple(_unordered(int(a), operation, int(b)) for a, operation, b in parts)
+
+
+def split_of(calculations: Calculations, version: int) -> Split:
+    """The one split that may hold a chain of these calculations.
+
+    Version 1 goes by the whole chain: 5% of all chains are for test, 5% for validation.
+
+    Version 2 goes by the beginning, so that all chains of one beginning are of one split: by the first calculation, of
+    which 5% are for test and 5% for validation, and where it is of neither, by the first two: 15% and 15%. It is not
+    the first two alone, since chains may be of a single step.
     """
-    value = chain.start
-    calculations: list[str] = []
-    for link in chain.links:
-        if link.each:
-            calculations.append(_unordered(link.number, "*", link.each))
-        calculations.append(_unordered(value, link.operation, link.amount))
-        value = link.apply(value)
-    digest = hashlib.blake2b(" ".join(calculations).encode(), digest_size=8).digest()
-    share = int.from_bytes(digest, "big") % 20
+    if version == 1:
+        share = _digest(" ".join(calculations)) % 20
+    else:
+        share = _digest(calculations[0]) % 20
+        if share > 1 and len(calculations) > 1:
+            share = _digest(" ".join(calculations[:2])) % 20 // 3
     return "test" if share == 0 else "validation" if share == 1 else "train"
+
+
+@lru_cache(maxsize=1 << 16)
+def kept_from_training(calculation: str) -> bool:
+    """Whether no training or validation problem may have this step, where `unseen_steps` is above 0."""
+    return _digest(f"unseen {calculation}") % HELD_OUT_STEPS == 0
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+class _Kind(NamedTuple):
+    """What a chain is to be: its steps, whether it has a second quantity, and its steps that training never shows."""
+
+    n_steps: int
+    branching: bool
+    n_unseen: int
+
+
+class _HeldOut:
+    """A held-out split as far as it is made: each problem depends on what those before it have told."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.chains: set[Calculations] = set()
+        self.used_up: set[_Kind] = set()
+        """The kinds of chain of which no new one was found any more."""
+        self.steps = 0
+
+    def is_new(self, calculations: Calculations) -> bool:
+        """Whether no problem has told these calculations yet; from now on one has."""
+        new = calculations not in self.chains
+        self.chains.add(calculations)
+        return new
+
+    def count_unseen(self, n_steps: int, share: float) -> int:
+        """How many of the next problem's steps are to be unseen, so that of all steps so far `share` are."""
+        before, self.steps = self.steps, self.steps + n_steps
+        return math.floor(share * self.steps + 0.5) - math.floor(share * before + 0.5)
 
 
 def _unordered(a: int, operation: str, b: int) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
-from simcot_latent.data.problem import Problem, parse_number, parse_steps, split_solution
+from simcot_latent.data.problem import Problem, parse_number, parse_steps, split_solution, trailer
 from simcot_latent.data.sources import SPLITS, LoadedSplit, Split
 from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.errors import UserError
@@ -24,6 +24,9 @@ from simcot_latent.paths import expanded
 
 if TYPE_CHECKING:
     import datasets
+
+# The note on a step that is not well-formed. What becomes of it depends on what is written, which a source cannot know.
+MALFORMED = "malformed step: text where whole solutions are written, left out where steps alone are (or thoughts)"
 
 # The names that people give the splits, in file names and on the hub.
 _SPLIT_OF_NAME: dict[str, Split] = {
@@ -64,6 +67,8 @@ class Solution(NamedTuple):
     question: str
     rationale: str
     answer: str
+    trailer: str
+    """What stood behind the answer, and is left out."""
 
 
 @dataclass
@@ -182,7 +187,7 @@ class WrittenSolutions(ABC):
                 "character, or take it out"
             )
         try:
-            return Solution(question.strip(), *split_solution(written))
+            return Solution(question.strip(), *split_solution(written), trailer(written))
         except ValueError as error:
             raise self.broken(row, str(error)) from None
 
@@ -260,10 +265,11 @@ def _held_out(questions: Sequence[str], size: int) -> set[str]:
 def _with_steps(solutions: Sequence[Solution]) -> LoadedSplit:
     problems: list[Problem] = []
     notes: Counter[str] = Counter()
-    for question, rationale, answer in solutions:
+    for question, rationale, answer, left_out in solutions:
         steps, malformed = parse_steps(rationale)
         problems.append(Problem(question, steps, rationale, answer))
-        notes["malformed step kept as text"] += len(malformed)
+        notes[MALFORMED] += len(malformed)
+        notes["answer with text behind it, left out"] += bool(left_out)
         notes["step whose result is rounded or wrong"] += sum(not step.is_correct() for step in steps)
         notes["problem without a step"] += not steps
         notes["answer that is not a number"] += parse_number(answer) is None
