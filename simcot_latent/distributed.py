@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from simcot_latent.errors import UserError
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for one that hangs. One that dies is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,29 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What rank 0 does alone while the others wait; its result, or its `UserError`, on every rank."""
+        if self.world == 1:
+            return action()
+        done: tuple[T | None, str | None] = None, None
+        if self.is_main:
+            try:
+                done = action(), None
+            except UserError as error:
+                done = None, str(error)
+        result, refused = self.from_main(done)
+        if refused is not None:
+            raise UserError(refused)
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[T] = [value] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.world > 1:
@@ -56,7 +83,11 @@ class Ranks:
 
 @contextmanager
 def ranks_on(device: torch.device) -> Iterator[Ranks]:
-    """Joins the other ranks of a torchrun (gloo on CPUs, NCCL on GPUs); alone where there is none."""
+    """Joins the other ranks of a torchrun (gloo on CPUs, NCCL on GPUs); alone where there is none.
+
+    A rank that fails leaves its connections to the end of its process: the others notice only once it has printed what
+    was the matter, so that stands before what they then print.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks()
@@ -64,13 +95,11 @@ def ranks_on(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Both: what is known on the CPU is summed there, so that no step waits for its device.
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=TIMEOUT)
     else:
-        dist.init_process_group("gloo")
-    try:
-        yield Ranks(dist.get_rank(), world)
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    yield Ranks(dist.get_rank(), world)
+    dist.destroy_process_group()
 
 
 def pick_device(name: str) -> torch.device:
