@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,6 +101,19 @@ def ranks_on(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     yield Ranks(dist.get_rank(), world)
     dist.destroy_process_group()
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other rank of this torchrun has asked for the same text before; True where it cannot be known."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # no torchrun, or one that keeps no store for us
+        return True
+    key = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
+        return store.add(f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{key}", 1) == 1
+    except (RuntimeError, KeyError, ValueError):
+        return True
 
 
 def pick_device(name: str) -> torch.device:

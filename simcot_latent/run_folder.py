@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,10 +62,9 @@ class RunFolder:
             (self.path / OWNER).unlink(missing_ok=True)
         if self._handle is not None:
             os.close(self._handle)
-        for folder in self._made:
-            if any(folder.iterdir()):
-                break
-            folder.rmdir()
+        with suppress(OSError):  # of the first that holds something
+            for folder in self._made:
+                folder.rmdir()
 
     def take(self) -> tuple[Path, Path | None]:
         """Makes and locks the folder; the folder, and the checkpoint that training goes on from, if it does.
@@ -74,8 +74,8 @@ class RunFolder:
                 or none that can be.
         """
         with file_errors(f"out_dir={self.run.out_dir or f'runs/{self.run.mode}'}"):
-            if self.run.resume is True:
-                find_checkpoint(self.run.out_dir or "", key="out_dir")  # before a folder is made for nothing
+            if self.run.resume is True and not checkpoints_of_training(Path(self.run.out_dir or "")):
+                find_checkpoint(self.run.out_dir or "", key="out_dir")  # refuses before a folder is made for nothing
             self.path = self._make()
             self._lock(self.path)
             return self.path, self._start(self.path)

@@ -192,6 +192,7 @@ class Trainer:
             bar = progress.add_task(run.mode, total=self.num_steps, completed=self.step)
             if self.owes_validation:
                 self.validate(log, show=True)
+                self.owes_validation = False
             while self.step < self.num_steps:
                 with part("data"):
                     prepared = prefetch.get(self.step)
