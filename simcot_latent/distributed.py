@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,26 +93,38 @@ def ranks_on(device: torch.device) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks()
         return
+    options: dict[str, Any] = {"timeout": TIMEOUT}
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world) and (store := torchrun_store()) is not None:
+        options |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Both: what is known on the CPU is summed there, so that no step waits for its device.
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", **options)
     yield Ranks(dist.get_rank(), world)
     dist.destroy_process_group()
 
 
+def torchrun_store() -> dist.Store | None:  # type: ignore[name-defined]
+    """The store that torchrun keeps for its ranks, under a prefix of this attempt; None without one.
+
+    A restart finds in it what the ranks before it wrote, addresses at which nobody listens any more among it
+    (https://github.com/pytorch/pytorch/issues/135712). The count of attempts is the same for all ranks of one machine.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # type: ignore[attr-defined]
+
+
 def first_to_say(text: str) -> bool:
     """Whether no other rank of this torchrun has asked for the same text before; True where it cannot be known."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # no torchrun, or one that keeps no store for us
-        return True
-    key = hashlib.sha256(text.encode(errors="replace")).hexdigest()
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
-        return store.add(f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{key}", 1) == 1
-    except (RuntimeError, KeyError, ValueError):
+        store = torchrun_store()
+        return store is None or store.add(hashlib.sha256(text.encode(errors="replace")).hexdigest(), 1) == 1
+    except RuntimeError:  # it is gone
         return True
 
 

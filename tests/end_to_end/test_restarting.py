@@ -77,7 +77,7 @@ def test_the_first_traceback_is_that_of_what_went_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("mistake", "named"),
-    [("learning_rate=-1", "learning_rate=-1"), ("data.path=nowhere data=gsm8k", "nowhere"), ("eval_examples=1", "ranks"),
+    [("learning_rate=-1", "learning_rate=-1"), ("tokenizer.ranks=nowhere", "nowhere"), ("eval_examples=1", "ranks"),
      ("out_dir=" + "x" * 300, "File name too long"), ("learning_rat=1", "learning_rat")],
 )  # fmt: skip
 def test_a_mistake_is_told_once(mistake: str, named: str, tmp_path: Path) -> None:
@@ -87,8 +87,7 @@ def test_a_mistake_is_told_once(mistake: str, named: str, tmp_path: Path) -> Non
     told = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1
     assert named in told[0]
-    ours = outcome.err.split("torch.distributed.elastic")[0]
-    assert "Traceback" not in ours
+    assert outcome.err.count("Traceback") == 1  # torchrun's own too
     assert re.search(r"exitcode\s*:\s*2\b", outcome.err)
     assert not any(tmp_path.iterdir())
 
