@@ -141,7 +141,7 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
     for folder in (path, path / LATEST):
         if (folder / CONFIG).is_file() and (folder / MODEL).is_file():
             return folder.resolve()
-    if found := checkpoints_of_training(path):
+    if (path / LATEST).is_symlink() and (found := checkpoints_of_training(path)):
         warnings.warn(f"{path / LATEST} leads to no checkpoint; taking the newest, {found[-1].name}", stacklevel=2)
         return found[-1].resolve()
     what = "holds no checkpoint" if path.is_dir() else "is no folder"
