@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def start(out_dir: Path, mode: str, ranks: int, port: int) -> list[int]:
             except SystemExit as stop:
                 status = stop.code if isinstance(stop.code, int) else 1
             finally:
+                sys.stdout.flush()
                 os._exit(status)
         processes.append(pid)
     return processes
@@ -82,11 +84,19 @@ def kill_sometime(processes: list[int], out_dir: Path, rng: random.Random, usual
     return True
 
 
-def wait_for(processes: list[int], log: Path, log_began: int) -> list[int]:
+def have_met(processes: list[int], out_dir: Path) -> bool:
+    """Whether the ranks of an attempt knew of each other: only then does rank 0 take the folder, and it never gave it
+    back if it was killed."""
+    with suppress(FileNotFoundError, ValueError):
+        return json.loads((out_dir / "lock.json").read_text())["pid"] == processes[0]
+    return False
+
+
+def wait_for(processes: list[int], out_dir: Path, hit: bool = False) -> list[int]:
     """The exit statuses of an attempt; -9 of one that was killed.
 
     Args:
-        log: what the attempt prints, from `log_began` on.
+        hit: whether one was killed.
 
     Raises:
         AssertionError: one does not end.
@@ -101,7 +111,7 @@ def wait_for(processes: list[int], log: Path, log_began: int) -> list[int]:
                 statuses.append(os.waitstatus_to_exitcode(status))
                 break
             waited = time.monotonic() - began
-            if waited > ALONE and not told and b"mode=" not in log.read_bytes()[log_began:]:
+            if hit and waited > ALONE and not told and not have_met(processes, out_dir):
                 os.kill(pid, signal.SIGTERM)
                 told = True
             if waited > LONGEST:
@@ -157,7 +167,7 @@ def torture(folder: Path, mode: str, kills: int, ranks: int, rng: random.Random)
     once = folder / f"{mode}-{ranks}-once"
     began = time.monotonic()
     log = once.with_suffix(".log")
-    assert wait_for(start(once, mode, ranks, port), log, 0) == [0] * ranks, log.read_text()
+    assert wait_for(start(once, mode, ranks, port), once) == [0] * ranks, log.read_text()
     usual = time.monotonic() - began
     killed = saving = finished = 0
     slowest = 0.0
@@ -167,13 +177,13 @@ def torture(folder: Path, mode: str, kills: int, ranks: int, rng: random.Random)
         while True:
             port += 1
             log = out_dir.with_suffix(".log")
-            log_began = log.stat().st_size if log.exists() else 0
             processes = start(out_dir, mode, ranks, port)
             # The last attempts are left alone.
             hit = killed < kills and kill_sometime(processes, out_dir, rng, usual)
             hit_at = time.monotonic()
-            statuses = wait_for(processes, log, log_began)
-            if hit and ranks > 1 and b"mode=" in log.read_bytes()[log_began:]:
+            met = have_met(processes, out_dir)
+            statuses = wait_for(processes, out_dir, hit)
+            if hit and ranks > 1 and met:
                 slowest = max(slowest, time.monotonic() - hit_at)
             killed += hit
             saving += hit and is_saving(out_dir)
