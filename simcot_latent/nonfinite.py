@@ -1,10 +1,8 @@
-"""Steps whose loss or gradient is not a number: noticed, counted, skipped at choice, and their batches kept.
-
-Shapes: S steps.
-"""
+"""Steps whose loss or gradient is not a number: noticed, counted, skipped at choice, and their batches kept."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,15 +55,17 @@ class NonFinite:
         unseen, self._unseen = self._unseen, []
         if not unseen:
             return []
-        values_2S = torch.stack([torch.stack([value.float() for value in pair]) for _, *pair in unseen]).T
-        bad_S = (~values_2S.isfinite()).any(0).float()
-        bad = (self.ranks.sum({"bad": bad_S})["bad"] > 0).tolist()
+        flat = torch.stack([value for _, *pair in unseen for value in pair]).tolist()  # one read for all of them
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))
+        bad = [not all(map(math.isfinite, pair)) for pair in pairs]
+        if self.ranks.world > 1:
+            bad = (self.ranks.sum({"bad": torch.tensor(bad, dtype=torch.float32)})["bad"] > 0).tolist()
         for is_bad in bad:
             self.total += is_bad
             self.in_a_row = self.in_a_row + 1 if is_bad else 0
         if not any(bad):
             return []
-        return [(step, *pair) for (step, *_), pair, b in zip(unseen, values_2S.T.tolist(), bad, strict=True) if b]
+        return [(step, *pair) for (step, *_), pair, is_bad in zip(unseen, pairs, bad, strict=True) if is_bad]
 
 
 def save_batch(
