@@ -8,16 +8,18 @@
     trainer_state.json          how far training got
 
 Folders are written beside their place and renamed into it, so a folder that is there is complete; `latest` beside them
-is a link to the newest.
+is a link to the newest. What is not ours by name and by content is neither counted nor deleted.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from simcot_latent.paths import check_writable, expanded, give_usual_permissions
 MODEL, DECODER, CONFIG, TOKENIZER = "model.safetensors", "step_decoder.safetensors", "config.json", "tokenizer"
 STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
 LATEST = "latest"
+STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
 @dataclass
@@ -139,6 +142,9 @@ def find_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
     for folder in (path, path / LATEST):
         if (folder / CONFIG).is_file() and (folder / MODEL).is_file():
             return folder.resolve()
+    if (path / LATEST).is_symlink() and (found := checkpoints_of_training(path)):
+        warnings.warn(f"{path / LATEST} leads to no checkpoint; taking the newest, {found[-1].name}", stacklevel=2)
+        return found[-1].resolve()
     what = "holds no checkpoint" if path.is_dir() else "is no folder"
     raise UserError(f"{key}={path}: {what}; give a folder that training wrote, such as runs/latent/latest")
 
@@ -192,27 +198,89 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", key: s
     )
 
 
+def checkpoints_of_training(out_dir: Path) -> list[Path]:
+    """The complete checkpoints that training wrote into its folder, oldest first."""
+    if not out_dir.is_dir():
+        return []
+    numbered = [(int(m[1]), f) for f in out_dir.iterdir() if (m := STEP_FOLDER.fullmatch(f.name))]
+    return [folder for step, folder in sorted(numbered) if _is_complete(folder, step)]
+
+
+def _is_complete(folder: Path, step: int) -> bool:
+    """Whether a folder is, by its content, the checkpoint of a step with all that training goes on from."""
+    files = (MODEL, STATE_TENSORS, STATE_JSON)
+    if folder.is_symlink() or not all((folder / name).is_file() for name in files) or not (folder / TOKENIZER).is_dir():
+        return False
+    try:
+        config = read_json(folder / CONFIG)
+    except (UserError, OSError):
+        return False
+    return is_ours(config) and config.get("step") == step
+
+
 def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, keep: int) -> Path:
     """Writes `out_dir/step_NNNNNNN`, points `out_dir/latest` at it and deletes all but the newest `keep` folders.
 
-    Killed at any moment, it leaves `latest` at a complete checkpoint.
+    Killed at any moment, it leaves `latest` at a complete checkpoint. Later steps than this one, which a run that went
+    back left behind, are not counted: they are replaced when training gets there.
     """
     name = f"step_{checkpoint.step:07d}"
-    folder = out_dir / name
-    if folder.exists() and (out_dir / LATEST).resolve() == folder.resolve():
+    folder, latest = out_dir / name, out_dir / LATEST
+    if folder.exists() and latest.resolve() == folder.resolve():
         return folder  # the same step of the same run: replacing it would leave `latest` at nothing for a moment
     with written_beside(folder) as partial:
         write_checkpoint(checkpoint, partial)
         save_tensors(state.tensors, partial / STATE_TENSORS)
         write_json(partial / STATE_JSON, state.values)
+    sync_folder(out_dir)
+    if aside := place_of_real_latest(out_dir):
+        latest.rename(aside)
     link = out_dir / f".{LATEST}.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
-    link.replace(out_dir / LATEST)
-    for old in sorted(out_dir.glob("step_*"))[:-keep]:
-        if old != folder:
-            shutil.rmtree(old)
+    link.replace(latest)
+    sync_folder(out_dir)
+    earlier = [old for old in checkpoints_of_training(out_dir) if int(old.name[5:]) <= checkpoint.step]
+    for old in earlier[:-keep]:
+        shutil.rmtree(old)
     return folder
+
+
+def place_of_real_latest(out_dir: Path) -> Path | None:
+    """Where a `latest` that is no link (copied with `cp -L`, say) moves to make room for one; None where it is a link.
+
+    A checkpoint takes the name of its step if that is free, anything else the first free of latest-1, latest-2, ...
+    """
+    latest = out_dir / LATEST
+    if latest.is_symlink() or not latest.exists():
+        return None
+    with suppress(UserError, OSError, TypeError, ValueError):
+        step = int(read_json(latest / CONFIG)["step"])
+        if _is_complete(latest, step) and not (place := out_dir / f"step_{step:07d}").exists():
+            return place
+    number = 1
+    while (place := out_dir / f"{LATEST}-{number}").exists():
+        number += 1
+    return place
+
+
+def remove_partial(out_dir: Path) -> None:
+    """Removes what saves that were killed left half-written."""
+    for path in out_dir.glob(".step_*.partial"):
+        if STEP_FOLDER.fullmatch(path.name[1 : -len(".partial")]):
+            shutil.rmtree(path)
+    (out_dir / f".{LATEST}.partial").unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk: after a loss of power they are there."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:

@@ -119,8 +119,12 @@ def trained_data(raw: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Prints an error as one line and exits."""
-    print(f"error: {message_of(error)}", file=sys.stderr)
+    """Prints an error as one line and exits; of the ranks of a torchrun that find the same, one prints it."""
+    from simcot_latent.distributed import first_to_say
+
+    message = message_of(error)
+    if first_to_say(message):
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

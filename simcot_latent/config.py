@@ -177,7 +177,11 @@ class RunConfig:
     out_dir: str | None = None
     init_from: str | None = None
     new_token_init: str = "mean"
-    resume: bool = False
+    resume: Any = False
+    resume_with_changes: bool = False
+    max_minutes: float | None = None
+    on_nonfinite: str = "error"
+    max_nonfinite: int = 10
     log_every: int = 20
     eval_every: int = 500
     eval_examples: int = 500
@@ -196,7 +200,7 @@ class RunConfig:
         require(self.num_iterations >= 1 or self.num_iterations == -1, "num_iterations", self.num_iterations,
                 "at least 1, or -1 to train for num_epochs")  # fmt: skip
         for key in ("num_epochs", "device_batch_size", "target_examples_per_step", "log_every", "eval_examples",
-                    "eval_batch_size", "keep_checkpoints", "max_new_tokens"):  # fmt: skip
+                    "eval_batch_size", "keep_checkpoints", "max_new_tokens", "max_nonfinite"):  # fmt: skip
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in ("eval_every", "checkpoint_every"):
             require(getattr(self, key) >= 1 or getattr(self, key) == -1, key, getattr(self, key),
@@ -221,8 +225,24 @@ class RunConfig:
         require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         require_choice("later_attention", self.later_attention, ("products", "sdpa"))
         require(
-            not (self.resume and self.out_dir is None), "resume", True, "given with out_dir=, the run to go on with"
+            self.resume is True or self.resume is False or self.resume == "auto",
+            "resume",
+            self.resume,
+            "true, false, or auto (go on if there is something to go on with)",
         )
+        require(
+            self.resume is False or self.out_dir is not None,
+            "resume",
+            str(self.resume).lower(),
+            "given with out_dir=, the run to go on with",
+        )
+        require(
+            self.max_minutes is None or 0 < self.max_minutes < math.inf,
+            "max_minutes",
+            self.max_minutes,
+            "above 0, or null for no limit",
+        )
+        require_choice("on_nonfinite", self.on_nonfinite, ("error", "skip"))
 
 
 def parse(raw: DictConfig) -> tuple[RunConfig, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,9 @@ from torch import Tensor
 from simcot_latent.errors import UserError
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for one that hangs. One that dies is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,29 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What rank 0 does alone while the others wait; its result, or its `UserError`, on every rank."""
+        if self.world == 1:
+            return action()
+        done: tuple[T | None, str | None] = None, None
+        if self.is_main:
+            try:
+                done = action(), None
+            except UserError as error:
+                done = None, str(error)
+        result, refused = self.from_main(done)
+        if refused is not None:
+            raise UserError(refused)
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[T] = [value] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.world > 1:
@@ -56,21 +84,48 @@ class Ranks:
 
 @contextmanager
 def ranks_on(device: torch.device) -> Iterator[Ranks]:
-    """Joins the other ranks of a torchrun (gloo on CPUs, NCCL on GPUs); alone where there is none."""
+    """Joins the other ranks of a torchrun (gloo on CPUs, NCCL on GPUs); alone where there is none.
+
+    A rank that fails leaves its connections to the end of its process: the others notice only once it has printed what
+    was the matter, so that stands before what they then print.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks()
         return
+    options: dict[str, Any] = {"timeout": TIMEOUT}
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world) and (store := torchrun_store()) is not None:
+        options |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Both: what is known on the CPU is summed there, so that no step waits for its device.
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **options)
+    yield Ranks(dist.get_rank(), world)
+    dist.destroy_process_group()
+
+
+def torchrun_store() -> dist.Store | None:  # type: ignore[name-defined]
+    """The store that torchrun keeps for its ranks, under a prefix of this attempt; None without one.
+
+    A restart finds in it what the ranks before it wrote, addresses at which nobody listens any more among it
+    (https://github.com/pytorch/pytorch/issues/135712). The count of attempts is the same for all ranks of one machine.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # type: ignore[attr-defined]
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other rank of this torchrun has asked for the same text before; True where it cannot be known."""
     try:
-        yield Ranks(dist.get_rank(), world)
-    finally:
-        dist.destroy_process_group()
+        store = torchrun_store()
+        return store is None or store.add(hashlib.sha256(text.encode(errors="replace")).hexdigest(), 1) == 1
+    except RuntimeError:  # it is gone
+        return True
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,6 +1,9 @@
-"""The one exception that a user's mistake ends in, and how a value is refused."""
+"""The one exception that a user's mistake ends in, and how a value or a file is refused."""
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -34,3 +37,22 @@ def did_you_mean(typed: str, known: Iterable[str]) -> str:
     by_lower = {word.lower(): word for word in known}
     near = [by_lower[word] for word in get_close_matches(typed.lower(), by_lower, n=2, cutoff=0.7)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+@contextmanager
+def file_errors(key: str) -> Iterator[None]:
+    """Turns what a file system refuses (a full disk, a read-only folder, a name too long) into a `UserError`.
+
+    Args:
+        key: what the line begins with, such as `out_dir=runs/latent`.
+    """
+    from safetensors import SafetensorError  # which hides the OSError of a save
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # of the console, no file
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        file = getattr(error, "filename", None)
+        raise UserError(f"{key}: {reason}" + (f" ({file})" if file else "")) from error

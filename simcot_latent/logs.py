@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,31 +75,50 @@ class RunLog:
     Args:
         out_dir: the run's folder.
         is_main: whether this is rank 0; other ranks log nothing.
-        from_step: the step training goes on from; what an earlier attempt logged beyond it is cut off.
-        run: name of the wandb run; empty: no wandb.
+        from_step: the step training goes on from; what an earlier attempt logged beyond it is cut off. A run that
+            starts from nothing leaves an earlier one's file under another name.
+        run: name of the wandb run; empty: no wandb. A run that is gone on with stays the same one there.
         project: wandb project.
         config: what wandb stores beside the run.
+        console: where to tell of lines that cannot be read.
     """
 
     def __init__(
-        self, out_dir: Path, is_main: bool, from_step: int, run: str, project: str, config: dict[str, Any]
+        self,
+        out_dir: Path,
+        is_main: bool,
+        from_step: int,
+        run: str,
+        project: str,
+        config: dict[str, Any],
+        console: Console | None = None,
     ) -> None:
         self.is_main = is_main
         self.file = out_dir / "metrics.jsonl"
         self.wandb = None
         if not is_main:
             return
-        kept: list[str] = []
-        if from_step and self.file.exists():
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= from_step]
-        self.file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        console = console or make_console()
+        if from_step:
+            cut_back(self.file, from_step, console)
+        elif self.file.exists() and self.file.stat().st_size:
+            self.file.rename(aside := free_name(self.file))
+            warn(console, f"{self.file} is of an earlier run; it is now {aside.name}")
+        self.file.touch()
         if run:
             import wandb  # only here: it takes half a second to import
 
             try:
                 settings = wandb.Settings(console="off")
-                self.wandb = wandb.init(project=project, name=run, config=config, dir=out_dir, settings=settings)
+                self.wandb = wandb.init(
+                    project=project,
+                    name=run,
+                    id=wandb_id(out_dir, new=from_step == 0),
+                    resume="allow",
+                    config=config,
+                    dir=out_dir,
+                    settings=settings,
+                )
             except (wandb.Error, ValueError) as error:  # no key, no network, an impossible WANDB_ variable
                 raise UserError(
                     f"run={run}: wandb cannot start ({' '.join(str(error).split())}); log in with `wandb login`, "
@@ -109,14 +130,72 @@ class RunLog:
         if not self.is_main:
             return
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        with self.file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, **finite}) + "\n")
+        with self.file.open("ab", buffering=0) as handle:  # in one piece: a process that is killed leaves no half line
+            handle.write((json.dumps({"step": step, **finite}) + "\n").encode())
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
+
+    def sync(self) -> None:
+        """Waits until what was written is on the disk; a checkpoint is never ahead of its metrics."""
+        if self.is_main:
+            with self.file.open("ab") as handle:
+                os.fsync(handle.fileno())
 
     def close(self) -> None:
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def cut_back(file: Path, step: int, console: Console) -> None:
+    """Cuts off a log what comes after a step; what cannot be read moves to a file of its own beside it."""
+    if not file.exists():
+        return
+    kept: list[bytes] = []
+    strange: list[bytes] = []
+    for line in file.read_bytes().split(b"\n"):
+        logged = logged_step(line)
+        if logged is not None and logged <= step:
+            kept.append(line)
+        elif logged is None and line.strip():
+            strange.append(line)
+    if strange:
+        aside = file.with_name("metrics.unreadable")
+        with aside.open("ab") as handle:
+            handle.write(b"".join(line + b"\n" for line in strange))
+        warn(console, f"{file}: {len(strange)} line(s) are no records of a step; they are now in {aside.name}")
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as handle:
+        handle.write(b"".join(line + b"\n" for line in kept))
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(file)
+
+
+def logged_step(line: bytes) -> int | None:
+    """The step that a line of `metrics.jsonl` is about; None if it is no such line."""
+    try:
+        step = json.loads(line.decode("utf-8"))["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # bytes that are no UTF-8 are a ValueError
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def free_name(file: Path) -> Path:
+    """The first of `name-1.ext`, `name-2.ext`, ... that is free."""
+    number = 1
+    while (aside := file.with_name(f"{file.stem}-{number}{file.suffix}")).exists():
+        number += 1
+    return aside
+
+
+def wandb_id(out_dir: Path, new: bool) -> str:
+    """The id under which wandb knows the run of a folder, kept in `out_dir/wandb_id`."""
+    file = out_dir / "wandb_id"
+    if not new and file.exists() and (known := file.read_text(encoding="utf-8").strip()):
+        return known
+    known = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    file.write_text(known + "\n", encoding="utf-8")
+    return known
 
 
 def warn(console: Console, text: str) -> None:

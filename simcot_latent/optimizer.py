@@ -115,10 +115,21 @@ def make_optimizers(module: nn.Module, run: RunConfig) -> list[torch.optim.Optim
     return optimizers
 
 
-def update(parameters: Iterable[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> Tensor:
-    """Clips the gradients to a norm, takes every optimizer's step and drops the gradients; their norm before."""
+def update(
+    parameters: Iterable[nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    max_norm: float,
+    skips: Callable[[Tensor], bool] | None = None,
+) -> Tensor:
+    """Clips the gradients to a norm, takes every optimizer's step and drops the gradients; their norm before.
+
+    Args:
+        skips: from the norm to whether this step is left out; weights and moments then stay as they are.
+    """
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    skipped = skips is not None and skips(norm)
     for optimizer in optimizers:
-        optimizer.step()
+        if not skipped:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
-import signal
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,15 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simcot_latent.checkpoint import (
-    LATEST,
-    Checkpoint,
-    TrainerState,
-    find_checkpoint,
-    load_checkpoint,
-    load_trainer_state,
-    save_checkpoint,
-)
+from simcot_latent.checkpoint import Checkpoint, load_checkpoint, remove_partial, save_checkpoint
 from simcot_latent.config import RunConfig, as_plain, instantiate, parse
 from simcot_latent.data.batch import BatchOrder, Prefetch, micro_batches, pin, to_device
 from simcot_latent.data.format import Example
@@ -36,18 +29,22 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources import LoadedSplit, Source, Split
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, file_errors
 from simcot_latent.evals import eval_names, module_of
 from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
 from simcot_latent.losses import add_up
+from simcot_latent.memory import out_of_memory
 from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
-from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.nonfinite import NonFinite, broken_weights, save_batch
 from simcot_latent.objectives.base import Objective
 from simcot_latent.optimizer import make_optimizers, update
 from simcot_latent.pretrained import load_pretrained, with_latent_tokens, with_projector
 from simcot_latent.probe import probe_problems, probe_table
 from simcot_latent.profiling import PROFILED, SKIPPED, WARMUP, StepProfile, part
+from simcot_latent.resume import restore, trainer_state
+from simcot_latent.run_folder import RunFolder
+from simcot_latent.stopping import StopSignal
 from simcot_latent.validation import HeldOut, collapse, validate, validation_table
 
 if TYPE_CHECKING:
@@ -61,10 +58,13 @@ class Job:
     run: RunConfig
     raw: dict[str, Any]
     out_dir: Path
+    start: Path | None
+    """The checkpoint that training goes on from."""
     device: torch.device
     dtype: torch.dtype
     ranks: Ranks
     console: Console
+    stop: StopSignal
 
 
 @dataclass
@@ -75,36 +75,23 @@ class PreparedStep:
     totals: dict[str, Tensor]
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM, kept until the step is done; a second one kills at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-
 def main(raw: DictConfig) -> None:
     """Trains as the composed configuration says."""
     import hydra
 
     run, sections = parse(raw)
-    source: Source = instantiate(raw.data, "data")
     objective_class: type[Objective] = hydra.utils.get_class(run.objective)
-    train(run, sections, as_plain(raw), source, objective_class, lambda: make_model(run, raw))
+    find_data = partial(instantiate, raw.data, "data")
+    train(run, sections, as_plain(raw), find_data, objective_class, lambda job: make_model(job, raw))
 
 
 def train(
     run: RunConfig,
     sections: Any,
     options: dict[str, Any],
-    source: Source,
+    find_data: Callable[[], Source],
     objective_class: type[Objective],
-    make: Callable[[], tuple[GPT, Tokenizer]],
+    make: Callable[[Job], tuple[GPT, Tokenizer]],
 ) -> None:
     """One run from its start to its report.
 
@@ -112,26 +99,54 @@ def train(
         run: what all objectives share.
         sections: an instance of the objective's own `Config`.
         options: the whole configuration as plain values, for checkpoints.
-        source: the data.
+        find_data: gives the data.
         objective_class: what is to be trained for.
         make: makes the model and its tokenizer, once the seed is set.
+
+    Raises:
+        SystemExit: the run was stopped before its end; see `StopSignal`.
     """
+    # oneDNN keeps a program of some 100 KB for each shape it meets, 1024 of them unless told otherwise; no two steps
+    # have the same number of tokens. Few serve the layers of a step, and a step takes as long as before.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    stop = StopSignal(run.max_minutes)
     device = pick_device(run.device)
     with ranks_on(device) as ranks:
         console = make_console(ranks.is_main)
-        out_dir = Path(ranks.from_main(str(choose_out_dir(run))))
-        job = Job(run, options, out_dir, device, pick_dtype(run.dtype, device), ranks, console)
-        torch.manual_seed(run.seed)
+        with RunFolder(run, console) as folder:
+            out_dir, start = ranks.on_main(folder.take)
+            dtype = pick_dtype(run.dtype, device)
+            job = Job(run, options, out_dir, start, device, dtype, ranks, console, stop)
+            trainer = make_trainer(job, sections, find_data, objective_class, make)
+            with file_errors(f"out_dir={out_dir}"):
+                status = trainer.train()
+    if status:
+        raise SystemExit(status)
 
+
+def make_trainer(
+    job: Job,
+    sections: Any,
+    find_data: Callable[[], Source],
+    objective_class: type[Objective],
+    make: Callable[[Job], tuple[GPT, Tokenizer]],
+) -> Trainer:
+    """Loads what a run needs; see `train`."""
+    run, console = job.run, job.console
+    torch.manual_seed(run.seed)
+    with file_errors("data"):
+        source = find_data()
         train_split = load_split(source, "train", console)
         validation_split = load_split(source, "validation", console)
-        model, tokenizer = make()
+    with file_errors("init_from"), out_of_memory("making the model", job.device, "take a smaller model"):
+        model, tokenizer = make(job)
         job.raw["model"] = {key: value for key, value in asdict(model.config).items() if key != "vocab_size"}
         objective = objective_class(model, tokenizer, run, sections)
-        objective.to(device)
-        _, examples = encode_all(objective, train_split.problems, "train", job)
-        held_out = HeldOut(*encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job))
-        Trainer(job, objective, examples, held_out).train()
+        objective.to(job.device)
+    problems, examples = encode_all(objective, train_split.problems, "train", job)
+    held_out = HeldOut(*encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job))
+    with file_errors(f"out_dir={job.out_dir}"):
+        return Trainer(job, objective, problems, examples, held_out)
 
 
 class Trainer:
@@ -140,14 +155,22 @@ class Trainer:
     Args:
         job: what stays the same.
         objective: what is trained, on its device.
-        examples: training examples.
+        problems: training problems.
+        examples: the same in token ids.
         held_out: what it is validated on.
     """
 
-    def __init__(self, job: Job, objective: Objective, examples: Sequence[Example], held_out: HeldOut) -> None:
+    def __init__(
+        self,
+        job: Job,
+        objective: Objective,
+        problems: Sequence[Problem],
+        examples: Sequence[Example],
+        held_out: HeldOut,
+    ) -> None:
         run = self.run = job.run
         self.job, self.ranks, self.console = job, job.ranks, job.console
-        self.objective, self.examples, self.held_out = objective, examples, held_out
+        self.objective, self.problems, self.examples, self.held_out = objective, problems, examples, held_out
         if len(held_out.examples) < job.ranks.world:
             raise UserError(
                 f"eval_examples: {len(held_out.examples)} held-out problems are fewer than the {job.ranks.world} ranks"
@@ -165,8 +188,12 @@ class Trainer:
             raise UserError(f"profile=true: takes {needed} steps, this run has {self.num_steps}; raise num_iterations")
         self.optimizers = make_optimizers(objective, run)
         self.step = 0
-        if run.resume:
-            self.restore()
+        state: dict[str, Any] = {}
+        if job.start is not None:
+            state = restore(job.start, self.num_steps, objective, self.optimizers, job)
+            self.step = state["step"]
+        self.nonfinite = NonFinite(job.ranks, (state.get("nonfinite", 0), state.get("nonfinite_in_a_row", 0)))
+        self.owes_validation = state.get("owes_validation", False)
         set_block_options(
             objective, run.compile, run.activation_checkpointing, run.compile_thoughts, run.later_attention
         )
@@ -188,16 +215,19 @@ class Trainer:
         """How the model was trained to answer in the last step (before the first: in the first)."""
         return self.objective.thoughts_at(max(0, self.step - 1) / self.num_steps)
 
-    def train(self) -> None:
-        """Trains to the end, or to a signal; either way the last thing is a checkpoint."""
-        run, job = self.run, self.job
+    def train(self) -> int:
+        """Trains to the end, or until it is asked to stop; either way the last thing is a checkpoint.
+
+        Returns:
+            The exit status.
+        """
+        run, job, stop = self.run, self.job, self.job.stop
         if self.step == self.num_steps:
             self.console.print(f"{job.out_dir} is trained to its end, {self.num_steps} steps")
-            return
-        if self.ranks.is_main:
-            job.out_dir.mkdir(parents=True, exist_ok=True)
-        log = RunLog(job.out_dir, self.ranks.is_main, self.step, run.run, run.wandb_project, job.raw)
-        stop = StopSignal()
+            return 0
+        self.ranks.on_main(self.make_room)
+        log = RunLog(job.out_dir, self.ranks.is_main, self.step, run.run, run.wandb_project, job.raw, self.console)
+        stop.listen()
         self.announce()
         began, began_step = time.perf_counter(), self.step
         prefetch = Prefetch(self.prepare, self.num_steps)
@@ -206,40 +236,82 @@ class Trainer:
         metrics: dict[str, float] = {}
         with make_progress(self.console) as progress:
             bar = progress.add_task(run.mode, total=self.num_steps, completed=self.step)
+            if self.owes_validation:
+                self.validate(log, show=True)
+                self.owes_validation = False
             while self.step < self.num_steps:
                 with part("data"):
                     prepared = prefetch.get(self.step)
-                shares, totals, grad_norm, stopping = self.train_step(prepared, stop)
+                with out_of_memory(partial(self.sizes, prepared), job.device, self.less_memory()):
+                    shares, totals, grad_norm, stopping = self.train_step(prepared)
                 self.step += 1
                 if profiler is not None:
                     profiler.step()
                 interval.add(totals, prefetch)
                 progress.update(bar, completed=self.step)
                 last = self.step == self.num_steps
-                if self.step % run.log_every == 0 or last or self.step == 1:
+                validating = last or (run.eval_every != -1 and self.step % run.eval_every == 0)
+                saving = not last and run.checkpoint_every != -1 and self.step % run.checkpoint_every == 0
+                logging = self.step % run.log_every == 0 or last or self.step == 1
+                if logging or validating or saving or stopping or self.nonfinite.is_due:
+                    self.look_for_nonfinite()
+                if logging:
                     self.log_step(log, shares, totals, grad_norm, interval)
                     interval = Interval()
                 if stopping and not last:
+                    self.owes_validation = validating
                     break
-                if last or (run.eval_every != -1 and self.step % run.eval_every == 0):
+                if validating:
                     metrics = self.validate(log, show=not last)
                     interval = Interval()
-                if not last and run.checkpoint_every != -1 and self.step % run.checkpoint_every == 0:
-                    self.save()
+                if saving:
+                    self.save(log)
                     interval = Interval()
         seconds = time.perf_counter() - began
         prefetch.close()
         if profiler is not None:
             profiler.close()
-        folder = self.save()
+        folder = self.save(log)
         log.close()
         if self.step < self.num_steps:
-            self.console.print(f"stopped by a signal at step {self.step}; go on with resume=true out_dir={job.out_dir}")
-            raise SystemExit(128 + (stop.received or signal.SIGTERM))
+            why, status = stop.status(self.ranks)
+            self.console.print(f"stopped {why} at step {self.step}; go on with resume=true out_dir={job.out_dir}")
+            return status
         if self.ranks.is_main:
             self.console.print(f"{self.step - began_step} steps in {seconds:.0f} s; checkpoint {folder}")
             self.report(metrics)
         self.ranks.barrier()
+        return 0
+
+    def sizes(self, prepared: PreparedStep) -> str:
+        """What a step computes with, for who has not the memory for it."""
+        tokens = prepared.totals["positions"].item() / len(prepared.batches)
+        rows = min(self.run.device_batch_size, math.ceil(self.run.target_examples_per_step / self.ranks.world))
+        return (
+            f"at step {self.step + 1}, in passes over {rows} problems, about {tokens:,.0f} tokens, of a model of "
+            f"{count_parameters(self.objective):,} parameters"
+        )
+
+    def less_memory(self) -> str:
+        """The two settings that take less memory for the same training."""
+        checkpointing = "" if self.run.activation_checkpointing else " or set activation_checkpointing=true"
+        return f"lower device_batch_size (now {self.run.device_batch_size}){checkpointing}"
+
+    def make_room(self) -> None:
+        """Removes what killed saves left behind.
+
+        Raises:
+            UserError: the disk has no room for a checkpoint, which would only show at the first one.
+        """
+        remove_partial(self.job.out_dir)
+        moments = 2 if self.run.optimizer == "adamw" else 1  # at least; Muon has one per matrix
+        needed = 4 * count_parameters(self.objective) * (1 + moments)
+        free = shutil.disk_usage(self.job.out_dir).free
+        if free < needed:
+            raise UserError(
+                f"out_dir={self.job.out_dir}: {free / 1e9:.1f} GB are free there, a checkpoint takes "
+                f"{needed / 1e9:.1f} GB; make room, or give another folder"
+            )
 
     def prepare(self, step: int) -> PreparedStep:
         """The batches of a step; a function of nothing but its number."""
@@ -250,15 +322,13 @@ class Trainer:
         totals = add_up([batch.totals for batch in batches])
         return PreparedStep([pin(b) for b in batches] if self.job.device.type == "cuda" else batches, totals)
 
-    def train_step(
-        self, prepared: PreparedStep, stop: StopSignal
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, bool]:
+    def train_step(self, prepared: PreparedStep) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, bool]:
         """One optimizer step: its shares and totals, the gradient norm, and whether any rank was told to stop."""
         run, job, ranks = self.run, self.job, self.ranks
         thoughts = self.objective.thoughts_at(self.step / self.num_steps)
         if thoughts != self.thoughts_now():
             self.begin_stage(thoughts)
-        totals = ranks.sum(prepared.totals | {"stop": torch.tensor(float(stop.received is not None))})
+        totals = ranks.sum(prepared.totals | {"stop": torch.tensor(float(job.stop.asked))})
         stopping = bool(totals.pop("stop") > 0)
         device_totals = {key: value.to(job.device, non_blocking=True) for key, value in totals.items()}
         lrm = lr_multiplier(run, self.step, self.num_steps)
@@ -275,9 +345,43 @@ class Trainer:
                     # DDP averages gradients over ranks; shares add up.
                     (shares["loss"] * ranks.world).backward()
             pieces.append({key: value.detach() for key, value in shares.items()})
+        shares = add_up(pieces)
+
+        def skips(grad_norm: Tensor) -> bool:
+            self.nonfinite.add(self.step + 1, shares["loss"], grad_norm)
+            return run.on_nonfinite == "skip" and self.look_for_nonfinite()
+
         with part("update"):
-            grad_norm = update(self.objective.parameters(), self.optimizers, run.max_grad_norm or math.inf)
-        return add_up(pieces), totals, grad_norm, stopping
+            grad_norm = update(self.objective.parameters(), self.optimizers, run.max_grad_norm or math.inf, skips)
+        return shares, totals, grad_norm, stopping
+
+    def look_for_nonfinite(self) -> bool:
+        """Whether a step since the last look had a loss or gradient that is no number; its batch is saved.
+
+        Raises:
+            UserError: one had, and on_nonfinite=error, or it is one too many in a row.
+        """
+        run, found = self.run, self.nonfinite.look()
+        if not found:
+            return False
+        step, loss, norm = found[0]
+        indices = self.order.batch(step - 1)
+        file = self.ranks.on_main(lambda: save_batch(self.job.out_dir, step, loss, norm, indices, self.problems))
+        what = f"loss is {loss:g}, gradient norm {norm:g} at step {step}" + (f" (its batch: {file})" if file else "")
+        if run.on_nonfinite == "error" or self.nonfinite.in_a_row > run.max_nonfinite:
+            skipped = "on_nonfinite=skip skips such steps" if run.on_nonfinite == "error" else (
+                f"these are more than max_nonfinite={run.max_nonfinite} steps in a row")  # fmt: skip
+            raise UserError(f"{what}: {self.unstable()}; {skipped}")
+        warn(self.console, f"{what}: no update ({self.nonfinite.total} such steps so far)")
+        return True
+
+    def unstable(self) -> str:
+        """What helps against diverging."""
+        run = self.run
+        return (
+            f"training is unstable; lower learning_rate (now {run.learning_rate:g}) or max_grad_norm (now "
+            f"{run.max_grad_norm}), or raise warmup_ratio"
+        )
 
     def begin_stage(self, thoughts: ThoughtFormat) -> None:
         """A step before the first of a stage."""
@@ -293,11 +397,6 @@ class Trainer:
         """Writes a step's metrics, over all ranks, and its line on the console."""
         run = self.run
         values = {key: value.item() for key, value in self.ranks.sum(shares).items()}
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"loss is {values['loss']} at step {self.step}: training is unstable; lower learning_rate "
-                f"(now {run.learning_rate:g}) or max_grad_norm (now {run.max_grad_norm}), or raise warmup_ratio"
-            )
         lrm = lr_multiplier(run, self.step - 1, self.num_steps)
         metrics = values | {
             "num_tokens": totals["tokens"].item(),
@@ -310,6 +409,8 @@ class Trainer:
             "padding": 1 - (totals["positions"] / totals["slots"]).item(),
             "n_latents": self.thoughts_now().n_latents,
         }
+        if run.on_nonfinite == "skip":
+            metrics["nonfinite_steps"] = self.nonfinite.total
         log.write(self.step, metrics)
         parts = [f"step {self.step:05d}/{self.num_steps:05d}", f"loss {values['loss']:.3f}"]
         parts += [
@@ -329,7 +430,12 @@ class Trainer:
 
     def validate(self, log: RunLog, show: bool) -> dict[str, float]:
         """Evaluates the stage that training is in; `show` prints it."""
-        with autocast(self.job.device, self.job.dtype):
+        n = min(self.run.eval_batch_size, len(self.held_out.examples))
+        helps = f"lower eval_batch_size (now {self.run.eval_batch_size}) or max_new_tokens"
+        with (
+            out_of_memory(f"validating {n} problems at a time", self.job.device, helps),
+            autocast(self.job.device, self.job.dtype),
+        ):
             metrics = validate(self.objective, self.as_checkpoint(), self.held_out, self.run, self.ranks)
         log.write(self.step, metrics)
         if (collapsed := collapse(metrics)) is not None:
@@ -368,62 +474,34 @@ class Trainer:
             step=self.step,
         )
 
-    def save(self) -> Path | None:
+    def save(self, log: RunLog) -> Path:
         """Writes a checkpoint; rank 0's moments and weights are everybody's."""
-        folder = None
-        if self.ranks.is_main:
-            names: dict[Tensor, str] = {p: name for name, p in self.objective.named_parameters()}
-            tensors = {
-                f"optimizer/{names[parameter]}/{key}": value
-                for optimizer in self.optimizers
-                for parameter, moments in optimizer.state.items()
-                for key, value in moments.items()
-            }
-            tensors["random/cpu"] = torch.get_rng_state()
-            values = {"step": self.step, "num_steps": self.num_steps}
-            folder = save_checkpoint(
-                self.as_checkpoint(), self.job.out_dir, TrainerState(tensors, values), self.run.keep_checkpoints
-            )
-        self.ranks.barrier()
-        return folder
+        log.sync()
+        return self.ranks.on_main(self.write_checkpoint)
 
-    def restore(self) -> None:
-        """Goes on from the newest checkpoint of `out_dir`.
+    def write_checkpoint(self) -> Path:
+        """Rank 0's part of `save`.
 
         Raises:
-            UserError: there is none, it is of another shape, it was to train for another number of steps, or with
-                another optimizer.
+            UserError: the disk refuses it, or the model is none any more.
         """
-        folder = find_checkpoint(self.job.out_dir, key="out_dir")
-        saved = load_checkpoint(folder, self.job.device)
-        state = load_trainer_state(folder)
-        if state.values["num_steps"] != self.num_steps:
+        if broken := broken_weights(self.objective.named_parameters()):
             raise UserError(
-                f"resume: {folder} was training for {state.values['num_steps']} steps, this run is for "
-                f"{self.num_steps}; "
-                "give the same num_iterations, num_epochs, data and target_examples_per_step"
+                f"not saved at step {self.step}: {broken[0]} and {len(broken) - 1} more weights hold numbers that are "
+                f"not finite, or over 1e19; checkpoints before it are as they were; {self.unstable()}"
             )
-        if saved.config["optimizer"] != self.run.optimizer:
-            raise UserError(
-                f"resume: {folder} was trained with optimizer={saved.config['optimizer']}, whose moments are of no use "
-                f"to optimizer={self.run.optimizer}; give the same"
-            )
-        copy_weights(saved, self.objective)
-        if changes := changed_options(saved.config, self.job.raw):
-            warn(self.console, f"resume: from here on other options than before: {', '.join(changes)}")
-        owner = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
-        for name, parameter in self.objective.named_parameters():
-            prefix = f"optimizer/{name}/"
-            moments = {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
-            if moments:
-                # Step counts stay on the CPU where the optimizer put them there.
-                owner[parameter].state[parameter] = {
-                    key: value if key == "step" and self.job.device.type == "cpu" else value.to(parameter.device)
-                    for key, value in moments.items()
-                }
-        torch.set_rng_state(state.tensors["random/cpu"])
-        self.step = state.values["step"]
-        self.console.print(f"going on from {folder}")
+        total, in_a_row = self.nonfinite.state
+        state = trainer_state(
+            self.objective,
+            self.optimizers,
+            step=self.step,
+            num_steps=self.num_steps,
+            nonfinite=total,
+            nonfinite_in_a_row=in_a_row,
+            owes_validation=self.owes_validation,
+        )
+        with file_errors(f"out_dir={self.job.out_dir}"):
+            return save_checkpoint(self.as_checkpoint(), self.job.out_dir, state, self.run.keep_checkpoints)
 
     def report(self, metrics: dict[str, float]) -> None:
         """The last validation, and what the thoughts say about five of its problems."""
@@ -480,20 +558,21 @@ def lr_multiplier(run: RunConfig, step: int, num_steps: int) -> float:
     return run.final_lr_ratio + (1 - run.final_lr_ratio) * left
 
 
-def make_model(run: RunConfig, raw: DictConfig) -> tuple[GPT, Tokenizer]:
+def make_model(job: Job, raw: DictConfig) -> tuple[GPT, Tokenizer]:
     """The GPT that is to be trained and its tokenizer: new, or those of `init_from`.
 
     Raises:
         UserError: the shape is impossible, or the command line asks for another than that of `init_from`.
     """
+    run = job.run
     if run.init_from is None:
         tokenizer: Tokenizer = instantiate(raw.tokenizer, "tokenizer")
         try:
             return GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **run.model)), tokenizer
         except TypeError as error:
             raise UserError(f"model: {error}") from error
-    if run.resume:  # what it began from need not be there any more
-        saved = load_checkpoint(run.out_dir or "", key="out_dir")
+    if job.start is not None:  # what it began from need not be there any more
+        saved = load_checkpoint(job.start, key="out_dir")
         return saved.model.train(), saved.tokenizer
     saved = with_latent_tokens(load_pretrained(run.init_from, key="init_from"), run.new_token_init)
     from simcot_latent import cli  # hydra, which training from Python does without
@@ -514,31 +593,6 @@ def make_model(run: RunConfig, raw: DictConfig) -> tuple[GPT, Tokenizer]:
                 f"{config.get(key)}; leave it out"
             )
     return model.train(), saved.tokenizer
-
-
-def copy_weights(saved: Checkpoint, objective: Objective) -> None:
-    """A checkpoint's weights into the model, and the decoder, that are to be trained."""
-    pairs: tuple[tuple[GPT | StepDecoder | None, GPT | StepDecoder | None], ...] = (
-        (objective.model, saved.model),
-        (objective.step_decoder, saved.step_decoder),
-    )
-    for ours, theirs in pairs:
-        if (ours and ours.config) != (theirs and theirs.config):
-            raise UserError(f"{saved.path}: its model or decoder is not the one that this run is configured for")
-        if ours is not None and theirs is not None:
-            ours.load_state_dict(theirs.state_dict())
-
-
-def changed_options(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key (was .., is ..)` of each option that a resumed run was given another value for."""
-    changes: list[str] = []
-    for key in sorted((before.keys() | now.keys()) - (set() if prefix else {"resume", "out_dir"})):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += changed_options(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changes.append(f"{prefix}{key} (was {old}, is {new})")
-    return changes
 
 
 def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:
@@ -594,27 +648,6 @@ def encode_all(
 def source_name(raw: dict[str, Any]) -> str:
     """The name of the run's data source, that of its module; its eval, if there is one, has the same."""
     return raw["data"]["_target_"].split(".")[-2]
-
-
-def choose_out_dir(run: RunConfig) -> Path:
-    """The run's folder: `out_dir`, or the first of runs/<mode>, runs/<mode>-2, ... that does not exist.
-
-    Raises:
-        UserError: `out_dir` already holds a run that is not to be resumed.
-    """
-    if run.out_dir is None:
-        number = 1
-        while (folder := Path("runs") / (run.mode if number == 1 else f"{run.mode}-{number}")).exists():
-            number += 1
-        return folder
-    folder = Path(run.out_dir)
-    if run.resume:
-        find_checkpoint(folder, key="out_dir")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out_dir={folder}: is a file; give a folder")
-    if not run.resume and (folder / LATEST).exists():
-        raise UserError(f"out_dir={folder}: holds a run already; give another folder, or resume=true to go on with it")
-    return folder
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from simcot_latent.errors import UserError
-from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
+from simcot_latent.logs import RunLog, logged_step, make_console, make_progress, track, wandb_id, warn
 
 
 def open_log(folder: Path, from_step: int = 0, is_main: bool = True) -> RunLog:
@@ -83,6 +84,52 @@ def test_going_on_after_a_line_that_was_cut_short(tmp_path: Path) -> None:
     file.write_text(file.read_text()[:-8])
     open_log(tmp_path, from_step=1).write(2, {"loss": 2.0})
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_what_is_no_record_is_kept_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{}\n\xff\n\n{"step": 2}\n{"step": 3}\n{"st')
+    open_log(tmp_path, from_step=2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / "metrics.unreadable").read_bytes() == b'{}\n\xff\n{"st\n'
+    open_log(tmp_path, from_step=2)  # nothing more to move
+    assert (tmp_path / "metrics.unreadable").read_bytes() == b'{}\n\xff\n{"st\n'
+
+
+def test_going_on_replaces_the_file_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed just before it does, it leaves the file as it was."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        open_log(tmp_path, from_step=1)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=40))
+def test_any_line_is_a_record_or_is_not(line: bytes) -> None:
+    step = logged_step(line)
+    assert step is None or (type(step) is int and json.loads(line)["step"] == step)
+
+
+def test_numbers_of_steps() -> None:
+    assert logged_step(b'{"step": 3, "loss": 1}') == 3
+    for line in (b"", b"{}", b"[]", b"3", b'"step"', b'{"step": null}', b'{"step": 1.0}', b'{"step": true}',
+                 b"[" * 100_000, b'{"step": 3', "{\"step\": 3}".encode("utf-16")):  # fmt: skip
+        assert logged_step(line) is None
+
+
+def test_wandb_knows_a_run_that_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    first = wandb_id(tmp_path, new=True)
+    assert re.fullmatch(r"[0-9a-f]{8}", first)
+    assert wandb_id(tmp_path, new=False) == first
+    second = wandb_id(tmp_path, new=True)
+    assert second != first
+    assert wandb_id(tmp_path, new=False) == second
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def train_run(
     )  # fmt: skip
     own = (sections or LatentObjectiveConfig()) if mode == "latent" else WeightedConfig()
     objective_class = LatentObjective if mode == "latent" else WeightedObjective
-    train(run, own, asdict(run) | asdict(own), source, objective_class, make)
+    train(run, own, asdict(run) | asdict(own), lambda: source, objective_class, lambda job: make())
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

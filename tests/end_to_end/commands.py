@@ -129,7 +129,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 @contextmanager
 def signals_restored():
     """Training takes over Ctrl-C and SIGTERM; pytest gets them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

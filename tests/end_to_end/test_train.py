@@ -517,3 +517,17 @@ def test_a_short_run_makes_only_the_problems_that_it_trains_on(tmp_path: Path) -
     outcome = run(TRAIN, *TINY, *arguments, folder=tmp_path).ok()
     assert time.monotonic() - began < 60, "making and encoding all of them takes minutes"
     assert "1000000 problems, 4 held out" in outcome.out
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path: Path) -> None:
+    places = {key: str(tmp_path / "home") for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    env = {**OFFLINE, **places, "WANDB_MODE": "offline"}
+    arguments = ("mode=weighted", "num_iterations=6", "checkpoint_every=2", "run=first", "out_dir=out")
+    run_process("-m", TRAIN, *TINY, *ARITHMETIC, *arguments, folder=tmp_path, env=env).ok()
+    (tmp_path / "out/latest").unlink()
+    (tmp_path / "out/latest").symlink_to("step_0000004")
+    run_process("-m", TRAIN, *TINY, *ARITHMETIC, *arguments, "resume=true", folder=tmp_path, env=env).ok()
+    files = sorted((tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    ids = [next(record.run.run_id for record in wandb_records(file) if record.HasField("run")) for file in files]
+    assert len(ids) == 2
+    assert ids[0] == ids[1] == (tmp_path / "out/wandb_id").read_text().strip()

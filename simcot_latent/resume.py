@@ -1,0 +1,146 @@
+"""Going on with a run: what is saved for it, what is restored, and which options may differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, load_trainer_state
+from simcot_latent.config import RunConfig
+from simcot_latent.errors import UserError
+from simcot_latent.logs import warn
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.step_decoder import StepDecoder
+from simcot_latent.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from simcot_latent.train import Job
+
+ABOUT_THE_COMMAND = {"resume", "resume_with_changes", "out_dir", "max_minutes"}
+"""Options that say nothing about the run itself."""
+
+FREE = {
+    "device", "compile", "activation_checkpointing", "device_batch_size", "profile", "log_every", "eval_every",
+    "eval_batch_size", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "max_nonfinite", "verify", "run",
+    "wandb_project",
+}  # fmt: skip
+"""Options that say where and in what pieces it is computed, what is reported and what kept: the same training."""
+
+
+def trainer_state(objective: Objective, optimizers: Sequence[torch.optim.Optimizer], **values: Any) -> TrainerState:
+    """What it takes to go on with a run, beside its checkpoint."""
+    names: dict[Tensor, str] = {p: name for name, p in objective.named_parameters()}
+    tensors = {
+        f"optimizer/{names[parameter]}/{key}": value
+        for optimizer in optimizers
+        for parameter, moments in optimizer.state.items()
+        for key, value in moments.items()
+    }
+    return TrainerState(tensors | {"random/cpu": torch.get_rng_state()}, values)
+
+
+def restore(
+    folder: Path, num_steps: int, objective: Objective, optimizers: Sequence[torch.optim.Optimizer], job: Job
+) -> dict[str, Any]:
+    """Puts a checkpoint's weights, moments and random state in place; the plain values beside them.
+
+    Raises:
+        UserError: it is of another shape, it was to train for another number of steps, with another optimizer, or with
+            other options than `resume` allows.
+    """
+    run = job.run
+    saved = load_checkpoint(folder, job.device, key="out_dir")
+    state = load_trainer_state(folder)
+    if state.values["num_steps"] != num_steps:
+        raise UserError(
+            f"resume: {folder} was training for {state.values['num_steps']} steps, this run is for {num_steps}; "
+            "give the same num_iterations, num_epochs, data and target_examples_per_step"
+        )
+    if saved.config["optimizer"] != run.optimizer:
+        raise UserError(
+            f"resume: {folder} was trained with optimizer={saved.config['optimizer']}, whose moments are of no use "
+            f"to optimizer={run.optimizer}; give the same"
+        )
+    copy_weights(saved, objective)
+    check_changes(folder, saved.config, objective, job)
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, parameter in objective.named_parameters():
+        prefix = f"optimizer/{name}/"
+        moments = {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
+        if moments:
+            # Step counts stay on the CPU where the optimizer put them there.
+            owner[parameter].state[parameter] = {
+                key: value if key == "step" and job.device.type == "cpu" else value.to(parameter.device)
+                for key, value in moments.items()
+            }
+    torch.set_rng_state(state.tensors["random/cpu"])
+    job.console.print(f"going on from {folder}")
+    return state.values
+
+
+def copy_weights(saved: Checkpoint, objective: Objective) -> None:
+    """A checkpoint's weights into the model, and the decoder, that are to be trained."""
+    pairs: tuple[tuple[GPT | StepDecoder | None, GPT | StepDecoder | None], ...] = (
+        (objective.model, saved.model),
+        (objective.step_decoder, saved.step_decoder),
+    )
+    for ours, theirs in pairs:
+        if (ours and ours.config) != (theirs and theirs.config):
+            raise UserError(f"{saved.path}: its model or decoder is not the one that this run is configured for")
+        if ours is not None and theirs is not None:
+            ours.load_state_dict(theirs.state_dict())
+
+
+def check_changes(folder: Path, before: dict[str, Any], objective: Objective, job: Job) -> None:
+    """Says which options differ from those of the run so far.
+
+    Raises:
+        UserError: with resume=auto, one does that changes what is trained (but for `resume_with_changes=true`).
+    """
+    changes = changed_options(with_defaults(before, objective), job.raw)
+    barred = [text for key, text in changes.items() if key.partition(".")[0] not in FREE]
+    if barred and job.run.resume == "auto" and not job.run.resume_with_changes:
+        raise UserError(
+            f"resume=auto: {folder} was trained with other options: {', '.join(barred)}; give the same, another "
+            "out_dir, or resume_with_changes=true"
+        )
+    if changes:
+        warn(job.console, f"resume: from here on other options than before: {', '.join(changes.values())}")
+
+
+def with_defaults(before: dict[str, Any], objective: Objective) -> dict[str, Any]:
+    """A saved configuration, with the defaults of the options that came into being after it was saved."""
+    filled = defaults(RunConfig) | before
+    for section in dataclasses.fields(objective.config) if dataclasses.is_dataclass(objective.config) else ():
+        value = getattr(objective.config, section.name)
+        if isinstance(filled.get(section.name), dict) and dataclasses.is_dataclass(value):
+            filled[section.name] = defaults(type(value)) | filled[section.name]
+    return filled
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The fields of a dataclass that have a default, by name."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
+
+
+def changed_options(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """`key (was .., is ..)` of each option that a resumed run was given another value for, by its key."""
+    changes: dict[str, str] = {}
+    for key in sorted((before.keys() | now.keys()) - (set() if prefix else ABOUT_THE_COMMAND)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes |= changed_options(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes[f"{prefix}{key}"] = f"{prefix}{key} (was {old}, is {new})"
+    return changes
