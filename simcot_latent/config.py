@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -175,6 +176,7 @@ class RunConfig:
     init_from: str | None = None
     new_token_init: str = "mean"
     resume: bool = False
+    verify: bool = True
     log_every: int = 20
     eval_every: int = 500
     eval_examples: int = 500
@@ -273,15 +275,26 @@ def as_plain(raw: Any) -> dict[str, Any]:
     return OmegaConf.to_container(raw, resolve=True)  # type: ignore[return-value]
 
 
-def instantiate(section: Any, key: str) -> Any:
+def instantiate(section: Any, key: str, values: Mapping[str, Any] | None = None) -> Any:
     """What a config section with a `_target_` stands for.
+
+    Args:
+        section: from the command line and yaml files, never from a checkpoint: it may import and call anything.
+        key: the section's, for errors.
+        values: further arguments, as they stand: nothing in them is imported, called or resolved.
 
     Raises:
         UserError: the target refuses a value, or does not know a key.
     """
     try:
-        return hydra.utils.instantiate(section)
+        if not values:
+            return hydra.utils.instantiate(section)
+        make = hydra.utils.instantiate(section, _partial_=True)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
         raise UserError(f"{key}: {error.__cause__ or error}") from error
+    try:
+        return make(**values)
+    except TypeError as error:  # a key that it does not know
+        raise UserError(f"{key}: {error}") from error

@@ -34,6 +34,7 @@ class ExportConfig:
     """Keys of `configs/export.yaml`."""
 
     ckpt: str | None = None
+    verify: bool = True
     out: str | None = None
     format: str = "hf"
     dtype: str = "float32"
@@ -109,7 +110,7 @@ def main(raw: DictConfig) -> None:
     """Exports one checkpoint."""
     config = typed(ExportConfig, raw)
     console = make_console()
-    checkpoint = load_checkpoint(config.ckpt or "")
+    checkpoint = load_checkpoint(config.ckpt or "", verify=config.verify)
     family = export_hf(checkpoint, config.out or "", DTYPES[config.dtype], config.max_shard_gb)
     console.print(f"{family} | {config.dtype} | {checkpoint.tokenizer} | {config.out}")
     for line in notes(checkpoint, family):

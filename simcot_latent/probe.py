@@ -24,12 +24,12 @@ from rich.text import Text
 from torch import Tensor
 
 from simcot_latent import cli
-from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder
-from simcot_latent.config import instantiate, typed
+from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder, setting
+from simcot_latent.config import typed
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
-from simcot_latent.data.sources import SPLITS, Source
+from simcot_latent.data.sources import SPLITS
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, encode_prompts, generate, think_about
@@ -46,6 +46,7 @@ class ProbeConfig:
 
     data: dict[str, Any] | None = None
     ckpt: str | None = None
+    verify: bool = True
     question: str | None = None
     split: str = "test"
     limit: int = 20
@@ -188,7 +189,7 @@ def _answer(checkpoint: Checkpoint, questions: Sequence[str]) -> tuple[list[Gene
     """Answers to questions as one batch, and the thoughts (B, K, D) that they came from."""
     require_decoder(checkpoint)
     _require_thoughts(checkpoint)
-    model, limit = checkpoint.model, checkpoint.config["max_new_tokens"]
+    model, limit = checkpoint.model, setting(checkpoint, "max_new_tokens")
     generations = generate(model, checkpoint.tokenizer, checkpoint.thoughts, questions, limit)
     return generations, latents_of(generations) if generations else think(checkpoint, []).latents
 
@@ -248,7 +249,7 @@ def score_group(decoded: tuple[str, float], gold: str | None, forced: Forced | N
 
 def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
     """What each group of a problem was taught to say, as text."""
-    latent, groups = checkpoint.config["latent"], checkpoint.thoughts.groups
+    latent, groups = setting(checkpoint, "latent"), checkpoint.thoughts.groups
     steps = [step.text for step in problem.steps]
     if checkpoint.thoughts.n_latents < latent["n_latents"]:
         steps = steps[:groups]  # in an early stage the later steps are still written
@@ -395,13 +396,13 @@ def main(raw: DictConfig) -> None:
     config = typed(ProbeConfig, raw)
     console = make_console()
     device = pick_device(config.device)
-    checkpoint = load_checkpoint(config.ckpt or "", device)
+    checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
     require_decoder(checkpoint)
     with torch.no_grad(), autocast(device, pick_dtype(config.dtype, device)):
         if config.question is not None:
             probes, summary = probe_questions(checkpoint, [config.question]), None
         else:
-            source: Source = instantiate(cli.trained_data(raw, checkpoint.config["data"]), "data")
+            source, _ = cli.trained_source(raw, checkpoint)
             problems = source.load(config.split).problems[: config.limit]  # type: ignore[arg-type]
             quiet = make_console(is_main=config.format == "table")
             probes = probe_problems(checkpoint, problems, config.batch_size, quiet)

@@ -365,8 +365,8 @@ class Trainer:
                 another optimizer.
         """
         folder = find_checkpoint(self.job.out_dir, key="out_dir")
-        saved = load_checkpoint(folder, self.job.device)
-        state = load_trainer_state(folder)
+        saved = load_checkpoint(folder, self.job.device, verify=self.run.verify)
+        state = load_trainer_state(folder, self.run.verify)
         if state.values["num_steps"] != self.num_steps:
             raise UserError(
                 f"resume: {folder} was training for {state.values['num_steps']} steps, this run is for "
@@ -462,9 +462,9 @@ def make_model(run: RunConfig, raw: DictConfig) -> tuple[GPT, Tokenizer]:
         except TypeError as error:
             raise UserError(f"model: {error}") from error
     if run.resume:  # what it began from need not be there any more
-        saved = load_checkpoint(run.out_dir or "", key="out_dir")
+        saved = load_checkpoint(run.out_dir or "", key="out_dir", verify=run.verify)
         return saved.model.train(), saved.tokenizer
-    saved = with_latent_tokens(load_pretrained(run.init_from, key="init_from"), run.new_token_init)
+    saved = with_latent_tokens(load_pretrained(run.init_from, key="init_from", verify=run.verify), run.new_token_init)
     asked = cli.overridden("tokenizer")
     if asked and instantiate(raw.tokenizer, "tokenizer") != saved.tokenizer:
         raise UserError(
@@ -499,7 +499,7 @@ def copy_weights(saved: Checkpoint, objective: Objective) -> None:
 def changed_options(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """`key (was .., is ..)` of each option that a resumed run was given another value for."""
     changes: list[str] = []
-    for key in sorted((before.keys() | now.keys()) - (set() if prefix else {"resume", "out_dir"})):
+    for key in sorted((before.keys() | now.keys()) - (set() if prefix else {"resume", "out_dir", "verify"})):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changes += changed_options(old, new, f"{prefix}{key}.")

@@ -47,6 +47,9 @@ PATTERN = (
 
 _RANKS_FILE = "ranks.tiktoken"
 _CONFIG_FILE = "tokenizer.json"
+TOKENIZER_FILES = (_RANKS_FILE, _CONFIG_FILE)
+"""What `Tokenizer.save` writes."""
+
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, require
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
@@ -44,6 +44,10 @@ class ThoughtFormat:
     answer_mark: str = "####"
 
     def __post_init__(self) -> None:
+        require(self.n_latents >= 0, "thoughts.n_latents", self.n_latents, "at least 0")
+        c = self.latents_per_step
+        require(c >= 1, "thoughts.latents_per_step", c, "at least 1")
+        require(self.n_latents % c == 0, "thoughts.n_latents", self.n_latents, f"a multiple of latents_per_step={c}")
         if self.n_latents and not self.feeds_last and self.n_latents < 2:
             raise UserError("thoughts: n_latents must be at least 2 where the last one is not fed")
 
