@@ -473,6 +473,18 @@ def load_trainer_state(folder: Path, verify: bool = True) -> TrainerState:
     return TrainerState(read_tensors(folder / STATE_TENSORS), read_json(folder / STATE_JSON))
 
 
+def progress(state: TrainerState, folder: Path) -> tuple[int, int]:
+    """How many steps were trained, and of how many.
+
+    Raises:
+        UserError: the state does not say so.
+    """
+    step, num_steps = state.values.get("step"), state.values.get("num_steps")
+    if type(step) is not int or type(num_steps) is not int or not 0 <= step <= num_steps:
+        raise UserError(f"{folder / STATE_JSON}: step and num_steps must be whole numbers, step from 0 to num_steps")
+    return step, num_steps
+
+
 def save_weights(module: nn.Module, file: Path, shared: str | None = None) -> Fingerprint:
     """A module's weights, but for those under the prefix `shared`, which another file holds."""
     weights = module.state_dict()

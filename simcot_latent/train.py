@@ -24,12 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 from simcot_latent import cli
 from simcot_latent.checkpoint import (
     LATEST,
+    STATE_TENSORS,
     Checkpoint,
     TrainerState,
     find_checkpoint,
     load_checkpoint,
     load_trainer_state,
+    progress,
     save_checkpoint,
+    setting,
 )
 from simcot_latent.config import RunConfig, as_plain, instantiate, parse
 from simcot_latent.data.batch import BatchOrder, Prefetch, micro_batches, pin, to_device
@@ -367,15 +370,16 @@ class Trainer:
         folder = find_checkpoint(self.job.out_dir, key="out_dir")
         saved = load_checkpoint(folder, self.job.device, verify=self.run.verify)
         state = load_trainer_state(folder, self.run.verify)
-        if state.values["num_steps"] != self.num_steps:
+        step, num_steps = progress(state, folder)
+        if num_steps != self.num_steps:
             raise UserError(
-                f"resume: {folder} was training for {state.values['num_steps']} steps, this run is for "
+                f"resume: {folder} was training for {num_steps} steps, this run is for "
                 f"{self.num_steps}; "
                 "give the same num_iterations, num_epochs, data and target_examples_per_step"
             )
-        if saved.config["optimizer"] != self.run.optimizer:
+        if (before := setting(saved, "optimizer")) != self.run.optimizer:
             raise UserError(
-                f"resume: {folder} was trained with optimizer={saved.config['optimizer']}, whose moments are of no use "
+                f"resume: {folder} was trained with optimizer={before}, whose moments are of no use "
                 f"to optimizer={self.run.optimizer}; give the same"
             )
         copy_weights(saved, self.objective)
@@ -385,14 +389,19 @@ class Trainer:
         for name, parameter in self.objective.named_parameters():
             prefix = f"optimizer/{name}/"
             moments = {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
+            if wrong := [k for k, v in moments.items() if v.dim() and v.shape != parameter.shape]:
+                raise UserError(f"{folder / STATE_TENSORS}: {prefix}{wrong[0]} is not of the shape of its parameter")
             if moments:
                 # Step counts stay on the CPU where the optimizer put them there.
                 owner[parameter].state[parameter] = {
                     key: value if key == "step" and self.job.device.type == "cpu" else value.to(parameter.device)
                     for key, value in moments.items()
                 }
-        torch.set_rng_state(state.tensors["random/cpu"])
-        self.step = state.values["step"]
+        try:
+            torch.set_rng_state(state.tensors["random/cpu"])
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise UserError(f"{folder / STATE_TENSORS}: random/cpu is not the state of a random generator") from error
+        self.step = step
         self.console.print(f"going on from {folder}")
 
     def report(self, metrics: dict[str, float]) -> None:

@@ -626,7 +626,7 @@ def test_patterns_that_tiktoken_takes_otherwise_are_named(
         ({"tokenizer.json": b"\xff"}, "tokenizer.json: not UTF-8 text (byte 0)"),
         ({"tokenizer.model": b"\n\x0e\n\x05<unk>\x15"}, "tokenizer.model, line 1: not a token in base64"),
         ({"tokenizer.model": "AA== 0\n"}, "tokenizer.model: ranks must hold each of the 256 single bytes"),
-        ({"vocab.json": '{"<|endoftext|>": 0}'}, "merges.txt: cannot read"),
+        ({"vocab.json": '{"<|endoftext|>": 0}'}, "merges.txt: no such file"),
         ({"vocab.json": '{"a": 1}', "merges.txt": ""}, "vocab.json: ids must be 0 to 0, each once"),
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "vocab.json: lacks <|endoftext|>"),
         (

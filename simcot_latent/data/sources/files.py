@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 from simcot_latent.data.problem import Problem, parse_number, parse_steps, split_solution
 from simcot_latent.data.sources import SPLITS, LoadedSplit, Split
 from simcot_latent.errors import UserError
+from simcot_latent.files import read_bytes, require_regular
 
 if TYPE_CHECKING:
     import datasets
@@ -32,6 +33,9 @@ _SPLIT_OF_NAME: dict[str, Split] = {
 }
 # train.jsonl, or the hub's own layout: train-00000-of-00002.parquet
 _SPLIT_FILE = re.compile(rf"(?P<name>{'|'.join(_SPLIT_OF_NAME)})(?:-[0-9]+-of-(?P<count>[0-9]+))?(?P<suffix>\.[a-z]+)")
+
+
+_HUB_ID, _HUB_CONFIG = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*"), re.compile(r"(?!\.)[^/\\\x00]+")
 
 
 class Row(NamedTuple):
@@ -85,6 +89,9 @@ class WrittenSolutions(ABC):
             value = getattr(self, key)
             if not (isinstance(value, str) and value) and not (optional and value is None):
                 raise UserError(f"data.{key}={value!r}: must be a text that is not empty{', or null' * optional}")
+        for key, shape in (("hub_id", _HUB_ID), ("hub_config", _HUB_CONFIG)):  # no paths: a checkpoint may name them
+            if (value := getattr(self, key)) is not None and not shape.fullmatch(value):
+                raise UserError(f"data.{key}={value!r}: must be a name on the hub, not a path")
         for key, optional in (("validation_size", False), ("train_limit", True)):
             value = getattr(self, key)
             if not (type(value) is int and value >= 1) and not (optional and value is None):
@@ -106,7 +113,7 @@ class WrittenSolutions(ABC):
         """
         if split not in SPLITS:
             raise UserError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
-        tables = self._hub_tables() if self.path is None else self._local_tables(Path(self.path).expanduser())
+        tables = self._hub_tables() if self.path is None else self._local_tables(_local_path(self.path))
         cut = split != "test" and "validation" not in tables
         table: Split = "train" if cut else split
         if table not in tables:
@@ -250,16 +257,24 @@ def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path
     return {split: files for split, all_series in found.items() for files in all_series.values()}
 
 
+def _local_path(path: str) -> Path:
+    """`data.path` as a path that may be asked whether it is there."""
+    try:
+        expanded = Path(path).expanduser()
+        expanded.exists()  # raises where a name is too long, or holds what no name can
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.path={path[:100]}: is no path ({reason})") from error
+    return expanded
+
+
 def _lines(file: Path) -> list[str]:
     """The lines of a text file; blank ones at its end are left out.
 
     Lines end at "\\n" only. `str.splitlines` also splits at characters such as U+2028, which stands inside a question
     of GSM8K.
     """
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    data = read_bytes(file)
     try:
         text = data.decode("utf-8-sig").rstrip()  # -sig: without the byte order mark that some editors put in front
     except UnicodeDecodeError as error:
@@ -300,6 +315,7 @@ def _read_parquet(file: Path, shape: str) -> list[Row]:
     import pyarrow  # comes with `datasets`; only here, as it takes a while to import
     import pyarrow.parquet
 
+    require_regular(file)
     try:
         values = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
