@@ -2,8 +2,8 @@
 
 Command: python -m benchmarks.save [--folder DIR] [--repeats N]
 
-Without hashes, safetensors' own writer writes the files. The model is of SmolLM2-135M's size, with random float32 weights and AdamW's two moments: 1.6 GB. Both ways are timed in
-turn, files synced to the disk as training does it.
+The model is of SmolLM2-135M's size, with random float32 weights and AdamW's two moments: 1.6 GB. Without hashes,
+safetensors' own writer writes the files. Both ways are timed in turn, files synced to the disk as training does it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -73,7 +74,7 @@ def main() -> None:
             seconds["with"].append(timed(lambda: save_checkpoint(checkpoint, folder / "with", state, keep=1)))
             read = folder / "with" / "step_0000001"
             for verify, name in ((False, "load, not verified"), (True, "load, verified")):
-                seconds[name].append(timed(lambda v=verify: load_checkpoint(read, verify=v)))
+                seconds[name].append(timed(partial(load_checkpoint, read, verify=verify)))
             shutil.rmtree(folder / "with")
     finally:
         shutil.rmtree(folder)

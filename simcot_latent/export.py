@@ -20,7 +20,8 @@ from omegaconf import DictConfig
 from simcot_latent import cli
 from simcot_latent.checkpoint import CONFIG, Checkpoint, load_checkpoint, new_folder, write_json
 from simcot_latent.config import typed
-from simcot_latent.data.published_tokenizers import QWEN2_PATTERN, write_tokenizer
+from simcot_latent.data.patterns import QWEN2_PATTERN
+from simcot_latent.data.published_tokenizers import write_tokenizer
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.logs import make_console
 from simcot_latent.model.families import describe

@@ -14,13 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from simcot_latent.data.published_tokenizers import (
-    DIGITS_PATTERN,
-    GPT2_PATTERN,
-    LLAMA3_PATTERN,
-    QWEN2_PATTERN,
-    tokenizer_of_tokens,
-)
+from simcot_latent.data.patterns import DIGITS_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN
+from simcot_latent.data.published_tokenizers import tokenizer_of_tokens
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.files import require_regular

@@ -93,8 +93,8 @@ def pieces(pattern: str, text: str) -> Iterator[str]:
             yield match.group()
     except TimeoutError as error:
         raise UserError(
-            f"the tokenizer's pattern {pattern[:60]!r} took more than {limit:.0f} s for {len(text):,} characters; it is "
-            "not a pattern to be used"
+            f"the tokenizer's pattern {pattern[:60]!r} took more than {limit:.0f} s for {len(text):,} characters; "
+            "no text can be cut by it"
         ) from error
     except (regex.error, RecursionError, MemoryError, OverflowError) as error:
         raise UserError(f"the tokenizer's pattern {pattern[:60]!r} is not a regular expression ({error})") from error

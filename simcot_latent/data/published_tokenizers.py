@@ -28,7 +28,6 @@ from simcot_latent.data.patterns import (
     DIGITS_PATTERN,
     GPT2_PATTERN,
     LLAMA3_PATTERN,
-    QWEN2_PATTERN,
     leaves_out_text,
 )
 from simcot_latent.data.tokenizer import Tokenizer, read_ranks

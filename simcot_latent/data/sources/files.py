@@ -318,8 +318,8 @@ def _read_parquet(file: Path, shape: str) -> list[Row]:
     require_regular(file)
     try:
         values = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # broken bytes end in whatever they happen to mean to the library
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: not a parquet file that can be read ({reason}); every row must be {shape}") from None
     return [Row(value, f"{file} row {number}") for number, value in enumerate(values, start=1)]
 
