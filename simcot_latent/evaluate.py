@@ -101,7 +101,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
     dtype = pick_dtype(config.dtype, device)
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
     source, data = cli.trained_source(raw, checkpoint)
-    if data.get("path") is not None and data["path"] != raw.data.get("path"):
+    if data.get("path") != raw.data.get("path"):
         console.print(f"data.path={data['path']}, as in training")
     loaded = source.load(config.split)  # type: ignore[arg-type]
     problems = loaded.problems[: config.limit]

@@ -402,9 +402,11 @@ def main(raw: DictConfig) -> None:
         if config.question is not None:
             probes, summary = probe_questions(checkpoint, [config.question]), None
         else:
-            source, _ = cli.trained_source(raw, checkpoint)
+            source, data = cli.trained_source(raw, checkpoint)
             problems = source.load(config.split).problems[: config.limit]  # type: ignore[arg-type]
             quiet = make_console(is_main=config.format == "table")
+            if data.get("path") != raw.data.get("path"):
+                quiet.print(f"data.path={data['path']}, as in training")
             probes = probe_problems(checkpoint, problems, config.batch_size, quiet)
             summary = summarise(probes)
     if config.format == "json":
