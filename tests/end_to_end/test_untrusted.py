@@ -226,7 +226,8 @@ def test_the_walk_reaches_everything(checkpoint: Path) -> None:
 
 SIZES = [("n_layer", 10**7), ("n_layer", 2**31 - 1), ("vocab_size", 2**40), ("vocab_size", 2**31 - 1),
          ("n_embd", 2**30), ("ffn_width", 2**31 - 1), ("projector_width", 2**31 - 1), ("context_length", 2**40),
-         ("n_head", 2**40), ("n_layer", 10**400), ("rope_base", 10**400), ("n_layer", True), ("norm_eps", "1")]  # fmt: skip
+         ("n_head", 2**40), ("n_layer", 10**400), ("rope_base", 10**400), ("n_layer", True),
+         ("norm_eps", "1")]  # fmt: skip
 
 
 @pytest.mark.parametrize("part", ["model", "step_decoder"])
