@@ -80,7 +80,7 @@ def main() -> None:
     for use in uses:
         run(*use, folder=folder).ok()  # imports everything
     before = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (before + MEMORY,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (before + MEMORY, before + MEMORY))
     outcomes: list[dict[str, Any]] = []
     for what, changed in tampered(config):
         # What a data source is told, and numbers, are always tried: they are what did harm.

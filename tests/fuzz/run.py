@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import importlib
 import random
 import resource
 import sys
@@ -32,9 +33,8 @@ def main() -> None:
     parser.add_argument("--replay", type=Path)
     parser.add_argument("--atheris", action="store_true")
     options = parser.parse_args()
-    if options.atheris:
-        import atheris
-
+    atheris: Any = importlib.import_module("atheris") if options.atheris else None
+    if atheris is not None:
         with atheris.instrument_imports(include=["simcot_latent", "targets"]):
             from targets import TARGETS, Fuzzed, broken
     else:
@@ -49,7 +49,7 @@ def main() -> None:
     if options.replay is not None:
         print(targets[names[0]].read(options.replay.read_bytes()))
         return
-    if options.atheris:
+    if atheris is not None:
         run_atheris(atheris, targets[names[0]], folder, options)
     found = 0
     for name, fuzzed in targets.items():
@@ -85,7 +85,8 @@ def main() -> None:
 def limit_memory(gigabytes: float) -> None:
     """What the process has now, and so much more."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + int(gigabytes * 2**30),) * 2)
+    limit = now + int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def run_atheris(atheris: Any, fuzzed: Any, folder: Path, options: argparse.Namespace) -> None:
