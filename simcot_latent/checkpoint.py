@@ -6,6 +6,11 @@
     tokenizer/                  self-contained
     trainer_state.safetensors   optimizer moments by parameter name, random generator states
     trainer_state.json          how far training got
+    manifest.json               size and SHA-256 of every file above, by which damaged and exchanged ones are found
+
+A folder may come from a stranger: nothing in it names a class or a path, and shapes are compared with the
+configuration before anything of their size is allocated. The manifest finds accidents; who changes a file on purpose
+can change the manifest too.
 
 Folders are written beside their place and renamed into it, so a folder that is there is complete; `latest` beside them
 is a link to the newest. What is not ours by name and by content is neither counted nor deleted.
@@ -13,33 +18,64 @@ is a link to the newest. What is not ours by name and by content is neither coun
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from simcot_latent.errors import UserError, some
+from simcot_latent.files import from_plain, read_json, require_regular
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.paths import check_writable, expanded, give_usual_permissions, writing
+from simcot_latent.paths import check_writable, expanded, writing
 
 MODEL, DECODER, CONFIG, TOKENIZER = "model.safetensors", "step_decoder.safetensors", "config.json", "tokenizer"
 STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
+MANIFEST = "manifest.json"
 LATEST = "latest"
+FORMAT = 2
+"""Of `config.json`. 1, which did not say so: where `feeds_last` is false, `n_latents` was one more than it is now."""
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
+
+MAX_NEW_TOKENS, MAX_THOUGHTS = 65_536, 4096
+"""The most that a file may have a model write or think per answer, which decides how much memory an answer takes."""
+
+NOTES = logging.getLogger(__name__)
+"""What is worth a line, but stops nothing; shown on stderr unless the program that uses this library says otherwise."""
+
+# safetensors' names of number formats, in the order in which it sorts them.
+DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+WIDTH_ORDER = list(DTYPES)
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -69,19 +105,22 @@ class Checkpoint:
         return self.model.embedding.weight.device
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu", **options: Any) -> Checkpoint:
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device = "cpu", verify: bool = True, **options: Any
+    ) -> Checkpoint:
         """A checkpoint from a folder, or from the Hugging Face hub.
 
         Args:
             source: a folder as `load_checkpoint` takes it, or a repository (`owner/name`) that `push_to_hub` wrote.
-            options: of `huggingface_hub.ModelHubMixin.from_pretrained`: `revision`, `token`, `cache_dir`, ...
+            verify: see `load_checkpoint`.
+            options: of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, ...
 
         Raises:
             UserError: there is none, or it is not whole.
         """
         from simcot_latent.hub import from_pretrained
 
-        return from_pretrained(source, device, **options)
+        return from_pretrained(source, device, verify, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes what `push_to_hub` uploads, a model card among it, into a folder."""
@@ -163,37 +202,141 @@ def is_ours(config: dict[str, Any]) -> bool:
     return "thoughts" in config
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", key: str = "ckpt") -> Checkpoint:
-    """Rebuilds a checkpoint from its folder, or from a run's `out_dir`. Needs no network.
+@dataclass(frozen=True)
+class SavedConfig:
+    """What a checkpoint's `config.json` holds.
+
+    Attributes:
+        model, step_decoder: the shapes; None: no decoder.
+        thoughts: how the model answers.
+        step: optimizer steps it was trained for.
+        run: the run's options. Whoever uses one asks `setting`, since it is what the file says, no more.
+        format: see `FORMAT`.
+    """
+
+    model: GPTConfig
+    step_decoder: GPTConfig | None
+    thoughts: ThoughtFormat
+    step: int
+    run: dict[str, Any]
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise UserError(f"step={self.step}: must be at least 0")
+        context = self.model.context_length
+        most = min(MAX_THOUGHTS, context - 1)
+        if self.thoughts.n_latents > most:
+            raise UserError(f"thoughts.n_latents={self.thoughts.n_latents}: must be at most {most}, to fit the context")
+        decoder = self.step_decoder
+        if decoder is not None:
+            if decoder.n_embd != self.model.n_embd:
+                raise UserError(f"step_decoder.n_embd={decoder.n_embd}: must be {self.model.n_embd} as model.n_embd")
+            if decoder.context_length <= self.thoughts.latents_per_step:
+                raise UserError(f"step_decoder.context_length={decoder.context_length}: too short for a step group")
+
+
+def read_config(file: Path) -> SavedConfig:
+    """What a checkpoint's `config.json` holds.
+
+    Raises:
+        UserError: it is missing, or not the configuration of a checkpoint.
+    """
+    config = read_json(file)
+    written = config.get("format", 1)
+    if type(written) is int and written > FORMAT:
+        raise UserError(f"{file}: is of format {written}, this version reads up to {FORMAT}; update simcot_latent")
+    try:
+        return from_plain(SavedConfig, config if written == FORMAT else as_of_format_2(config), "config")
+    except UserError as error:
+        raise UserError(f"{file}: not the configuration of a checkpoint ({error})") from error
+
+
+def as_of_format_2(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a checkpoint of format 1, which counted a state that is only decoded among the thoughts."""
+    config = deepcopy(config)
+    thoughts, run = config.get("thoughts"), config.get("run")
+    counted = [thoughts, run.get("latent") if isinstance(run, dict) else None]
+    if isinstance(thoughts, dict) and thoughts.get("feeds_last") is False:
+        for section in counted:
+            if isinstance(section, dict) and type(section.get("n_latents")) is int and section["n_latents"] > 1:
+                section["n_latents"] -= 1
+    return config | {"format": FORMAT}
+
+
+def setting(checkpoint: Checkpoint, key: str) -> Any:
+    """An option of the run that a checkpoint is of.
+
+    Raises:
+        UserError: its configuration lacks the option, or holds an impossible value for it.
+    """
+    value = checkpoint.config.get(key)
+    fits, right = {
+        "max_new_tokens": (_is_whole(value, 1, MAX_NEW_TOKENS), f"a whole number from 1 to {MAX_NEW_TOKENS:,}"),
+        "latent": (_is_latent(value), "an object with n_latents (a whole number), surplus and missing (texts)"),
+        "data": (isinstance(value, dict) and isinstance(value.get("_target_"), str), "an object with a _target_"),
+    }.get(key, (isinstance(value, str), "a text"))
+    if not fits:
+        is_there = "" if key in checkpoint.config else ", and is not there"
+        raise UserError(f"{checkpoint.path}/{CONFIG}: run.{key} must be {right}{is_there}")
+    return value
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_latent(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    texts = all(isinstance(value.get(key), str) for key in ("surplus", "missing"))
+    return texts and _is_whole(value.get("n_latents"), 1, MAX_THOUGHTS)
+
+
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", key: str = "ckpt", verify: bool = True
+) -> Checkpoint:
+    """Rebuilds a checkpoint from its folder, or from a run's `out_dir`. Needs no network, runs nothing in the folder.
 
     A decoder whose file has been removed is left out: the model is usable without it.
 
+    Args:
+        key: the config key that the path came from, for the error.
+        verify: whether files are compared with the checkpoint's manifest first.
+
     Raises:
-        UserError: there is no checkpoint, or one of its files is missing or broken; the message names it.
+        UserError: there is no checkpoint, or one of its files is missing, broken, or not the one that was saved; the
+            message names it.
     """
     folder = find_checkpoint(path, key)
-    config = read_json(folder / CONFIG)
-    try:
-        model_config = GPTConfig(**config["model"])
-        decoder_config = None if config["step_decoder"] is None else GPTConfig(**config["step_decoder"])
-        thoughts = ThoughtFormat(**config["thoughts"])
-        run, step = config["run"], config["step"]
-    except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{folder / CONFIG}: not the configuration of a checkpoint ({error})") from error
-    model = GPT(model_config)
-    load_weights(model, folder / MODEL)
+    has_decoder = (folder / DECODER).exists()
+    if verify:
+        tokenizer_files = [f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES]
+        verify_files(folder, [CONFIG, MODEL, *([DECODER] if has_decoder else []), *tokenizer_files])
+    config = read_config(folder / CONFIG)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    if tokenizer.n_vocab != config.model.vocab_size:
+        raise UserError(
+            f"{folder / TOKENIZER}: has {tokenizer.n_vocab} tokens, but {CONFIG} says "
+            f"model.vocab_size={config.model.vocab_size}; they are not of one checkpoint"
+        )
+    model = load_module(GPT, config.model, folder / MODEL)
     decoder = None
-    if decoder_config is not None and (folder / DECODER).exists():  # the model is usable without it
-        decoder = StepDecoder(decoder_config, model.embedding)
-        load_weights(decoder, folder / DECODER, shared="embedding.")
+    if config.step_decoder is not None and has_decoder:
+        decoder = load_module(
+            lambda shape: StepDecoder(shape, model.embedding),
+            config.step_decoder,
+            folder / DECODER,
+            shared="embedding.",
+        )
         decoder.to(device).eval()
     return Checkpoint(
         model=model.to(device).eval(),
         step_decoder=decoder,
-        tokenizer=Tokenizer.load(folder / TOKENIZER),
-        thoughts=thoughts,
-        config=run,
-        step=step,
+        tokenizer=tokenizer,
+        thoughts=config.thoughts,
+        config=config.run,
+        step=config.step,
         path=folder,
     )
 
@@ -229,9 +372,7 @@ def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, 
     if folder.exists() and latest.resolve() == folder.resolve():
         return folder  # the same step of the same run: replacing it would leave `latest` at nothing for a moment
     with written_beside(folder) as partial:
-        write_checkpoint(checkpoint, partial)
-        save_tensors(state.tensors, partial / STATE_TENSORS)
-        write_json(partial / STATE_JSON, state.values)
+        write_checkpoint(checkpoint, partial, state)
     sync_folder(out_dir)
     if aside := place_of_real_latest(out_dir):
         latest.rename(aside)
@@ -283,21 +424,96 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes into a folder all that `load_checkpoint` reads; not the state of training."""
-    save_weights(checkpoint.model, folder / MODEL)
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, state: TrainerState | None = None) -> None:
+    """Writes into a folder all that `load_checkpoint` reads, the state of training if it is given, and last the
+    manifest of what was written.
+    """
     decoder = checkpoint.step_decoder
-    if decoder is not None:
-        save_weights(decoder, folder / DECODER, shared="embedding.")
-    checkpoint.tokenizer.save(folder / TOKENIZER)
     config = {
+        "format": FORMAT,
         "model": asdict(checkpoint.model.config),
         "step_decoder": None if decoder is None else asdict(decoder.config),
         "thoughts": asdict(checkpoint.thoughts),
         "step": checkpoint.step,
         "run": checkpoint.config,
     }
-    write_json(folder / CONFIG, config)
+    small = [CONFIG, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES)]
+    jobs: dict[str, Future[Fingerprint]] = {}
+    with ThreadPoolExecutor() as pool:
+        if state is not None:
+            jobs[STATE_TENSORS] = pool.submit(save_tensors, state.tensors, folder / STATE_TENSORS)
+        jobs[MODEL] = pool.submit(save_weights, checkpoint.model, folder / MODEL)
+        if decoder is not None:
+            jobs[DECODER] = pool.submit(save_weights, decoder, folder / DECODER, shared="embedding.")
+        checkpoint.tokenizer.save(folder / TOKENIZER)
+        write_json(folder / CONFIG, config)
+        if state is not None:
+            write_json(folder / STATE_JSON, state.values)
+            small.append(STATE_JSON)
+        found = {name: job.result() for name, job in jobs.items()}
+    found |= {name: fingerprint(folder / name) for name in small}
+    write_json(folder / MANIFEST, {"files": {name: asdict(found[name]) for name in sorted(found)}})
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells a file from others: its size in bytes, and the SHA-256 of its content in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+def fingerprint(file: Path) -> Fingerprint:
+    """What a file is. Other threads go on meanwhile.
+
+    Raises:
+        UserError: it is no regular file, or cannot be read.
+    """
+    size, digest, buffer = require_regular(file), hashlib.sha256(), bytearray(2**22)
+    try:
+        with file.open("rb", buffering=0) as handle:
+            left = size
+            while left > 0 and (n := handle.readinto(buffer)):
+                digest.update(memoryview(buffer)[: min(n, left)])
+                left -= n
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    return Fingerprint(size, digest.hexdigest())
+
+
+def verify_files(folder: Path, names: Sequence[str]) -> None:
+    """Compares files of a checkpoint with its manifest; those that are not there are left to whoever needs them.
+
+    A checkpoint that was saved without a manifest is taken as it is, with a note.
+
+    Raises:
+        UserError: a file is not the one that was saved; the message names it.
+    """
+    if not (folder / MANIFEST).exists():
+        NOTES.warning("note: %s holds no %s, so its files are not verified", folder, MANIFEST)
+        return
+    saved = read_json(folder / MANIFEST).get("files")
+    if not isinstance(saved, dict):
+        raise UserError(f"{folder / MANIFEST}: lacks files, a mapping from names to sizes and hashes")
+    found = [name for name in names if (folder / name).exists()]
+
+    def verify(name: str) -> None:
+        file, right = folder / name, saved.get(name)
+        wrong = "it is not in the manifest" if right is None else None
+        if wrong is None:  # the size first, which costs nothing
+            size = require_regular(file)
+            if not isinstance(right, dict) or right.get("size") != size:
+                wrong = "size differs"
+            elif right.get("sha256") != fingerprint(file).sha256:
+                wrong = "SHA-256 differs"
+        if wrong is not None:
+            raise UserError(
+                f"{file}: is not the file that this checkpoint was saved with ({wrong}); verify=false loads it all "
+                "the same"
+            )
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(verify, found))
 
 
 @contextmanager
@@ -348,53 +564,155 @@ def written_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_trainer_state(folder: Path) -> TrainerState:
+def load_trainer_state(folder: Path, verify: bool = True) -> TrainerState:
     """What training needs to go on from a checkpoint.
 
+    Args:
+        verify: see `load_checkpoint`.
+
     Raises:
-        UserError: a file of it is missing or broken.
+        UserError: a file of it is missing, broken, or not the one that was saved.
     """
+    if verify:
+        verify_files(folder, [STATE_TENSORS, STATE_JSON])
     return TrainerState(read_tensors(folder / STATE_TENSORS), read_json(folder / STATE_JSON))
 
 
-def save_weights(module: nn.Module, file: Path, shared: str | None = None) -> None:
+def progress(state: TrainerState, folder: Path) -> tuple[int, int]:
+    """How many steps were trained, and of how many.
+
+    Raises:
+        UserError: the state does not say so.
+    """
+    step, num_steps = state.values.get("step"), state.values.get("num_steps")
+    if type(step) is not int or type(num_steps) is not int or not 0 <= step <= num_steps:
+        raise UserError(f"{folder / STATE_JSON}: step and num_steps must be whole numbers, step from 0 to num_steps")
+    return step, num_steps
+
+
+def save_weights(module: nn.Module, file: Path, shared: str | None = None) -> Fingerprint:
     """A module's weights, but for those under the prefix `shared`, which another file holds."""
-    weights = {name: value.detach().contiguous() for name, value in module.state_dict().items()}
-    save_tensors({name: value for name, value in weights.items() if not (shared and name.startswith(shared))}, file)
+    weights = module.state_dict()
+    return save_tensors({n: v for n, v in weights.items() if not (shared and n.startswith(shared))}, file)
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file that others may read, as far as the umask lets them.
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> Fingerprint:
+    """Writes a safetensors file to the disk, and hashes in the same pass what it writes.
+
+    The format: https://github.com/huggingface/safetensors#format. Tensors lie in the library's own order (wide numbers
+    first, then by name), so the file is byte for byte the one that `safetensors.torch.save_file` writes.
 
     Raises:
         UserError: it cannot be written.
     """
-    with writing(file):
-        save_file(tensors, file)
-        give_usual_permissions(file)
+    order = sorted(tensors.items(), key=lambda item: (-WIDTH_ORDER.index(item[1].dtype), item[0]))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in order:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    pieces: list[bytes | Tensor] = [len(text).to_bytes(8, "little") + text, *(tensor for _, tensor in order)]
+    digest, size = hashlib.sha256(), 0
+    with writing(file), ThreadPoolExecutor(1) as hasher, file.open("wb", buffering=0) as handle:
+        for piece in pieces:
+            data = memoryview(piece if isinstance(piece, bytes) else raw_bytes(piece))
+            size += len(data)
+            hasher.submit(digest.update, data)
+            while data:
+                data = data[handle.write(data) :]
+        os.fsync(handle.fileno())  # here, where the hashing goes on meanwhile
+    return Fingerprint(size, digest.hexdigest())
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """A tensor's numbers as they lie in memory, row by row."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def load_module(make: Callable[[GPTConfig], M], config: GPTConfig, file: Path, shared: str | None = None) -> M:
+    """A module with the weights of a file, on the CPU.
+
+    The shapes that the file names are compared with those of the configuration before anything of their size is made:
+    of as many blocks as the configuration says only the first is built for that, since all are alike.
+
+    Args:
+        make: makes the module of a configuration.
+        shared: see `load_weights`.
+
+    Raises:
+        UserError: see `load_weights`.
+    """
+    found = read_shapes(file)
+    if config.n_layer > len(found):
+        raise UserError(
+            f"{file}: does not fit the model: it holds {len(found)} tensors, {CONFIG} says n_layer={config.n_layer}"
+        )
+    try:
+        with torch.device("meta"):
+            first = weight_shapes(make(replace(config, n_layer=1)), shared)
+    except RuntimeError as error:  # more numbers than a tensor can count
+        raise UserError(f"{file}: {CONFIG} says a model larger than any") from error
+    wanted: dict[str, torch.Size] = {}
+    for name, shape in first.items():
+        before, block, after = name.partition(".blocks.0.")
+        wanted |= {f"{before}.blocks.{n}.{after}": shape for n in range(config.n_layer)} if block else {name: shape}
+    require_shapes(found, wanted, file)
+    with torch.device("meta"):
+        module = make(config)
+    load_weights(module, file, shared)
+    return module
 
 
 def load_weights(module: nn.Module, file: Path, shared: str | None = None) -> None:
-    """Fills a module with the weights of a file; `shared` is a prefix that the file leaves out.
+    """Gives a module the weights of a file, in the number formats that it has; `shared` is a prefix that the file
+    leaves out. Where the module is on the `meta` device they become its own.
 
     Raises:
         UserError: the file is missing or broken, or a weight is missing, left over or of another shape.
     """
-    weights = read_tensors(file)
-    wanted = {n: v.shape for n, v in module.state_dict().items() if not (shared and n.startswith(shared))}
-    lacking = [name for name in wanted if name not in weights]
-    left_over = [name for name in weights if name not in wanted]
+    require_shapes(read_shapes(file), weight_shapes(module, shared), file)
+    ours = module.state_dict()
+    # Copies: what was read may be the file itself, mapped into memory.
+    state = {name: weight.to(ours[name].dtype, copy=True) for name, weight in read_tensors(file).items()}
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+def weight_shapes(module: nn.Module, shared: str | None = None) -> dict[str, torch.Size]:
+    """The shapes of a module's weights, but for those under the prefix `shared`."""
+    return {n: v.shape for n, v in module.state_dict().items() if not (shared and n.startswith(shared))}
+
+
+def require_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size], file: Path) -> None:
+    """Refuses a file whose tensors are not those that are wanted; the message names the first three.
+
+    Raises:
+        UserError: a weight is missing, left over or of another shape.
+    """
+    lacking = [name for name in wanted if name not in found]
+    left_over = [name for name in found if name not in wanted]
     misshapen = [
-        f"{name} of shape {tuple(weights[name].shape)}, not {tuple(shape)}"
+        f"{name} of shape {tuple(found[name])}, not {tuple(shape)}"
         for name, shape in wanted.items()
-        if name in weights and weights[name].shape != shape
+        if name in found and found[name] != shape
     ]
     problems = [f"lacks {some(lacking)}"] if lacking else []
     problems += [f"has {some(left_over)}, which the model has not"] if left_over else []
     problems += [f"has {some(misshapen)}"] if misshapen else []
     if problems:
-        raise UserError(f"{file}: does not fit the model: it {'; it '.join(problems)}")
-    module.load_state_dict(weights, strict=False)
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{file}: does not fit the model: it {'; it '.join(problems[:3])}{more}")
+
+
+def read_shapes(file: Path) -> dict[str, torch.Size]:
+    """The names and shapes of a safetensors file's tensors, from its header alone.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    with safetensors_errors(file), safe_open(file, framework="pt") as tensors:
+        return {name: torch.Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -403,34 +721,20 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: it is missing or broken.
     """
+    with safetensors_errors(file):
+        return load_file(file)
+
+
+@contextmanager
+def safetensors_errors(file: Path) -> Iterator[None]:
+    """Turns whatever goes wrong while a safetensors file is read into a `UserError` that names it."""
+    if not file.exists():
+        raise UserError(f"{file}: no such file; the checkpoint is incomplete")
+    require_regular(file)
     try:
-        with file.open("rb"):  # what may not be read is missing in the eyes of safetensors
-            return load_file(file)
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file; the checkpoint is incomplete") from error
-    except PermissionError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({' '.join(str(error).split())})") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: it is missing, not JSON, or no object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: must hold a JSON object")
-    return value
+        yield
+    except Exception as error:  # broken bytes end in whatever they happen to mean to the library
+        raise UserError(f"{file}: not a whole safetensors file ({' '.join(str(error).split())[:200]})") from error
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:

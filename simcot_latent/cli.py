@@ -17,8 +17,11 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simcot_latent.config import as_plain, config_dir, literal, one_line
+from simcot_latent.checkpoint import CONFIG, Checkpoint, setting
+from simcot_latent.config import as_plain, config_dir, instantiate, literal, one_line
+from simcot_latent.data.sources import Source
 from simcot_latent.errors import UserError, did_you_mean
+from simcot_latent.files import is_plain
 from simcot_latent.paths import expanded
 
 PATH_KEYS = ("ckpt", "data.path", "out_dir", "init_from", "out", "source", "base", "tokenizer.ranks")
@@ -100,22 +103,38 @@ def overridden(section: str) -> list[str]:
     return [key for key in keys if key == section or key.startswith(f"{section}.")]
 
 
-def trained_data(raw: DictConfig, trained: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the data source of an eval or a probe.
+def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dict[str, Any]]:
+    """The data source of an eval or a probe, and its settings.
 
-    If it is the source that the model was trained on, its settings then (`trained`), with this command's overrides: so
-    an embedded test set has the difficulty that was trained for, and a local `data.path` is remembered.
+    Which source it is, the command line says. If it is the one that the model was trained on, it has its settings then,
+    with this command's overrides: so an embedded test set has the difficulty that was trained for, and a local
+    `data.path` is remembered. What the checkpoint says is taken as it stands, since the folder may be a stranger's:
+    plain values for fields of that source, nothing to import, to call or to resolve.
+
+    Raises:
+        UserError: the checkpoint says anything else, or the source refuses a value.
     """
-    settings = as_plain(raw.data)
-    if settings["_target_"] != trained["_target_"]:
-        return settings
-    merged = OmegaConf.create(literal(trained))
-    for key in overridden("data"):
-        if key != "data":
-            value = OmegaConf.select(raw, key)
-            value = literal(value) if isinstance(value, str) else value
-            OmegaConf.update(merged, key.removeprefix("data."), value, force_add=True)
-    return as_plain(merged)
+    settings, trained = as_plain(raw.data), setting(checkpoint, "data")
+    file = f"{checkpoint.path}/{CONFIG}"
+    remembered: dict[str, Any] = {}
+    if trained["_target_"] == settings["_target_"]:
+        given = {key.removeprefix("data.").partition(".")[0] for key in overridden("data")}
+        for key, value in trained.items():
+            if key == "_target_" or key in given or value == settings.get(key):
+                continue
+            if key.startswith("_"):
+                raise UserError(f"{file}: run.data.{key}: is no setting of a data source")
+            if not is_plain(value):
+                raise UserError(
+                    f"{file}: run.data.{key}: must be a number, a text, a truth value, null or a list of those; if you "
+                    f"trust it, give data.{key}= yourself"
+                )
+            remembered[key] = value
+    try:
+        return instantiate(raw.data, "data", remembered), settings | remembered
+    except UserError as error:
+        blamed = any(f"data.{key}" in str(error) or f"'{key}'" in str(error) for key in remembered)
+        raise UserError(f"{error} ({file} says so)" if blamed else str(error)) from error
 
 
 def fail(error: Exception) -> NoReturn:

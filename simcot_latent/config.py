@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -182,6 +183,7 @@ class RunConfig:
     max_minutes: float | None = None
     on_nonfinite: str = "error"
     max_nonfinite: int = 10
+    verify: bool = True
     log_every: int = 20
     eval_every: int = 500
     eval_examples: int = 500
@@ -318,8 +320,13 @@ def as_plain(raw: Any) -> dict[str, Any]:
     return OmegaConf.to_container(raw, resolve=True)  # type: ignore[return-value]
 
 
-def instantiate(section: Any, key: str) -> Any:
+def instantiate(section: Any, key: str, values: Mapping[str, Any] | None = None) -> Any:
     """What a config section with a `_target_` stands for.
+
+    Args:
+        section: from the command line and yaml files, never from a checkpoint: it may import and call anything.
+        key: the section's, for errors.
+        values: further arguments, as they stand: nothing in them is imported, called or resolved.
 
     Raises:
         UserError: the target refuses a value, or does not know a key.
@@ -331,7 +338,10 @@ def instantiate(section: Any, key: str) -> Any:
     if isinstance(section, DictConfig):
         section = as_plain(section)
     try:
-        return hydra.utils.instantiate(literal(literal(section)))  # hydra resolves once, and once more in reading
+        section = literal(literal(section))  # hydra resolves once, and once more in reading
+        if not values:
+            return hydra.utils.instantiate(section)
+        make = hydra.utils.instantiate(section, _partial_=True)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
@@ -339,3 +349,7 @@ def instantiate(section: Any, key: str) -> Any:
             known = [str(name) for name in section if name not in ("_target_", match[1])]
             raise UserError(f"{key}.{match[1]}: no such key{did_you_mean(match[1], known)}") from error
         raise UserError(f"{key}: {error.__cause__ or error}") from error
+    try:
+        return make(**values)
+    except TypeError as error:  # a key that it does not know
+        raise UserError(f"{key}: {error}") from error

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from simcot_latent.checkpoint import find_checkpoint, load_checkpoint
-from simcot_latent.config import instantiate, typed
+from simcot_latent.checkpoint import find_checkpoint, load_checkpoint, setting
+from simcot_latent.config import typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
-from simcot_latent.data.sources import SPLITS, Source
+from simcot_latent.data.sources import SPLITS
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
@@ -42,6 +42,7 @@ class EvalConfig:
 
     data: dict[str, Any] = field(default_factory=dict)
     ckpt: str | None = None
+    verify: bool = True
     split: str = "test"
     limit: int | None = None
     batch_size: int = 32
@@ -130,9 +131,10 @@ def evaluate(name: str, raw: DictConfig) -> None:
     find_checkpoint(config.ckpt or "")
     files = report_files(Path(config.out or f"{config.ckpt}/evals"), name, config.split)
     check_writable(files, "give out=DIR, a folder for the results")
-    checkpoint = load_checkpoint(config.ckpt or "", device)
-    data = cli.trained_data(raw, checkpoint.config["data"])
-    source: Source = instantiate(data, "data")
+    checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
+    source, data = cli.trained_source(raw, checkpoint)
+    if data.get("path") != raw.data.get("path"):
+        console.print(f"data.path={data['path']}, as in training")
     loaded = source.load(config.split)  # type: ignore[arg-type]
     problems = loaded.problems[: config.limit]
     for note, count in sorted(loaded.notes.items()):
@@ -140,7 +142,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
 
     torch.manual_seed(config.seed)
     sampling = Sampling(config.temperature, config.top_k)
-    limit = config.max_new_tokens or checkpoint.config["max_new_tokens"]
+    limit = config.max_new_tokens or setting(checkpoint, "max_new_tokens")
     lengths = [
         len(ids)
         for ids in encode_prompts(
@@ -167,7 +169,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
             if checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents:
                 gold = [gold_groups(checkpoint, problem) for problem in chosen]
                 decoded = decode_taught(checkpoint, latents_of(generations), gold)
-            elif not checkpoint.thoughts.n_latents and checkpoint.config["rationale"] != "none":
+            elif not checkpoint.thoughts.n_latents and setting(checkpoint, "rationale") != "none":
                 pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
                 decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):

@@ -20,7 +20,8 @@ from omegaconf import DictConfig
 from simcot_latent import cli
 from simcot_latent.checkpoint import CONFIG, Checkpoint, check_new_folder, load_checkpoint, new_folder, write_json
 from simcot_latent.config import typed
-from simcot_latent.data.published_tokenizers import QWEN2_PATTERN, write_tokenizer
+from simcot_latent.data.patterns import QWEN2_PATTERN
+from simcot_latent.data.published_tokenizers import write_tokenizer
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.logs import make_console
 from simcot_latent.model.families import describe
@@ -35,6 +36,7 @@ class ExportConfig:
     """Keys of `configs/export.yaml`."""
 
     ckpt: str | None = None
+    verify: bool = True
     out: str | None = None
     format: str = "hf"
     dtype: str = "float32"
@@ -114,7 +116,7 @@ def main(raw: DictConfig) -> None:
     config = typed(ExportConfig, raw)
     console = make_console()
     check_new_folder(config.out or "")
-    checkpoint = load_checkpoint(config.ckpt or "")
+    checkpoint = load_checkpoint(config.ckpt or "", verify=config.verify)
     family = export_hf(checkpoint, config.out or "", DTYPES[config.dtype], config.max_shard_gb)
     console.print(f"{family} | {config.dtype} | {checkpoint.tokenizer} | {config.out}")
     for line in notes(checkpoint, family):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint
+from simcot_latent.checkpoint import Checkpoint, setting
 from simcot_latent.data.batch import by_length, to_device
 from simcot_latent.data.format import encode_question
 from simcot_latent.data.problem import ANSWER_MARK, strict_answer
@@ -228,7 +228,7 @@ def generate_all(
 ) -> list[Generation]:
     """`generate` in batches of similar length; results in the order of the questions."""
     model, tokenizer, thoughts = checkpoint.model, checkpoint.tokenizer, checkpoint.thoughts
-    limit = checkpoint.config["max_new_tokens"] if max_new_tokens is None else max_new_tokens
+    limit = setting(checkpoint, "max_new_tokens") if max_new_tokens is None else max_new_tokens
     lengths = [len(ids) for ids in encode_prompts(model, tokenizer, thoughts, questions)]
     results: dict[int, Generation] = {}
     for batch in by_length(lengths, batch_size):

@@ -19,13 +19,22 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever network library its version uses
 )
 
-from simcot_latent.checkpoint import CONFIG, DECODER, MODEL, TOKENIZER, Checkpoint, load_checkpoint, write_checkpoint
+from simcot_latent.checkpoint import (
+    CONFIG,
+    DECODER,
+    MANIFEST,
+    MODEL,
+    TOKENIZER,
+    Checkpoint,
+    load_checkpoint,
+    write_checkpoint,
+)
 from simcot_latent.config import one_line
 from simcot_latent.errors import UserError
 from simcot_latent.paths import expanded
 from simcot_latent.published import HUB_ID
 
-FILES = [CONFIG, MODEL, DECODER, f"{TOKENIZER}/*"]
+FILES = [CONFIG, MODEL, DECODER, MANIFEST, f"{TOKENIZER}/*"]
 """What of a repository is downloaded."""
 
 CARD = """---
@@ -64,20 +73,23 @@ class HubCheckpoint(
         config = without_local_paths(self.checkpoint.config)
         write_checkpoint(replace(self.checkpoint, config=config), save_directory)
 
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, device: str | torch.device, **options: Any) -> HubCheckpoint:
-        return cls(load_checkpoint(snapshot_download(model_id, allow_patterns=FILES, **options), device, "source"))
-
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         return super().generate_model_card(*args, summary=summary(self.checkpoint), **kwargs)
 
 
-def from_pretrained(source: str | Path, device: str | torch.device = "cpu", **options: Any) -> Checkpoint:
-    """See `Checkpoint.from_pretrained`."""
+def from_pretrained(
+    source: str | Path, device: str | torch.device = "cpu", verify: bool = True, **options: Any
+) -> Checkpoint:
+    """See `Checkpoint.from_pretrained`.
+
+    The mixin's own `from_pretrained` would hand values of the repository's `config.json` on as arguments.
+    """
     if expanded(source, "source").is_dir():
-        return load_checkpoint(source, device, "source")
+        return load_checkpoint(source, device, "source", verify)
     with hub_errors(f"source={source}: neither a checkpoint folder nor (as owner/name) one that the hub gives"):
-        return HubCheckpoint.from_pretrained(source, device=device, **options).checkpoint
+        folder = snapshot_download(str(source), allow_patterns=FILES, **options)
+    checkpoint = load_checkpoint(folder, device, "source", verify)
+    return replace(checkpoint, config=without_local_paths(checkpoint.config))
 
 
 def save_pretrained(checkpoint: Checkpoint, folder: str | Path) -> None:
@@ -102,7 +114,7 @@ def without_local_paths(config: dict[str, Any]) -> dict[str, Any]:
         config.pop("init_from", None)
     config.pop("out_dir", None)
     for section, key in (("data", "path"), ("tokenizer", "ranks")):
-        if key in config.get(section, {}):
+        if isinstance(config.get(section), dict) and key in config[section]:
             config[section][key] = None
     return config
 

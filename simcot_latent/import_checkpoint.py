@@ -294,7 +294,8 @@ def model_like(base: Published, tensors: dict[str, Tensor], path: str | Path, n_
     """
     config, family = dict(base.config), family_of(base.config, base.path)
     for name in tables(tensors, family):
-        config[family.keys["vocab_size"]] = len(tensors[name])
+        if tensors[name].dim() == 2:
+            config[family.keys["vocab_size"]] = len(tensors[name])
     if n_layer is not None:
         config[family.keys["n_layer"]] = n_layer
     return build(replace(base, path=Path(path), config=config, tensors=tensors))
@@ -332,7 +333,7 @@ def without_peft(tensors: Mapping[str, Tensor], alpha: float, family: Family, so
     for name in [name for name in weights if name.endswith(LORA_A)]:
         layer = name.removesuffix(LORA_A)
         a_RI, b_OR, weight = weights.pop(name), weights.pop(layer + LORA_B, None), weights.get(f"{layer}.weight")
-        if b_OR is None or weight is None or weight.dim() != 2:
+        if b_OR is None or weight is None or weight.dim() != 2 or a_RI.dim() != 2 or len(a_RI) == 0:
             raise UserError(f"source={source}: has {name}, but no lora_B or no matrix for them to change")
         R, (O, I) = len(a_RI), turned(weight).shape  # noqa: E741
         if (a_RI.shape, b_OR.shape) != ((R, I), (O, R)):
@@ -356,7 +357,7 @@ def projecting(model: GPT, tensors: Mapping[str, Tensor], source: str | Path) ->
             f"source={source}: its projector holds prj.{', prj.'.join(tensors)}; Linear, GELU, Linear, LayerNorm hold "
             f"prj.{', prj.'.join(names)}"
         )
-    model = with_projector(model, len(tensors["1.bias"]))
+    model = with_projector(model, tensors["1.bias"].numel())
     weights = {f"projector.{ours}": tensors[theirs] for theirs, ours in names.items()}
     for name, weight in weights.items():
         if weight.shape != model.get_parameter(name).shape:

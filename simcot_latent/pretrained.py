@@ -26,13 +26,16 @@ from simcot_latent.published import Published, read_published
 OURS = {"bot": BOT, "eot": EOT, "end": END, "pad": PAD}
 
 
-def load_pretrained(source: str | Path, device: str | torch.device = "cpu", key: str = "source") -> Checkpoint:
+def load_pretrained(
+    source: str | Path, device: str | torch.device = "cpu", key: str = "source", verify: bool = True
+) -> Checkpoint:
     """A published model, exactly as published, and its tokenizer.
 
     Args:
         source: a folder in Hugging Face's layout, a hub id (`owner/name`), a GGUF file, a nanochat checkpoint folder,
             or a checkpoint of ours (a folder, an `out_dir`, or what `push_to_hub` made of it).
         key: what `source` came from, for errors.
+        verify: of a checkpoint of ours, see `load_checkpoint`.
 
     Returns:
         A checkpoint that writes (`thoughts.thinks` is False); of our own checkpoints, what they are.
@@ -41,10 +44,10 @@ def load_pretrained(source: str | Path, device: str | torch.device = "cpu", key:
         UserError: there is nothing, it is of a family that we do not know, or a file of it is missing or broken.
     """
     if is_checkpoint(source):
-        return load_checkpoint(source, device, key)
+        return load_checkpoint(source, device, key, verify)
     published = read_published(source, key)
     if is_ours(published.config):  # on the hub, where the rest of it lies in a folder of its own
-        return Checkpoint.from_pretrained(source, device)
+        return Checkpoint.from_pretrained(source, device, verify=verify)
     model = build(published)
     tokenizer = fitting_tokenizer(published, model.config.vocab_size)
     return Checkpoint(

@@ -25,12 +25,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder
-from simcot_latent.config import instantiate, typed
+from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder, setting
+from simcot_latent.config import typed
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
-from simcot_latent.data.sources import SPLITS, Source
+from simcot_latent.data.sources import SPLITS
 from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
@@ -52,6 +52,7 @@ class ProbeConfig:
 
     data: dict[str, Any] | None = None
     ckpt: str | None = None
+    verify: bool = True
     question: str | None = None
     split: str = "test"
     limit: int = 20
@@ -200,7 +201,7 @@ def _answer(checkpoint: Checkpoint, questions: Sequence[str]) -> tuple[list[Gene
     """Answers to questions as one batch, and the thoughts (B, K, D) that they came from."""
     require_decoder(checkpoint)
     _require_thoughts(checkpoint)
-    model, limit = checkpoint.model, checkpoint.config["max_new_tokens"]
+    model, limit = checkpoint.model, setting(checkpoint, "max_new_tokens")
     generations = generate(model, checkpoint.tokenizer, checkpoint.thoughts, questions, limit)
     return generations, latents_of(generations) if generations else think(checkpoint, []).latents
 
@@ -264,7 +265,7 @@ def score_group(decoded: tuple[str, float], gold: str | None, forced: Forced | N
 
 def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
     """What each group of a problem was taught to say, as text."""
-    latent, groups = checkpoint.config["latent"], checkpoint.thoughts.groups
+    latent, groups = setting(checkpoint, "latent"), checkpoint.thoughts.groups
     steps = [step.text for step in problem.steps]
     if checkpoint.thoughts.n_latents < latent["n_latents"]:
         steps = steps[:groups]  # in an early stage the later steps are still written
@@ -507,15 +508,17 @@ def main(raw: DictConfig) -> None:
     file = None if config.out is None else Path(config.out) / "probe.json"
     if file is not None:
         check_writable([file], "give another out=DIR")
-    checkpoint = load_checkpoint(config.ckpt or "", device)
+    checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
     require_decoder(checkpoint)
     with torch.no_grad(), autocast(device, pick_dtype(config.dtype, device)):
         if config.question is not None:
             probes, summary = probe_questions(checkpoint, [config.question]), None
         else:
-            source: Source = instantiate(cli.trained_data(raw, checkpoint.config["data"]), "data")
+            source, data = cli.trained_source(raw, checkpoint)
             problems = source.load(config.split).problems[: config.limit]  # type: ignore[arg-type]
             quiet = make_console(is_main=config.format == "table")
+            if data.get("path") != raw.data.get("path"):
+                quiet.print(f"data.path={data['path']}, as in training")
             probes = probe_problems(checkpoint, problems, config.batch_size, quiet)
             summary = summarise(probes)
     text = json.dumps({"probes": [asdict(probe) for probe in probes], "summary": summary}, indent=2)

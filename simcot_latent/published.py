@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import read_json, read_tensors
+from simcot_latent.checkpoint import read_tensors
 from simcot_latent.config import one_line
 from simcot_latent.data.published_tokenizers import read_tokenizer
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError, some
+from simcot_latent.files import is_regular, read_json, require_regular
 from simcot_latent.paths import expanded
 from simcot_latent.tensor_names import plain_names, unwrapped
 
@@ -23,6 +25,8 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 HUB_ID = re.compile(r"\w[\w.-]*(?:/[\w.-]+)?")  # no `./folder`; old ones have no owner: gpt2
 NO_WEIGHTS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.md", "*.py", "*.png", "optimizer*", "rng_state*")
 """What of a repository is not downloaded where its weights may have any name."""
+FILE_NAME = re.compile(r"(?!\.)[^/\\\x00:]+")
+"""A file in the same folder: no path, and no drive or stream of Windows."""
 WEIGHTS, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
 SHARD = re.compile(r".*-[0-9]+-of-(?P<count>[0-9]+)\.\w+")
 TORCH = (".bin", ".pt", ".pth", ".ckpt")
@@ -83,7 +87,7 @@ def read_published(source: str | Path, key: str = "source") -> Published:
     if path.is_dir():
         if steps := nanochat_steps(path):
             return read_nanochat(path, steps[-1])
-        if (path / "config.json").is_file():
+        if is_regular(path / "config.json"):
             return read_folder(path)
         raise UserError(f"{key}={path}: holds no model; it needs config.json and safetensors, or nanochat's model_*.pt")
     if not path.exists() and path.suffix != ".gguf" and HUB_ID.fullmatch(str(source)):
@@ -165,11 +169,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     for name in WEIGHTS:
         index = folder / (name + INDEX)
-        if index.is_file():
+        if is_regular(index):
             return plain_names(read_shards(index), folder)
-        if (folder / name).is_file():
+        if is_regular(folder / name):
             return plain_names(read_tensor_file(folder / name), folder / name)
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and holds_tensors(file)]
+    files = [file for file in sorted(folder.iterdir()) if is_regular(file) and holds_tensors(file)]
     files = [file for file in files if not file.name.startswith(OTHER_TENSORS)]
     shards = [SHARD.fullmatch(file.name) for file in files]
     if files and all(shards):  # without an index
@@ -201,7 +205,9 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise UserError(f"{index}: lacks weight_map, a mapping from tensors to shards")
     shards = sorted(set(shard_of.values()))
-    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+    if outside := [shard for shard in shards if not FILE_NAME.fullmatch(shard)]:
+        raise UserError(f"{index}: names the shard {outside[0][:100]!r}, which is no file beside it")
+    if missing := [shard for shard in shards if not is_regular(index.parent / shard)]:
         raise UserError(f"{index}: names shards that are not there: {some(missing)}")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
@@ -218,6 +224,7 @@ def read_tensor_file(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: it is missing or broken, or holds anything but tensors.
     """
+    size = require_regular(file)
     try:
         with file.open("rb") as handle:
             is_safetensors = file.suffix == ".safetensors" or handle.read(9)[8:] == b"{"
@@ -226,15 +233,26 @@ def read_tensor_file(file: Path) -> dict[str, Tensor]:
     if is_safetensors:
         return read_tensors(file)
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:  # torch.save does not compress
+                if sum(member.file_size for member in archive.infolist()) > size:
+                    raise ValueError("compressed")
         tensors = unwrapped(torch.load(file, map_location="cpu", weights_only=True))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file; the checkpoint is incomplete") from error
     except Exception as error:  # broken bytes end in whatever they happen to mean to the unpickler
         raise UserError(f"{file}: not plain tensors as torch.save writes them, and nothing else is read") from error
     state = isinstance(tensors, dict) and all(isinstance(n, str) and isinstance(x, Tensor) for n, x in tensors.items())
     if not state or not tensors:
         raise UserError(f"{file}: not a state dict, names to plain tensors; nothing else is read")
+    for name, tensor in tensors.items():
+        if not is_plain_tensor(tensor):  # one stored number may claim to be a large tensor
+            raise UserError(f"{file}: {name} is sparse, quantised or only a view; only plain tensors are read")
     return tensors
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is all there: on the CPU, dense, as many numbers as its shape says."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    return dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def nanochat_steps(folder: Path) -> list[str]:
@@ -253,6 +271,8 @@ def read_nanochat(folder: Path, step: str) -> Published:
     shape = read_json(meta).get("model_config")
     if not isinstance(shape, dict) or not shape.keys() >= set(NANOCHAT_KEYS.values()):
         raise UserError(f"{meta}: model_config must hold {', '.join(NANOCHAT_KEYS.values())}")
+    if wrong := [key for key in NANOCHAT_KEYS.values() if type(shape[key]) is not int]:
+        raise UserError(f"{meta}: model_config.{wrong[0]} must be a whole number")
     if later := shape.keys() - set(NANOCHAT_KEYS.values()):
         raise UserError(
             f"{meta}: model_config has {', '.join(sorted(later))}: later versions of nanochat are other models; only "
@@ -282,7 +302,7 @@ def nanochat_tokenizer(folder: Path) -> Tokenizer:
         UserError: it is not there, or only as a pickle.
     """
     for place in (folder, folder.parent / "tokenizer", folder.parent.parent / "tokenizer"):
-        if (place / "tokenizer.json").is_file():
+        if is_regular(place / "tokenizer.json"):
             return read_tokenizer(place)
     raise UserError(
         f"{folder}: holds no tokenizer.json; nanochat keeps its tokenizer as a pickle, which is not read: put the "

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, load_trainer_state
+from simcot_latent.checkpoint import (
+    STATE_TENSORS,
+    Checkpoint,
+    TrainerState,
+    load_checkpoint,
+    load_trainer_state,
+    progress,
+    setting,
+)
 from simcot_latent.config import RunConfig
 from simcot_latent.errors import UserError
 from simcot_latent.logs import warn
@@ -54,16 +62,17 @@ def restore(
             other options than `resume` allows.
     """
     run = job.run
-    saved = load_checkpoint(folder, job.device, key="out_dir")
-    state = load_trainer_state(folder)
-    if state.values["num_steps"] != num_steps:
+    saved = load_checkpoint(folder, job.device, key="out_dir", verify=run.verify)
+    state = load_trainer_state(folder, run.verify)
+    _, planned = progress(state, folder)
+    if planned != num_steps:
         raise UserError(
-            f"resume: {folder} was training for {state.values['num_steps']} steps, this run is for {num_steps}; "
+            f"resume: {folder} was training for {planned} steps, this run is for {num_steps}; "
             "give the same num_iterations, num_epochs, data and target_examples_per_step"
         )
-    if saved.config["optimizer"] != run.optimizer:
+    if (before := setting(saved, "optimizer")) != run.optimizer:
         raise UserError(
-            f"resume: {folder} was trained with optimizer={saved.config['optimizer']}, whose moments are of no use "
+            f"resume: {folder} was trained with optimizer={before}, whose moments are of no use "
             f"to optimizer={run.optimizer}; give the same"
         )
     copy_weights(saved, objective)
@@ -72,13 +81,18 @@ def restore(
     for name, parameter in objective.named_parameters():
         prefix = f"optimizer/{name}/"
         moments = {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
+        if wrong := [k for k, v in moments.items() if v.dim() and v.shape != parameter.shape]:
+            raise UserError(f"{folder / STATE_TENSORS}: {prefix}{wrong[0]} is not of the shape of its parameter")
         if moments:
             # Step counts stay on the CPU where the optimizer put them there.
             owner[parameter].state[parameter] = {
                 key: value if key == "step" and job.device.type == "cpu" else value.to(parameter.device)
                 for key, value in moments.items()
             }
-    torch.set_rng_state(state.tensors["random/cpu"])
+    try:
+        torch.set_rng_state(state.tensors["random/cpu"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{folder / STATE_TENSORS}: random/cpu is not the state of a random generator") from error
     job.console.print(f"going on from {folder}")
     return state.values
 

@@ -572,9 +572,9 @@ def make_model(job: Job, raw: DictConfig) -> tuple[GPT, Tokenizer]:
         except TypeError as error:
             raise UserError(f"model: {error}") from error
     if job.start is not None:  # what it began from need not be there any more
-        saved = load_checkpoint(job.start, key="out_dir")
+        saved = load_checkpoint(job.start, key="out_dir", verify=run.verify)
         return saved.model.train(), saved.tokenizer
-    saved = with_latent_tokens(load_pretrained(run.init_from, key="init_from"), run.new_token_init)
+    saved = with_latent_tokens(load_pretrained(run.init_from, key="init_from", verify=run.verify), run.new_token_init)
     from simcot_latent import cli  # hydra, which training from Python does without
 
     asked = cli.overridden("tokenizer")

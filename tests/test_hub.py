@@ -25,7 +25,14 @@ from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 
 QUESTIONS = ["Ann has 3 pens and finds 4 more. How many is that?", "What is 12 * 3?"]
-FILES = {"README.md", "config.json", "model.safetensors", "tokenizer/ranks.tiktoken", "tokenizer/tokenizer.json"}
+FILES = {
+    "README.md",
+    "config.json",
+    "manifest.json",
+    "model.safetensors",
+    "tokenizer/ranks.tiktoken",
+    "tokenizer/tokenizer.json",
+}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -135,7 +142,6 @@ def test_what_is_downloaded(checkpoint: Checkpoint, tmp_path: Path, monkeypatch:
         return str(tmp_path / "got")
 
     monkeypatch.setattr("simcot_latent.hub.snapshot_download", download)
-    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: tmp_path / "saved" / "config.json")
     assert_same(Checkpoint.from_pretrained("me/name", revision="v2", token="t"), checkpoint)
     assert (asked["repo_id"], asked["revision"], asked["token"]) == ("me/name", "v2", "t")
     assert files_of(tmp_path / "got") == FILES - {"README.md"} | {"step_decoder.safetensors"}
@@ -163,7 +169,7 @@ def test_what_is_pushed(decoder: bool, checkpoint: Checkpoint, tmp_path: Path, m
     assert address == "https://hub/me/name/first"
     assert pushed == {"private": True, "token": "t"}
     assert files_of(tmp_path / "pushed") == FILES | ({"step_decoder.safetensors"} if decoder else set())
-    for name in files_of(folder) & FILES:  # as training wrote them
+    for name in files_of(folder) & FILES - {"manifest.json"}:  # as training wrote them
         assert (tmp_path / "pushed" / name).read_bytes() == (folder / name).read_bytes()
 
     card = (tmp_path / "pushed" / "README.md").read_text(encoding="utf-8")
@@ -186,6 +192,7 @@ def test_a_repository_that_holds_something_else(hub_cache: Path, offline: None) 
     snapshot = hub_cache / "models--me--name" / "snapshots" / REVISION
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").write_text('{"model_type": "gpt2"}')
+    (snapshot / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"models--me--name.*config\.json: not the configuration of a checkpoint"):
         Checkpoint.from_pretrained("me/name", cache_dir=hub_cache)
 

@@ -134,7 +134,7 @@ def test_training_mode_and_vocabulary_of_a_grown_model(make_model: Callable[...,
 
 def test_our_own_checkpoints_come_as_they_are(published: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     checkpoint = with_latent_tokens(published("llama"))
-    checkpoint.thoughts = ThoughtFormat(True, 4, 2, feeds_last=False, question_end="\n", answer_mark="###")
+    checkpoint.thoughts = ThoughtFormat(True, 3, 2, feeds_last=False, question_end="\n", answer_mark="###")
     save_checkpoint(checkpoint, tmp_path, TrainerState({}, {}), keep=1)
     for source in (tmp_path, tmp_path / "latest"):
         loaded = load_pretrained(source)

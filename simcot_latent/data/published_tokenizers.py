@@ -19,32 +19,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from heapq import heappop, heappush
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import regex
-
+from simcot_latent.data.patterns import (
+    DIGITS_PATTERN,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    leaves_out_text,
+)
 from simcot_latent.data.tokenizer import Tokenizer, read_ranks
 from simcot_latent.errors import UserError
+from simcot_latent.files import is_regular, read_json, read_text
 
 TOKENIZER_JSON, TOKENIZER_CONFIG, TIKTOKEN_RANKS = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 VOCAB, MERGES = "vocab.json", "merges.txt"
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""https://github.com/openai/gpt-2/blob/master/src/encoder.py; `ByteLevel` of Hugging Face's library."""
-
-DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-"""GPT-2's after every digit has been cut off (SmolLM2): to the blanks before a digit, the text ends there."""
-
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-"""https://github.com/meta-llama/llama3/blob/main/llama/tokenizer.py"""
-
-QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-"""https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/tokenizer.json"""
 
 # The 256 that follow Llama 3's ranks, from its tokenizer.py; later 3.x versions renamed some that were reserved.
 LLAMA3_SPECIAL_TOKENS = (
@@ -68,10 +59,6 @@ _BYTE = {character: byte for byte, character in _CHARACTER.items()}
 # `x{1,3}+` is possessive in tiktoken's regular expressions, and `(x{1,3})+` in Hugging Face's.
 _AMBIGUOUS = re.compile(r"\{\d*,?\d*\}\+")
 
-# A character of each general category that texts have, and blanks, each before each.
-_KINDS = "aAǅʰ中\u0301\u0903\u20dd1Ⅷ½_-()«».'$+^°\u2028\u2029 \u00a0\t\n\r\x00\u00ad\ue000"
-_PROBE = "".join(before + after for before in _KINDS for after in _KINDS)
-
 # Options of Hugging Face's BPE that byte-level tokenizers do not use: what they may be, the default first.
 _MODEL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "type": ("BPE",),
@@ -79,6 +66,9 @@ _MODEL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
 }
+
+MAX_TOKEN = 1024
+"""Characters of the longest token that is read; the longest published ones are runs of 128 blanks."""
 
 # An added token of this look is a mark that is not ordinary text, whether it is flagged as special or not.
 _MARKUP = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
@@ -95,7 +85,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             the file and what is wrong in it.
     """
     for file, read in ((TOKENIZER_JSON, _read_json), (TIKTOKEN_RANKS, _read_tiktoken), (VOCAB, _read_vocab)):
-        if (folder / file).is_file():
+        if is_regular(folder / file):
             return read(folder / file)
     raise UserError(
         f"{folder}: holds no tokenizer; it needs {TOKENIZER_JSON}, {TIKTOKEN_RANKS} (tiktoken's ranks), "
@@ -133,6 +123,10 @@ def tokenizer_of_tokens(
     if _AMBIGUOUS.search(pattern):
         raise UserError(f"pattern {pattern!r}: a + after braces means another thing in tiktoken")
     special_tokens = {tokens[i]: i for i in sorted(special)}
+    if longest := [token for token in tokens if len(token) > MAX_TOKEN]:
+        raise UserError(
+            f"token {longest[0][:20]!r}... has {len(longest[0]):,} characters; at most {MAX_TOKEN:,} are read"
+        )
     id_of = {token: i for i, token in enumerate(tokens) if token not in special_tokens}
     try:
         bytes_of = {i: bytes(map(_BYTE.__getitem__, token)) for token, i in id_of.items()}
@@ -168,7 +162,7 @@ def tokenizer_of_tokens(
                 f"its merges make {tokens[i]!r} in another way than tiktoken, which joins any two neighbours"
             )
     tokenizer = Tokenizer(name, pattern, ranks, special_tokens, roles, normal_form, missing)
-    if regex.sub(pattern, "", _PROBE):
+    if leaves_out_text(pattern):
         raise UserError(f"pattern {pattern!r} leaves out text, which tiktoken would drop")
     return tokenizer
 
@@ -246,13 +240,16 @@ def _read_json(file: Path) -> Tokenizer:
         if model.get(key, allowed[0]) not in allowed:
             raise _unsupported(file, f"model.{key}", model[key], json.dumps(allowed[0]))
     special: dict[str, int] = {}
-    for added in content.get("added_tokens") or ():
+    added_tokens = content.get("added_tokens") or []
+    for added in added_tokens if isinstance(added_tokens, list) else [added_tokens]:
         match added:
             case {"id": int(i), "content": str(token), **flags} if flags.get("special") or _MARKUP.fullmatch(token):
                 special[token] = i
             case _:
                 raise _unsupported(file, "added_tokens", added, "special tokens, and others that look like <...>")
-    token_of = {i: token for token, i in (_checked_ids(file, vocab) | special).items()}
+    token_of = {i: token for token, i in (_checked_ids(file, vocab) | _checked_ids(file, special)).items()}
+    if (most := max(token_of, default=-1)) >= 2 * len(token_of) + 1000:
+        raise UserError(f"{file}: has {len(token_of):,} tokens, but one of id {most:,}; ids must have few holes")
     tokens = [token_of.get(i, _unused(i)) for i in range(max(token_of, default=-1) + 1)]
     holes = set(range(len(tokens))) - token_of.keys()
     tokenizer = _build(
@@ -294,7 +291,7 @@ def _read_vocab(file: Path) -> Tokenizer:
     if sorted(token_of) != list(range(len(ids))):
         raise UserError(f"{file}: ids must be 0 to {len(ids) - 1}, each once")
     # The lines are split at \n only: merges hold no other blank than the one between.
-    lines = _text(file.with_name(MERGES)).split("\n")
+    lines = read_text(file.with_name(MERGES)).split("\n")
     merges = [line for n, line in enumerate(lines) if line and not (n == 0 and line.startswith("#version"))]
     end = "<|endoftext|>"
     if end not in ids:
@@ -388,7 +385,8 @@ def _roles(
         token = token if isinstance(token, str) and token in special else None
         for config in models:
             ids = config.get(f"{role}_token_id")
-            names = [token_of[i] for i in (ids if isinstance(ids, list) else [ids]) if i in token_of]
+            listed = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+            names = [token_of[i] for i in listed if i in token_of]
             if names:  # of several, Llama 3's for example, the tokenizer's is the one that ends an answer
                 return token if token in names else names[0]
         return token
@@ -420,14 +418,34 @@ def _byte_level_step(use_regex: bool = True) -> dict[str, Any]:
 
 
 def _bpe(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """What tiktoken's rule joins the bytes of a token to."""
-    parts = [token[n : n + 1] for n in range(len(token))]
-    while True:
-        pairs = [(rank, n) for n, pair in enumerate(pairwise(parts)) if (rank := ranks.get(b"".join(pair))) is not None]
-        if not pairs:
-            return parts
-        n = min(pairs)[1]
-        parts[n : n + 2] = [parts[n] + parts[n + 1]]
+    """What tiktoken's rule joins the bytes of a token to: of all neighbours that are a token together those of the
+    lowest rank, the first of them, again and again.
+    """
+    n = len(token)
+    ends = list(range(1, n + 1))  # where the part that starts at each byte ends
+    before = list(range(-1, n))  # where the part before it starts; at the end of the token, the last part's start
+    heap: list[tuple[int, int, int]] = []
+
+    def offer(start: int) -> None:
+        """The pair of the part at `start` and the next, if it is a token."""
+        middle = ends[start]
+        if start >= 0 and middle < n and (rank := ranks.get(token[start : ends[middle]])) is not None:
+            heappush(heap, (rank, start, ends[middle]))
+
+    is_part = [True] * n
+    for start in range(n):
+        offer(start)
+    while heap:
+        _, start, end = heappop(heap)
+        middle = ends[start]
+        if not is_part[start] or middle >= n or ends[middle] != end:
+            continue  # one of the two has been joined to another since
+        is_part[middle] = False
+        ends[start], before[end] = end, start
+        offer(start)
+        if start > 0:
+            offer(before[start])
+    return [token[start : ends[start]] for start in range(n) if is_part[start]]
 
 
 def _byte_level(token: bytes) -> str:
@@ -466,21 +484,4 @@ def _unsupported(file: Path, component: str, value: Any, supported: str) -> User
 
 def _json_object(file: Path, *, needed: bool = True) -> dict[str, Any]:
     """A JSON object from a file; nothing from one that is not needed and not there."""
-    if not needed and not file.is_file():
-        return {}
-    try:
-        value = json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: must hold a JSON object")
-    return value
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: cannot read the tokenizer: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    return {} if not needed and not is_regular(file) else read_json(file)

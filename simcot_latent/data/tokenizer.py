@@ -20,10 +20,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-import regex
 import tiktoken
 
+from simcot_latent.data.patterns import KNOWN_PATTERNS, PATTERN, pieces, require_pattern
 from simcot_latent.errors import UserError
+from simcot_latent.files import MAX_TEXT, read_bytes, read_json
 
 BOT = "<|bot|>"  # the thoughts begin
 EOT = "<|eot|>"  # the thoughts end, the answer begins
@@ -36,17 +37,15 @@ ROLES = ("bot", "eot", "end", "pad", "bos")
 VOCABULARY_MULTIPLE = 64
 """Vocabularies that grow are filled up to a multiple of this, which matrix products are faster for."""
 
-# Where the default tokenizer cuts text; BPE joins bytes inside a piece only. Every character is in exactly one piece.
-# Digits, operators and blanks stand alone, so a number or an operator is the same tokens wherever it stands. There is
-# no lookahead: over a very long run of blanks, GPT-2's `\s+(?!\S)` overflows the regular expression engine's stack.
-PATTERN = (
-    r"<<|>>|####"  # the marks of the data, one token each
-    r"| ?[\p{L}\p{M}]+"  # a word, with the space before it
-    r"|[\s\S]"  # any other character, alone
-)
+LONG = 10_000
+"""Characters from which on a text is not given to tiktoken as a whole: over a run of some 100,000 blanks, patterns with
+a lookahead overflow its stack."""
 
 _RANKS_FILE = "ranks.tiktoken"
 _CONFIG_FILE = "tokenizer.json"
+TOKENIZER_FILES = (_RANKS_FILE, _CONFIG_FILE)
+"""What `Tokenizer.save` writes."""
+
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -84,8 +83,10 @@ class Tokenizer:
 
         Raises:
             UserError: the ranks lack another single byte, the ids are not 0, 1, 2, ..., a token that plays a role is
-                missing, or the pattern is no regular expression.
+                missing, or the pattern is no regular expression, or one that is not used (see `patterns`).
         """
+        if pattern not in KNOWN_PATTERNS:
+            require_pattern(pattern)
         roles = dict(zip(ROLES, SPECIAL_TOKENS, strict=False)) if roles is None else dict(roles)
         if missing := [token for token in roles.values() if token not in special_tokens]:
             raise UserError(f"special tokens lack {', '.join(missing)}")
@@ -99,14 +100,20 @@ class Tokenizer:
         # Specials decode to nothing, which is all that `decode` and the spans need to know of them.
         token_bytes = {rank: token for token, rank in ranks.items()} | dict.fromkeys(special_tokens.values(), b"")
         n_vocab = len(ranks) + len(special_tokens)
-        if sorted(token_bytes) != list(range(n_vocab)):
+        if len(token_bytes) != n_vocab or min(token_bytes) != 0 or max(token_bytes) != n_vocab - 1:
             raise UserError(f"ids of the ranks and special tokens together must be 0 to {n_vocab - 1}, each once")
         try:
             self.encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=dict(special_tokens)
             )
+        except UnicodeEncodeError as error:
+            raise UserError("pattern and special tokens must be valid Unicode, without lone surrogates") from error
         except ValueError as error:
-            raise UserError(f"pattern is not a regular expression: {' '.join(str(error).split())}") from error
+            raise UserError(f"pattern is not a regular expression: {' '.join(str(error).split())[:200]}") from error
+        except BaseException as error:
+            if is_panic(error):
+                raise UserError(f"tiktoken cannot use these tokens ({' '.join(str(error).split())[:200]})") from error
+            raise
         self.name = name
         self.n_vocab = n_vocab
         self.roles = roles
@@ -207,7 +214,7 @@ class Tokenizer:
         A lone surrogate, which no UTF-8 text can hold, is read as U+FFFD.
         """
         text = self.normalised(text)
-        return self._encode_without_missing(text)[0] if self._misses(text) else self.encoding.encode_ordinary(text)
+        return self._encode_pieces(text)[0] if self._in_pieces(text) else self._encode_whole(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out; bytes that are not UTF-8 become U+FFFD.
@@ -249,10 +256,10 @@ class Tokenizer:
             ValueError: a span does not lie in the text.
         """
         text, spans = self._normalised_spans(text, spans)
-        if self._misses(text):
-            ids, starts, ends = self._encode_without_missing(text)
+        if self._in_pieces(text):
+            ids, starts, ends = self._encode_pieces(text)
         else:
-            ids = self.encoding.encode_ordinary(text)
+            ids = self._encode_whole(text)
             # Tokens cut the text's bytes, so a running sum of their lengths says which bytes each one holds.
             ends = list(accumulate(map(self._lengths.__getitem__, ids)))
             starts = [0, *ends[:-1]]
@@ -267,21 +274,39 @@ class Tokenizer:
             in_span[first:stop] = [True] * (stop - first)
         return ids, in_span
 
-    def _misses(self, text: str) -> bool:
-        """Whether some byte of `text` is no token."""
+    def _in_pieces(self, text: str) -> bool:
+        """Whether tiktoken is given a text piece by piece: if some byte of it is no token, or if tiktoken's own cutting
+        is not to be trusted, with a pattern that we do not know or a text that is very long.
+        """
+        if self.pattern not in KNOWN_PATTERNS or (len(text) > LONG and self.pattern != PATTERN):
+            return True
         return bool(self.missing_bytes) and not set(self.missing_bytes).isdisjoint(text.encode())
 
-    def _encode_without_missing(self, text: str) -> tuple[list[int], list[int], list[int]]:
+    def _encode_whole(self, text: str) -> list[int]:
+        try:
+            return self.encoding.encode_ordinary(text)
+        except BaseException as error:
+            if is_panic(error):
+                raise UserError(
+                    f"tokenizer {self.name}: tiktoken gave up on a text of {len(text):,} characters "
+                    f"({' '.join(str(error).split())[:200]})"
+                ) from error
+            raise
+
+    def _encode_pieces(self, text: str) -> tuple[list[int], list[int], list[int]]:
         """Token ids of normalised text whose missing bytes are left out; where in its bytes each starts and ends.
 
         Tokens may join bytes on both sides of one that is left out, but only inside a piece, so the pieces are cut
         first: tiktoken, which does not tell them, is given them one by one.
+
+        Raises:
+            UserError: the pattern takes too long.
         """
         ids: list[int] = []
         kept: list[int] = []  # where the bytes are that are not left out
         begin = 0
-        for match in regex.finditer(self.pattern, text):
-            piece = match.group().encode()
+        for cut in pieces(self.pattern, text):
+            piece = cut.encode()
             kept += (begin + i for i, byte in enumerate(piece) if byte not in self.missing_bytes)
             begin += len(piece)
             if rest := piece.translate(None, self.missing_bytes):
@@ -322,12 +347,7 @@ class Tokenizer:
             UserError: a file is missing or broken; the message names it.
         """
         config_file, ranks_file = Path(folder) / _CONFIG_FILE, Path(folder) / _RANKS_FILE
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{config_file}: cannot read the tokenizer: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"{config_file}: not JSON: {error}") from error
+        config = read_json(config_file)
         match config:
             case {"name": str(name), "pattern": str(pattern), "special_tokens": dict(special_tokens)} if all(
                 type(i) is int for i in special_tokens.values()
@@ -338,13 +358,12 @@ class Tokenizer:
         roles, normal_form = config.get("roles"), config.get("normal_form")
         if not (roles is None or (isinstance(roles, dict) and all(isinstance(x, str) for x in roles.values()))):
             raise UserError(f"{config_file}: roles must be a mapping from roles to special tokens")
-        try:
-            missing_bytes = bytes(config.get("missing_bytes", []))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{config_file}: missing_bytes must be a list of numbers from 0 to 255") from error
+        missing_bytes = config.get("missing_bytes", [])
+        if not isinstance(missing_bytes, list) or not all(type(x) is int and 0 <= x < 256 for x in missing_bytes):
+            raise UserError(f"{config_file}: missing_bytes must be a list of numbers from 0 to 255")
         ranks = read_ranks(ranks_file)
         try:
-            return cls(name, pattern, ranks, special_tokens, roles, normal_form, missing_bytes)
+            return cls(name, pattern, ranks, special_tokens, roles, normal_form, bytes(missing_bytes))
         except UserError as error:
             raise UserError(f"{config_file} with {ranks_file.name}: {error}") from error
 
@@ -391,6 +410,11 @@ def gpt2_tokenizer() -> Tokenizer:
     return Tokenizer("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, special_tokens)
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether tiktoken, which is written in Rust, has panicked: an exception that is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
 def read_ranks(file: str | Path) -> dict[bytes, int]:
     """Ranks in tiktoken's format: a line a token, its bytes in base64, a space, its rank.
 
@@ -398,11 +422,7 @@ def read_ranks(file: str | Path) -> dict[bytes, int]:
         UserError: the file is missing, or a line of it is broken; the message names both.
     """
     ranks: dict[bytes, int] = {}
-    try:
-        lines = Path(file).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{file}: cannot read the ranks: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_bytes(Path(file), MAX_TEXT).splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

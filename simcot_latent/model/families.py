@@ -8,7 +8,8 @@ Shapes: D width, H heads, E head width, O outputs of a linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from simcot_latent.errors import UserError, some
+from simcot_latent.files import from_plain
 from simcot_latent.model.gpt import GPT, GPTConfig
 
 
@@ -89,7 +91,7 @@ class Family:
             if theirs.get(key, right) != right:
                 raise UserError(f"{file}: {key}={theirs[key]} of a {self.model_type} is not supported, only {right}")
         activation = theirs.get(self.activation_key, next(iter(self.activations)))
-        if activation not in self.activations:
+        if not isinstance(activation, str) or activation not in self.activations:
             raise UserError(
                 f"{file}: {self.activation_key}={activation} of a {self.model_type} is not supported, only "
                 f"{', '.join(self.activations)}"
@@ -98,8 +100,8 @@ class Family:
         if self.has_rotary:
             values |= rotary_of(theirs, file)
         try:
-            config = GPTConfig(**values)
-        except (TypeError, UserError) as error:
+            config = from_plain(GPTConfig, values, "model")
+        except UserError as error:
             raise UserError(f"{file}: {error}") from error
         head_width = theirs.get("head_dim")
         if head_width not in (None, config.head_width):
@@ -160,6 +162,8 @@ def rotary_of(theirs: Mapping[str, Any], file: Path) -> dict[str, Any]:
         UserError: they are scaled in a way that we do not know.
     """
     given = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}  # in the order of `transformers`
+    if not isinstance(given, Mapping):
+        raise UserError(f"{file}: rope_scaling and rope_parameters must be objects, or null")
     base = given.get("rope_theta", theirs.get("rope_theta", 10_000.0))
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
@@ -366,8 +370,7 @@ def build(published: PublishedModel) -> GPT:
     file = published.path / "config.json" if published.path.is_dir() else published.path
     family = family_of(published.config, file)
     config = family.config_of(published.config, file)
-    with torch.device("meta"):
-        model = GPT(config)
+    model = without_weights(config, published.tensors, family, file)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     tensors = {name: value for name, value in published.tensors.items() if not name.endswith(family.ignored)}
     if tensors and all(name.startswith((f"model.{family.body}", "model.lm_head.")) for name in tensors):
@@ -412,6 +415,23 @@ def build(published: PublishedModel) -> GPT:
         )
     model.load_state_dict(state, assign=True)
     return model.requires_grad_()
+
+
+def without_weights(config: GPTConfig, names: Collection[str], family: Family, file: Path) -> GPT:
+    """A model on the `meta` device, which takes no memory but for its blocks: those are counted first.
+
+    Raises:
+        UserError: the configuration says more blocks than there are weights of, or more numbers than a tensor can have.
+    """
+    block = re.compile(r"(?:^|\.)" + r"([0-9]+)".join(map(re.escape, family.layer.split("{}"))))
+    blocks = {match[1] for match in map(block.search, names) if match}
+    if config.n_layer > len(blocks):
+        raise UserError(f"{file}: {family.keys['n_layer']}={config.n_layer}: there are weights of {len(blocks)} blocks")
+    try:
+        with torch.device("meta"):
+            return GPT(config)
+    except RuntimeError as error:
+        raise UserError(f"{file}: says a model larger than any") from error
 
 
 def part_rows(rows: int, parts: int, config: GPTConfig) -> list[int]:

@@ -94,6 +94,8 @@ class GPTConfig:
         for key in ("ffn_width", "projector_width"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"model.{key}", value, "at least 1")
+        require(0 < self.rope_base < math.inf, "model.rope_base", self.rope_base, "above 0, finite")
+        require(0 <= self.norm_eps < math.inf, "model.norm_eps", self.norm_eps, "at least 0, finite")
         softcap = self.logit_softcap
         require(softcap is None or softcap > 0, "model.logit_softcap", softcap, "above 0 or null")
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simcot_latent.errors import require
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -26,6 +28,12 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+    def __post_init__(self) -> None:
+        require(self.factor > 0, "rope_scaling.factor", self.factor, "above 0")
+        require(self.original_context >= 1, "rope_scaling.original_context", self.original_context, "at least 1")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(low < high, "rope_scaling.low_freq_factor", low, f"below high_freq_factor={high}")
 
     def __call__(self, frequency_E: Tensor) -> Tensor:
         """Scaled frequencies, radians a position."""

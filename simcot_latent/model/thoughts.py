@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from simcot_latent.errors import UserError
+from simcot_latent.errors import require
 from simcot_latent.model.cache import KVCache, StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing, take
@@ -48,8 +48,11 @@ class ThoughtFormat:
     answer_mark: str = "####"
 
     def __post_init__(self) -> None:
-        if self.n_latents < 0:
-            raise UserError(f"thoughts: n_latents={self.n_latents} must be at least 0")
+        require(self.n_latents >= 0, "thoughts.n_latents", self.n_latents, "at least 0")
+        c = self.latents_per_step
+        require(c >= 1, "thoughts.latents_per_step", c, "at least 1")
+        whole = f"{'' if self.feeds_last else 'one less than '}a multiple of latents_per_step={c}"
+        require(self.n_states % c == 0, "thoughts.n_latents", self.n_latents, whole)
 
     @property
     def n_states(self) -> int:

@@ -16,10 +16,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from simcot_latent.data.patterns import LLAMA3_PATTERN, QWEN2_PATTERN
 from simcot_latent.data.published_tokenizers import (
-    LLAMA3_PATTERN,
     LLAMA3_SPECIAL_TOKENS,
-    QWEN2_PATTERN,
     read_tokenizer,
     tokenizer_of_tokens,
     write_tokenizer,
@@ -626,7 +625,7 @@ def test_patterns_that_tiktoken_takes_otherwise_are_named(
         ({"tokenizer.json": b"\xff"}, "tokenizer.json: not UTF-8 text (byte 0)"),
         ({"tokenizer.model": b"\n\x0e\n\x05<unk>\x15"}, "tokenizer.model, line 1: not a token in base64"),
         ({"tokenizer.model": "AA== 0\n"}, "tokenizer.model: ranks must hold each of the 256 single bytes"),
-        ({"vocab.json": '{"<|endoftext|>": 0}'}, "merges.txt: cannot read"),
+        ({"vocab.json": '{"<|endoftext|>": 0}'}, "merges.txt: no such file"),
         ({"vocab.json": '{"a": 1}', "merges.txt": ""}, "vocab.json: ids must be 0 to 0, each once"),
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "vocab.json: lacks <|endoftext|>"),
         (

@@ -290,13 +290,13 @@ def test_saved_tokenizers_load_to_the_same_ids(tmp_path: Path, gpt2: Tokenizer) 
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("tokenizer.json", None, "tokenizer.json: cannot read"),
+        ("tokenizer.json", None, "tokenizer.json: no such file"),
         ("tokenizer.json", "{", "tokenizer.json: not JSON"),
-        ("tokenizer.json", "[]", "tokenizer.json: needs name and pattern"),
+        ("tokenizer.json", "[]", "tokenizer.json: must hold a JSON object"),
         ("tokenizer.json", {"special_tokens": {"<|bot|>": "2044"}}, "tokenizer.json: needs name and pattern"),
         ("tokenizer.json", {"special_tokens": {"<|bot|>": 2044}}, "special tokens lack <|eot|>, <|end|>, <|pad|>"),
         ("tokenizer.json", {"pattern": "("}, "pattern is not a regular expression"),
-        ("ranks.tiktoken", None, "ranks.tiktoken: cannot read"),
+        ("ranks.tiktoken", None, "ranks.tiktoken: no such file"),
         ("ranks.tiktoken", "", "ranks must hold each of the 256 single bytes"),
         ("ranks.tiktoken", "AA== 0\n?? 1\n", "ranks.tiktoken, line 2: not a token in base64"),
         ("ranks.tiktoken", "AA== 0\nAA== 1\n", "ranks.tiktoken, line 2: the token is there twice"),

@@ -146,6 +146,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def without_command(checkpoint: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The contents of a checkpoint but for what tells how the command was given (`out_dir`, `resume`)."""
+    files = json.loads(checkpoint["manifest.json"])["files"]
+    del files["config.json"]
+    return {**checkpoint, "config.json": b"", "manifest.json": json.dumps(files).encode()}
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file."""
     return [strict_json(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -29,6 +29,7 @@ from commands import (
     run,
     run_process,
     strict_json,
+    without_command,
     write_jsonl,
 )
 from safetensors.torch import load_file
@@ -44,6 +45,7 @@ CHECKPOINT_FILES = {
     "tokenizer/tokenizer.json",
     "trainer_state.safetensors",
     "trainer_state.json",
+    "manifest.json",
 }
 LATENT_FILES = CHECKPOINT_FILES | {"step_decoder.safetensors"}
 
@@ -69,9 +71,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def assert_same_checkpoint(one: Path, other: Path) -> None:
     """Bit for bit: weights, moments, random states, tokenizer; what differs is how the command was given."""
-    ours, theirs = contents(one), contents(other)
+    ours, theirs = without_command(contents(one)), without_command(contents(other))
     assert ours.keys() == theirs.keys()
-    assert [name for name in ours if name != "config.json" and ours[name] != theirs[name]] == []
+    assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
 # --- what a run leaves -----------------------------------------------------------------------------------------------

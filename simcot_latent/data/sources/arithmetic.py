@@ -52,6 +52,9 @@ OPERATIONS = ("+", "-", "*", "/")
 MAX_STEPS = 8
 """The longest chain for which every kind of situation but days has enough names."""
 
+MAX_PROBLEMS = 10_000_000
+"""The most problems of a split, which are all made when it is loaded."""
+
 MAX_DRAWS = 20_000
 """Draws of a chain before the settings count as impossible. At least one chain in 20 is of the test split, so a split
 that has any chain worth speaking of is hit long before."""
@@ -113,7 +116,7 @@ class Arithmetic:
     def __post_init__(self) -> None:
         _check_whole("seed", self.seed, 0)
         for name in ("train_size", "validation_size", "test_size"):
-            _check_whole(name, getattr(self, name), 1)
+            _check_whole(name, getattr(self, name), 1, MAX_PROBLEMS)
         _check_whole("min_steps", self.min_steps, 1, MAX_STEPS)
         _check_whole("max_steps", self.max_steps, self.min_steps, MAX_STEPS)
         _check_whole("max_number", self.max_number, 2, 1_000_000)

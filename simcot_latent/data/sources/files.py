@@ -20,7 +20,7 @@ from simcot_latent.data.problem import Problem, parse_number, parse_steps, split
 from simcot_latent.data.sources import SPLITS, LoadedSplit, Split
 from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.errors import UserError
-from simcot_latent.paths import expanded
+from simcot_latent.files import read_bytes, require_regular
 
 if TYPE_CHECKING:
     import datasets
@@ -52,6 +52,9 @@ _PACKED = (".gz", ".zst")
 _DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 _SAVED = ("dataset_dict.json", "state.json")
 """What `datasets`' `save_to_disk` writes of a set of splits, and of one table."""
+
+
+_HUB_ID, _HUB_CONFIG = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*"), re.compile(r"(?!\.)[^/\\\x00]+")
 
 
 class Row(NamedTuple):
@@ -109,6 +112,9 @@ class WrittenSolutions(ABC):
             value = getattr(self, key)
             if not (isinstance(value, str) and value) and not (optional and value is None):
                 raise UserError(f"data.{key}={value!r}: must be a text that is not empty{', or null' * optional}")
+        for key, shape in (("hub_id", _HUB_ID), ("hub_config", _HUB_CONFIG)):  # no paths: a checkpoint may name them
+            if (value := getattr(self, key)) is not None and not shape.fullmatch(value):
+                raise UserError(f"data.{key}={value!r}: must be a name on the hub, not a path")
         for key, optional in (("validation_size", False), ("train_limit", True)):
             value = getattr(self, key)
             if not (type(value) is int and value >= 1) and not (optional and value is None):
@@ -131,7 +137,7 @@ class WrittenSolutions(ABC):
         if split not in SPLITS:
             raise UserError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
         unread: list[str] = []  # notes
-        path = None if self.path is None else expanded(self.path, "data.path")
+        path = None if self.path is None else _local_path(self.path)
         tables = self._hub_tables() if path is None else self._local_tables(path, unread)
         cut = split != "test" and "validation" not in tables
         table: Split = "train" if cut else split
@@ -361,6 +367,17 @@ def _saved_tables(folder: Path) -> dict[Split, Callable[[], Iterator[Row]]]:
     return {_SPLIT_OF_NAME[name]: partial(_hub_rows, table, f"{folder / name}") for name, table in known.items()}
 
 
+def _local_path(path: str) -> Path:
+    """`data.path` as a path that may be asked whether it is there."""
+    try:
+        expanded = Path(path).expanduser()
+        expanded.exists()  # raises where a name is too long, or holds what no name can
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.path={path[:100]}: is no path ({reason})") from error
+    return expanded
+
+
 def _lines(file: Path) -> list[str]:
     """The lines of a text file, unpacked if it is packed; those at its end that are blank are left out.
 
@@ -380,13 +397,15 @@ def _unpacked(file: Path) -> bytes:
     """A file's bytes; those that are packed in it where its name ends in `.gz` or `.zst`."""
     try:
         if file.suffix == ".gz":
-            return gzip.decompress(file.read_bytes())
+            return gzip.decompress(read_bytes(file))
         if file.suffix == ".zst":
             import pyarrow  # comes with `datasets`; the standard library reads zst from Python 3.14 on
 
+            require_regular(file)
+
             with pyarrow.input_stream(str(file), compression="zstd") as stream:
                 return stream.read()
-        return file.read_bytes()
+        return read_bytes(file)
     except OSError as error:
         if file.suffix in _PACKED and error.errno is None:
             raise UserError(f"{file}: not a whole {file.suffix} file ({str(error).splitlines()[0]})") from None
@@ -434,10 +453,11 @@ def _read_parquet(file: Path, shape: str) -> list[Row]:
     import pyarrow  # comes with `datasets`; only here, as it takes a while to import
     import pyarrow.parquet
 
+    require_regular(file)
     try:
         values = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # broken bytes end in whatever they happen to mean to the library
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: not a parquet file that can be read ({reason}); every row must be {shape}") from None
     return [Row(value, f"{file} row {number}") for number, value in enumerate(values, start=1)]
 
