@@ -149,7 +149,8 @@ def test_a_checkpoint_without_a_decoder(checkpoint: Checkpoint, questions: list[
     """It can think and answer, but its thoughts cannot be decoded: said in one line that names the folder."""
     bare = replace(checkpoint, step_decoder=None)
     thoughts = sl.think(bare, questions)
-    assert len(sl.answer(bare, questions)) == len(questions)
+    assert torch.equal(thoughts.latents, sl.think(checkpoint, questions).latents)
+    assert sl.answer(bare, questions) == sl.answer(checkpoint, questions)
     for decode in (lambda: sl.decode_steps(bare, thoughts), lambda: probe_questions(bare, questions)):
         with pytest.raises(UserError, match=r"runs/x: holds no auxiliary decoder .* probe a checkpoint"):
             decode()
