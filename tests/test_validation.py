@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import pytest
@@ -174,6 +176,49 @@ def test_accuracy_of_what_the_model_itself_writes(
     for gold, right in ((("40",) * 5, 5), (("40", "4", "4.5", "40", "7"), 2), (("1", "2", "3", "4", "40"), 1)):
         own = [Problem(p.question, p.steps, p.rationale, answer) for p, answer in zip(problems, gold, strict=True)]
         assert validated(objective, own, ThoughtFormat())["val_accuracy"] == right / 5
+
+
+class InThreads(Ranks):
+    """Ranks that are threads of this process: what `sum` exchanges goes through a list in place of a network."""
+
+    meeting: threading.Barrier
+    table: list[dict[str, Tensor]]
+
+    def __init__(self, rank: int, world: int, meeting: threading.Barrier, table: list[dict[str, Tensor]]) -> None:
+        super().__init__(rank, world)
+        self.__dict__.update(meeting=meeting, table=table)  # it is frozen
+
+    def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.table[self.rank] = values
+        self.meeting.wait(timeout=60)
+        total = {key: torch.stack([part[key] for part in self.table]).sum(0) for key in values}
+        self.meeting.wait(timeout=60)
+        return total
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("stage", ["weighted", "last stage"])
+def test_ranks_find_together_what_one_finds_alone(
+    make_objective: MakeObjective, problems: list[Problem], monkeypatch: pytest.MonkeyPatch, stage: str, world: int
+) -> None:
+    """Five problems over two and three ranks, some of them answered rightly: every rank returns the numbers of all."""
+    mode, thoughts = STAGES[stage]
+    own = [Problem(p.question, p.steps, p.rationale, gold) for p, gold in zip(problems, GOLD, strict=True)]
+    if mode == "weighted":  # the other stage thinks
+        write = written_for(dict(zip((p.question for p in own), WRITTEN["some"][0], strict=True)))
+        monkeypatch.setattr(validation, "generate", write)
+    objectives = [make_objective(mode, eval_batch_size=2, max_new_tokens=2) for _ in range(world)]
+    alone = validated(objectives[0], own, thoughts)
+    assert alone["val_accuracy"] == (0.4 if mode == "weighted" else 0.0)
+    meeting, table = threading.Barrier(world), [{} for _ in range(world)]
+
+    def one(rank: int) -> dict[str, float]:
+        objective, ranks = objectives[rank], InThreads(rank, world, meeting, table)
+        return validate(objective, as_checkpoint(objective, thoughts), held_out(objective, own), objective.run, ranks)
+
+    with ThreadPoolExecutor(world) as threads:
+        for found in threads.map(one, range(world)):
+            assert found == pytest.approx(alone, rel=1e-4, abs=1e-4)
 
 
 def test_answers_are_as_long_and_batches_as_large_as_the_run_says(

@@ -85,6 +85,18 @@ def test_the_solution(either_tokenizer: Tokenizer, problems: list[Problem], rati
     assert example.length == len(example.question + example.rationale.ids + example.answer.ids)
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+def test_another_wording(tokenizer: Tokenizer, problems: list[Problem], thinks: bool) -> None:
+    """Text after the question and another mark of the answer, as published checkpoints have them."""
+    problem = problems[0]
+    example = encode_problem(
+        tokenizer, problem, thinks=thinks, rationale="none", question_end=" Think:", answer_mark="The answer is:"
+    )
+    end = [tokenizer.bot_id] if thinks else tokenizer.encode("\n")
+    assert example.question == [*tokenizer.encode(f"{problem.question} Think:"), *end]
+    assert example.answer.ids == [*tokenizer.encode(f"The answer is: {problem.answer}"), tokenizer.end_id]
+
+
 def test_a_problem_without_steps(tokenizer: Tokenizer, problems: list[Problem]) -> None:
     example = encode_problem(tokenizer, problems[1], thinks=False, rationale="natural")
     assert example.steps == []

@@ -337,6 +337,20 @@ def test_gathered_embeddings(lookups: int, uses_head: bool) -> None:
         torch.testing.assert_close(gathered, found[0], atol=1e-5, rtol=1e-5)
 
 
+def test_going_back_through_an_embedding_again() -> None:
+    """The same gradient as the first time: what lookups have left behind is used up."""
+    embedding = Embedding(9, 4)
+    with gathered_gradients(embedding):
+        loss = embedding(torch.tensor([1, 3, 1])).sin().sum() + (embedding.table @ torch.ones(4)).cos().sum()
+    first, second = (torch.autograd.grad(loss, embedding.weight, retain_graph=True)[0].clone() for _ in range(2))
+    expected = torch.autograd.grad(
+        embedding(torch.tensor([1, 3, 1])).sin().sum() + (embedding.weight @ torch.ones(4)).cos().sum(),
+        embedding.weight,
+    )[0]
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(second, expected)
+
+
 def test_embeddings_of_which_only_the_inputs_are_asked() -> None:
     """What a backward pass leaves behind that asks for other gradients alone is not counted in the next one."""
     embedding, scale = Embedding(5, 3), torch.ones(3, requires_grad=True)

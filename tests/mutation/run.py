@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import enum
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,12 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
+import pytest
 from mutants import MUTANTS, Mutant
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "simcot_latent"
 SECONDS = 600
 """A mutant whose tests take longer is killed: it hangs, or is so slow that nobody would miss it."""
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["pytest", "torch", "hypothesis", "hydra", "datasets", "transformers", "safetensors.torch", "tiktoken", "wandb"]
+)
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "wandb", "__pycache__", ".*_cache", ".hypothesis", "build")
 
 
@@ -73,16 +78,31 @@ def copy_repository(folder: Path) -> Path:
     return folder / "repository"
 
 
-def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int | None, str]:
-    """pytest's exit status (None: out of time), and what it printed. Hypothesis does not simplify what it finds."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    command += ["--tb=no", "--hypothesis-profile=mutation", *tests]
-    env = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
+def pytest_in(copy: Path, tests: Sequence[str], output: Path) -> None:
+    """Ends this process with pytest's exit status. Hypothesis does not simplify what it finds."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    sys.dont_write_bytecode = True  # a mutant is written within the second that bytecode is dated by
+    os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no", "--hypothesis-profile=mutation"]
+    sys.exit(int(pytest.main([*options, *tests])))
+
+
+def run_tests(copy: Path, tests: Sequence[str], seconds: float = SECONDS) -> tuple[int | None, str]:
+    """pytest's exit status (None: out of time), and what it printed, of a process in which all is imported already but
+    what is broken."""
+    output = copy.parent / "output.txt"
+    process = PROCESSES.Process(target=pytest_in, args=(copy, tests, output))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
         return None, ""
-    return done.returncode, done.stdout + done.stderr
+    return process.exitcode, output.read_text(encoding="utf-8", errors="replace")
 
 
 def judge_in(copy: Path, mutant: Mutant) -> Judgement:
@@ -132,7 +152,7 @@ def judge(mutants: Sequence[Mutant], jobs: int = 1, says: bool = False) -> list[
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Runs the mutants of mutants.py.")
     parser.add_argument("--only", default="", help="mutants whose file, old or new text holds this")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--list", action="store_true", help="print them, run none")

@@ -724,6 +724,21 @@ def test_room_is_kept_for_every_form_of_a_problem(make_objective: MakeObjective,
         assert written.packing.longest <= bound
 
 
+@pytest.mark.parametrize(("n_layer", "blocks"), [(None, 2), (1, 1), (2, 2)])
+@pytest.mark.parametrize("init", ["base", "random"])
+def test_the_decoder_is_made_as_asked(
+    make_objective: MakeObjective, init: str, n_layer: int | None, blocks: int
+) -> None:
+    """As many blocks as asked (null: the base's two); with decoder.init=base its first ones from the beginning, for
+    without a warm-up no stage begins later."""
+    decoder = {"n_layer": n_layer, "init": init}
+    objective = make_objective(latent={"warmup": 0.0, "stages": 0}, decoder=decoder)
+    assert len(objective.step_decoder.transformer.blocks) == blocks
+    source = objective.model.transformer.state_dict()
+    found = objective.step_decoder.transformer.state_dict()
+    assert all(torch.equal(weight, source[name]) for name, weight in found.items()) == (init == "base")
+
+
 def test_the_decoder_starts_as_the_base_that_the_warm_up_left(make_objective: MakeObjective) -> None:
     """decoder.init=base: copied again when thoughts begin, for only then has the base learned something; not later."""
     objective = make_objective(latent={"warmup": 0.3, "stages": [{"steps": 1, "share": 0.3}]}, decoder={"init": "base"})
