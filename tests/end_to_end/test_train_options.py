@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import simcot_latent as sl
 from simcot_latent.config import RunConfig
+from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.model.gpt import Block
 from simcot_latent.objectives.base import Objective, WrittenBatch
 from simcot_latent.objectives.latent import LatentBatch
@@ -163,7 +164,7 @@ def watch(folder: Path, *arguments: str, data: Sequence[str] = ARITHMETIC) -> Wa
     """A small run, watched."""
     seen = Watched(folder / "run")
     with watching(seen):
-        seen.out = run(TRAIN, *TINY, *data, *arguments, "out_dir=run", folder=folder).ok().out
+        seen.out = run(TRAIN, *TINY, *data, "out_dir=run", *arguments, folder=folder).ok().out
     return seen
 
 
@@ -351,23 +352,25 @@ def test_the_length_of_answers_while_training_and_later(tmp_path: Path) -> None:
     assert (report["max_new_tokens"], report["unfinished"], report["tokens_per_answer"]) == (9, 4, 4 + 9)
 
 
-def test_problems_beyond_the_context(tmp_path: Path) -> None:
-    """on_too_long=error ends the run with the problem's number; drop leaves it out, in training and validation, and
-    says how many of how many."""
-    short = [{"question": f"What is {i} and 1?", "answer": f"<<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(19)]
-    long = {"question": "What is " + "1 and " * 60 + "1?", "answer": "<<60+1=61>>\n#### 61"}
-    write_jsonl(tmp_path / "data" / "train.jsonl", [*short, long])
-    data = ("data=gsm8k", "data.path=data", "model.context_length=60", "mode=weighted", "num_iterations=3")
-    refused = run(TRAIN, *TINY, *data, "out_dir=refused", folder=tmp_path).error
-    assert "on_too_long=drop" in refused
-    assert "'What is 1 and 1 and" in refused
+def test_problems_beyond_the_context(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The longest problem fits a context of just its length. In one of a token less on_too_long=error ends the run with
+    the problem's number and length; drop leaves it out, of training and validation, and says how many of how many."""
+    rows = [{"question": f"What is {i} and 1?", "answer": f"<<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(19)]
+    rows.append({"question": "What is " + "1 and " * 60 + "1?", "answer": "<<60+1=61>>\n#### 61"})
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    length = len(tokenizer.encode(f"{rows[-1]['question']}\n{rows[-1]['answer']}")) + 1
+    data = ("data=gsm8k", "data.path=data", "mode=weighted", "num_iterations=3")
+    seen = watch(tmp_path, f"model.context_length={length}", "out_dir=whole", data=data)
+    assert "dropped" not in seen.out
+
+    refused = run(TRAIN, *TINY, *data, f"model.context_length={length - 1}", "out_dir=refused", folder=tmp_path).error
+    for part in ("'What is 1 and 1 and", f"has {length} tokens: at most {length - 1} fit", "on_too_long=drop"):
+        assert part in refused
     assert not (tmp_path / "refused").exists()
-    seen = watch(tmp_path, "on_too_long=drop", data=data)
+    seen = watch(tmp_path, f"model.context_length={length - 1}", "on_too_long=drop", data=data)
     (warned,) = [line for line in seen.out.splitlines() if line.startswith("warning:") and "dropped" in line]
-    assert "dropped 1 of" in warned
-    assert (
-        max(int(each.batch.packing.length_B.max()) for each in seen.passes if isinstance(each.batch, WrittenBatch)) < 60
-    )
+    assert f"dropped 1 of 18 problems of more than {length - 1} tokens" in warned
+    assert "| 17 problems, 2 held out |" in seen.out
 
 
 def test_a_profile_names_the_parts_of_a_step(tmp_path: Path) -> None:

@@ -54,6 +54,21 @@ def of(file: str, tests: str, *changes: tuple[str, ...]) -> list[Mutant]:
 
 TRAIN, OPTIONS, EVALS = "end_to_end/test_train.py", "end_to_end/test_train_options.py", "end_to_end/test_evals.py"
 EVAL_OPTIONS = "end_to_end/test_eval_options.py"
+# Runs are slow, so their mutants name single tests.
+SCHEDULE = f"{OPTIONS}::test_the_learning_rate_in_closed_form"
+GROUPS = f"{OPTIONS}::test_every_group_follows_the_schedule_from_its_own_peak"
+CLIPPED = f"{OPTIONS}::test_gradients_are_clipped_to_the_norm"
+RESET = f"{OPTIONS}::test_the_optimizer_is_reset_when_a_stage_begins_if_asked"
+SIZES = f"{OPTIONS}::test_examples_per_step_and_per_pass"
+WHEN = f"{OPTIONS}::test_when_lines_are_logged_evaluations_made_and_checkpoints_kept"
+BLOCK_OPTIONS = f"{OPTIONS}::test_compiling_and_checkpointing_reach_every_block"
+TOO_LONG = f"{OPTIONS}::test_problems_beyond_the_context"
+ACCURACY = f"{OPTIONS}::test_step_accuracy_is_left_out_on_request"
+PROBED = f"{EVAL_OPTIONS}::test_probe_thinks_about_so_many_at_once"
+DRAW = f"{EVAL_OPTIONS}::test_top_k_and_temperature_and_seed_reach_the_draw"
+AT_ONCE = f"{EVAL_OPTIONS}::test_evals_answer_so_many_at_once"
+REPORT = f"{EVALS}::test_the_report_follows_from_the_predictions"
+ON_THOUGHTS = f"{EVALS}::test_a_latent_model_is_scored_on_its_thoughts_too"
 TWO_RANKS = f"{TRAIN}::test_two_ranks_equal_one_with_twice_the_accumulation"
 BLOCKS = "model/test_block_options.py"
 
@@ -88,7 +103,7 @@ MUTANTS = [
          "model/test_families.py"),
         ("if self.checkpointing and torch.is_grad_enabled():", "if False:",
          f"{BLOCKS}::test_checkpointing_keeps_less"),
-        ("block.checkpointing = checkpointing", "pass", OPTIONS),
+        ("block.checkpointing = checkpointing", "pass", BLOCK_OPTIONS),
     ),
     *of(
         "model/rotary.py",
@@ -211,8 +226,8 @@ MUTANTS = [
         ("(tokens_G > 0).sum().clamp(min=1) * tokens_G", "len(tokens_G) * tokens_G"),
         ("1 / tokens_G.sum().clamp(min=1)", "1 / tokens_G.mean().clamp(min=1)"),
         ("self.step_decoder.copy_base(self.model)", "pass"),
-        ("return self.config.latent.reset_optimizer", "return False", f"{OPTIONS} {TRAIN}"),
-        ("return self.config.latent.reset_optimizer", "return True", OPTIONS),
+        ("return self.config.latent.reset_optimizer", "return False", RESET),
+        ("return self.config.latent.reset_optimizer", "return True", RESET),
         ("return self.config.latent.n_latents + 1", "return self.config.latent.n_latents - 1"),
         ("surplus=latent.surplus, missing=latent.missing)", 'surplus="merge", missing=latent.missing)'),
         ("surplus=latent.surplus, missing=latent.missing)", 'surplus=latent.surplus, missing="mask")'),
@@ -226,7 +241,7 @@ MUTANTS = [
         ("config.decoder.n_layer, config.decoder.init)", 'config.decoder.n_layer, "random")'),
         ("config.decoder.n_layer, config.decoder.init)", "1, config.decoder.init)"),
         ("share(correct_M.float(), totals", "share(1 - correct_M.float(), totals"),
-        ("if self.run.track_step_accuracy:", "if True:", OPTIONS),
+        ("if self.run.track_step_accuracy:", "if True:", ACCURACY),
     ),
     *of(
         "objectives/weighted.py",
@@ -314,9 +329,9 @@ MUTANTS = [
         ("if i == j]", "if i <= j]"),
         ("sum(g.right is True for g in groups)", "sum(g.right is not False for g in groups)"),
         ('"operands": sum(bool(g.operands)', '"operands": sum(bool(g.operators)'),
-        ("config.batch_size, quiet)", "32, quiet)", EVAL_OPTIONS),
-        (".problems[: config.limit]", ".problems[:20]", EVAL_OPTIONS),
-        ("source.load(config.split)", 'source.load("test")', EVAL_OPTIONS),
+        ("config.batch_size, quiet)", "32, quiet)", PROBED),
+        (".problems[: config.limit]", ".problems[:20]", PROBED),
+        ("source.load(config.split)", 'source.load("test")', f"{EVAL_OPTIONS}::test_probe_takes_the_split"),
         ("enumerate(probe.groups, start=1) if g.gold", "enumerate(probe.groups, start=0) if g.gold"),
     ),
     *of(
@@ -368,48 +383,49 @@ MUTANTS = [
     ),
     *of(
         "train.py",
-        OPTIONS,
+        SCHEDULE,
         ("math.cos(math.pi * (1 - left))", "math.cos(math.pi * left)"),
         ("return run.final_lr_ratio + (1 - run.final_lr_ratio) * left", "return left"),
         ("return (step + 1) / warmup", "return step / warmup"),
         ("round(run.warmup_ratio * num_steps)", "round(0.05 * num_steps)"),
         ('if run.lr_schedule == "constant":', "if False:"),
         ('elif run.lr_schedule == "cosine":', "elif False:"),
-        ('group["lr"] = group["peak_lr"] * lrm', 'group["lr"] = run.learning_rate * lrm'),
-        ("if self.objective.resets_optimizer:", "if False:"),
-        ("if self.objective.resets_optimizer:", "if True:"),
-        ("run.max_grad_norm or math.inf", "math.inf"),
-        ("run.max_grad_norm or math.inf", "run.max_grad_norm or 1.0"),
-        ("run.device_batch_size, ranks.rank", "10**6, ranks.rank"),
-        ("run.target_examples_per_step, run.seed)", "run.target_examples_per_step, 0)"),
-        ("torch.manual_seed(run.seed)", "torch.manual_seed(0)"),
-        ("run.num_epochs * len(examples)", "1 * len(examples)"),
-        ("[: run.eval_examples]", "[:500]"),
+        ('group["lr"] = group["peak_lr"] * lrm', 'group["lr"] = run.learning_rate * lrm', GROUPS),
+        ("if self.objective.resets_optimizer:", "if False:", RESET),
+        ("if self.objective.resets_optimizer:", "if True:", RESET),
+        ("run.max_grad_norm or math.inf", "math.inf", CLIPPED),
+        ("run.max_grad_norm or math.inf", "run.max_grad_norm or 1.0", CLIPPED),
+        ("run.device_batch_size, ranks.rank", "10**6, ranks.rank", SIZES),
+        ("run.target_examples_per_step, run.seed)", "run.target_examples_per_step, 0)",
+         f"{OPTIONS}::test_the_seed_orders_the_data"),
+        ("torch.manual_seed(run.seed)", "torch.manual_seed(0)", f"{OPTIONS}::test_the_seed_sets_the_weights"),
+        ("run.num_epochs * len(examples)", "1 * len(examples)", f"{OPTIONS}::test_epochs_are_counted_in_problems"),
+        ("[: run.eval_examples]", "[:500]", WHEN),
         ("set_block_options(objective, run.compile, run.activation_checkpointing)",
-         "set_block_options(objective, False, run.activation_checkpointing)"),
+         "set_block_options(objective, False, run.activation_checkpointing)", BLOCK_OPTIONS),
         ("set_block_options(objective, run.compile, run.activation_checkpointing)",
-         "set_block_options(objective, run.compile, False)"),
-        ('elif job.run.on_too_long == "error":', 'elif job.run.on_too_long == "drop":'),
+         "set_block_options(objective, run.compile, False)", BLOCK_OPTIONS),
+        ('elif job.run.on_too_long == "error":', 'elif job.run.on_too_long == "drop":', TOO_LONG),
         ('(shares["loss"] * ranks.world).backward()', 'shares["loss"].backward()', TWO_RANKS),
-        ("if example.length <= limit:", "if example.length < limit:"),
-        ('"lr": run.learning_rate * lrm', '"lr": run.learning_rate'),
-        ("self.step % run.log_every == 0", "self.step % 20 == 0"),
-        ("self.step % run.eval_every == 0", "self.step % 500 == 0"),
-        ("self.step % run.checkpoint_every == 0", "self.step % 1000 == 0"),
-        ("step / self.num_steps)\n        indices", "0.0)\n        indices", f"{OPTIONS} {TRAIN}"),
+        ("if example.length <= limit:", "if example.length < limit:", TOO_LONG),
+        ('"lr": run.learning_rate * lrm', '"lr": run.learning_rate', GROUPS),
+        ("self.step % run.log_every == 0", "self.step % 20 == 0", WHEN),
+        ("self.step % run.eval_every == 0", "self.step % 500 == 0", WHEN),
+        ("self.step % run.checkpoint_every == 0", "self.step % 1000 == 0", WHEN),
+        ("step / self.num_steps)\n        indices", "0.0)\n        indices", RESET),
     ),
     *of(
         "evaluate.py",
-        f"{EVALS} {EVAL_OPTIONS}",
+        f"{REPORT} {ON_THOUGHTS}",
         ("same_number(last_number(self.generation.text)", "same_number(self.generation.answer"),
         ("same_number(self.generation.answer, self.problem.answer)",
          "same_number(last_number(self.generation.text), self.problem.answer)"),
         ("strict=True) if gold is not None]", "strict=True)]"),
-        ("Sampling(config.temperature, config.top_k)", "Sampling(config.temperature)", EVAL_OPTIONS),
-        ("torch.manual_seed(config.seed)", "torch.manual_seed(0)", EVAL_OPTIONS),
-        ("by_length(lengths, config.batch_size)", "by_length(lengths, 32)", EVAL_OPTIONS),
-        (".problems[: config.limit]", ".problems[:]", EVAL_OPTIONS),
-        ("source.load(config.split)", 'source.load("test")', EVAL_OPTIONS),
+        ("Sampling(config.temperature, config.top_k)", "Sampling(config.temperature)", DRAW),
+        ("torch.manual_seed(config.seed)", "torch.manual_seed(0)", DRAW),
+        ("by_length(lengths, config.batch_size)", "by_length(lengths, 32)", AT_ONCE),
+        (".problems[: config.limit]", ".problems[:]", AT_ONCE),
+        ("source.load(config.split)", 'source.load("test")', f"{EVAL_OPTIONS}::test_evals_answer_the_split"),
         ("matches / len(steps)", "matches / n"),
         ("sum(p.generation.n_tokens for p in predictions) / n", "sum(p.generation.n_tokens for p in predictions)"),
     ),
