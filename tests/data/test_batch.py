@@ -101,6 +101,11 @@ def test_seeds_shuffle_differently(other: int) -> None:
     assert same == []
 
 
+def test_no_two_of_many_seeds_are_alike() -> None:
+    lengths = [1 + i % 50 for i in range(1000)]
+    assert len({tuple(BatchOrder(lengths, 10, seed).batch(0)) for seed in range(400)}) == 400
+
+
 def test_bucketing_lowers_padding() -> None:
     """On lengths spread like GSM8K's (facts of the data: mean 147, up to 600) padding falls by much more than half."""
     spread = torch.randn(4000, generator=torch.Generator().manual_seed(0)).mul(0.45).exp().mul(130).clamp(20, 600)
