@@ -254,6 +254,19 @@ def test_bits_against_the_decoder_itself(checkpoint: Checkpoint, problems: list[
     assert all(group.bits is None for group in probe_problems(checkpoint, pair[:1])[0].groups)
 
 
+def test_what_the_decoder_gives_to_gold(checkpoint: Checkpoint, problems: list[Problem]) -> None:
+    """Each group's share of likeliest tokens and its probability of the whole, as teacher forcing finds them."""
+    latents_BKD = sl.think(checkpoint, [problem.question for problem in problems]).latents
+    forced = teacher_forced(checkpoint, latents_BKD, [gold_groups(checkpoint, problem) for problem in problems])
+    groups = [group for probe in probe_problems(checkpoint, problems) for group in probe.groups]
+    for group, expected in zip(groups, forced, strict=True):
+        assert (group.gold is None) == (expected is None) == (group.gold_probability is None)
+        if expected is not None:
+            assert group.forced_token_accuracy == pytest.approx(expected.token_accuracy)
+            assert group.gold_probability == pytest.approx(math.exp(-expected.nats), rel=1e-3)
+    assert any(group.gold is not None for group in groups)
+
+
 def test_probing_does_not_depend_on_batches(checkpoint: Checkpoint, problems: list[Problem]) -> None:
     """Texts exactly, numbers to float32 rounding; also which problem's thoughts are the others'."""
     whole = probe_problems(checkpoint, problems)
