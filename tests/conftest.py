@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from torch import Tensor, nn
 
 from simcot_latent.config import RunConfig
@@ -36,6 +37,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logit_softcap": 15.0,
     },
 }
+
+
+# For tests/mutation: a failure is enough, nobody reads its simplest example.
+settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate], database=None)
 
 
 def pytest_configure() -> None:

@@ -89,8 +89,14 @@ def test_the_gpt2_preset_is_gpt2() -> None:
 
 @pytest.mark.parametrize("data", choices("data"))
 def test_every_data_source_can_be_made(data: str, tmp_path: Path) -> None:
-    source: Source = instantiate(composed(f"data={data}").data, "data")
-    assert callable(source.load)
+    """Of the class that its file names, with the file's values."""
+    section = composed(f"data={data}").data
+    source: Source = instantiate(section, "data")
+    assert f"{type(source).__module__}.{type(source).__qualname__}" == section["_target_"]
+    for key, value in as_plain(section).items():
+        if key != "_target_":
+            found = getattr(source, key)
+            assert (list(found) if isinstance(found, tuple) else found) == value, key
 
 
 def test_tokenizers_can_be_made() -> None:
@@ -189,7 +195,11 @@ def test_edges_that_are_fine() -> None:
         "seed=0", "eval_every=-1", "checkpoint_every=-1", "weight_decay=0", "latent.warmup=0", "loss.step_weight=0",
         "latent.stages=[{steps:1,share:0.1},{steps:2,share:0.1}]", "learning_rate=1",
     ):  # fmt: skip
-        parse(composed(override))
+        raw = composed(override)
+        run, sections = parse(raw)
+        key = override.partition("=")[0]
+        section, _, name = key.rpartition(".")
+        assert getattr(getattr(sections, section) if section else run, name) == OmegaConf.select(raw, key), override
     stages = parse(composed("latent.stages=[{steps:1,share:0.1}]"))[1].latent.stages
     assert stages == [{"steps": 1, "share": 0.1}]
 
@@ -256,3 +266,72 @@ def test_typed_converts_to_the_declared_types() -> None:
     assert isinstance(latent.warmup, float)
     with pytest.raises(UserError, match=r"latent\.warmup: .*'soon'"):
         typed(LatentConfig, {"warmup": "soon"}, "latent")
+
+
+# Of every key a value that is not its default.
+OTHER_VALUES: dict[str, Any] = {
+    "rationale": "natural",
+    "on_too_long": "drop",
+    "step_weight_multiplier": 1.5,
+    "track_step_accuracy": False,
+    "num_epochs": 3,
+    "num_iterations": 7,
+    "device_batch_size": 5,
+    "target_examples_per_step": 6,
+    "optimizer": "adamw",
+    "learning_rate": 0.5,
+    "matrix_lr": 0.25,
+    "betas": [0.5, 0.25],
+    "weight_decay": 0.75,
+    "warmup_ratio": 0.125,
+    "lr_schedule": "cosine",
+    "final_lr_ratio": 0.375,
+    "max_grad_norm": 2.5,
+    "seed": 11,
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "compile": True,
+    "activation_checkpointing": True,
+    "profile": True,
+    "out_dir": "somewhere",
+    "init_from": "some/model",
+    "new_token_init": "the",
+    "resume": True,
+    "log_every": 3,
+    "eval_every": 4,
+    "eval_examples": 12,
+    "eval_batch_size": 13,
+    "checkpoint_every": 14,
+    "keep_checkpoints": 15,
+    "max_new_tokens": 16,
+    "run": "a name",
+    "wandb_project": "another",
+    "latent.n_latents": 6,
+    "latent.latents_per_step": 2,
+    "latent.surplus": "drop",
+    "latent.missing": "answer",
+    "latent.warmup": 0.5,
+    "latent.stages": 0.125,
+    "latent.reset_optimizer": True,
+    "latent.feeds_last": False,
+    "decoder.n_layer": 2,
+    "decoder.init": "base",
+    "loss.answer_weight": 0.5,
+    "loss.step_weight": 0.25,
+    "loss.step_reduction": "codi",
+}
+
+
+def test_every_key_reaches_the_run() -> None:
+    """All of them together, each with a value of its own: none is dropped or lands in another's place. That each does
+    what it says is shown in end_to_end/test_train_options.py."""
+    raw = composed()
+    for key, value in OTHER_VALUES.items():
+        assert OmegaConf.select(raw, key) != value, f"{key}: that is the default"
+        OmegaConf.update(raw, key, value)
+    run, sections = parse(raw)
+    found = dict(vars(run)) | {f"{name}.{key}": value for name in ("latent", "decoder", "loss")
+                               for key, value in vars(getattr(sections, name)).items()}  # fmt: skip
+    groups = {"objective", "mode", "model", "data", "tokenizer"}
+    assert found.keys() - groups == OTHER_VALUES.keys(), "a key is missing in the table above"
+    assert {key: found[key] for key in OTHER_VALUES} == OTHER_VALUES

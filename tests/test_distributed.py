@@ -62,11 +62,33 @@ def test_mps_is_there_or_refused() -> None:
             pick_device("mps")
 
 
-def test_number_formats() -> None:
-    assert pick_dtype("float32", CPU) == torch.float32
-    assert pick_dtype("bfloat16", CPU) == torch.bfloat16
-    assert pick_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_a_number_format_that_is_named_is_taken(device: str) -> None:
+    assert pick_dtype("float32", torch.device(device)) == torch.float32
+    assert pick_dtype("bfloat16", torch.device(device)) == torch.bfloat16
+
+
+def test_the_number_format_of_a_mac() -> None:
     assert pick_dtype("auto", torch.device("mps")) == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="processors are described in Linux's /proc")
+def test_the_number_format_of_this_cpu() -> None:
+    """By what the kernel says of it."""
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    has_bfloat16 = bool({"amx_bf16", "avx512_bf16"} & set(flags)) and hasattr(torch.cpu, "get_capabilities")
+    assert pick_dtype("auto", CPU) == (torch.bfloat16 if has_bfloat16 else torch.float32)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_the_number_format_of_a_gpu(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 where the GPU itself has it; emulated it would only be slow."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return has_it or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if has_it else torch.float32)
 
 
 @pytest.mark.parametrize(

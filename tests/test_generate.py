@@ -280,6 +280,15 @@ def test_the_answer_of_a_generation(text: str, expected: str) -> None:
     assert Generation(text, 1, True).answer == expected
 
 
+def test_the_answer_stands_behind_the_models_own_mark(ending_model: GPT, tokenizer: Tokenizer) -> None:
+    """As a published checkpoint writes it; the mark comes with the way the model answers."""
+    text = "#### 5 pens, so The answer is: 1,200"
+    assert Generation(text, 1, True, "The answer is:").answer == "1200"
+    assert Generation(text, 1, True).answer == "5"
+    thoughts = ThoughtFormat(answer_mark="The answer is:")
+    assert {g.answer_mark for g in generate(ending_model, tokenizer, thoughts, QUESTIONS[:2], 2)} == {"The answer is:"}
+
+
 def test_answer_reads_generations(ending_model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the questions, at any batch size, and with the run's max_new_tokens unless told otherwise."""
     asked: list[int] = []

@@ -153,7 +153,8 @@ def test_a_checkpoint_without_a_decoder(checkpoint: Checkpoint, questions: list[
     """It can think and answer, but its thoughts cannot be decoded: said in one line that names the folder."""
     bare = replace(checkpoint, step_decoder=None)
     thoughts = sl.think(bare, questions)
-    assert len(sl.answer(bare, questions)) == len(questions)
+    assert torch.equal(thoughts.latents, sl.think(checkpoint, questions).latents)
+    assert sl.answer(bare, questions) == sl.answer(checkpoint, questions)
     for decode in (lambda: sl.decode_steps(bare, thoughts), lambda: probe_questions(bare, questions)):
         with pytest.raises(UserError, match=r"runs/x: holds no auxiliary decoder .* probe a checkpoint"):
             decode()
@@ -380,6 +381,19 @@ def test_the_entropy_of_texts() -> None:
     assert text_entropy(["a", "a", "b", "b"]) == 1.0
     assert text_entropy(["a", "a", "a", "b"]) == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
     assert text_entropy(["a", "a"]) == 0.0
+
+
+def test_what_the_decoder_gives_to_gold(checkpoint: Checkpoint, problems: list[Problem]) -> None:
+    """Each group's share of likeliest tokens and its probability of the whole, as teacher forcing finds them."""
+    latents_BKD = sl.think(checkpoint, [problem.question for problem in problems]).latents
+    forced = teacher_forced(checkpoint, latents_BKD, [gold_groups(checkpoint, problem) for problem in problems])
+    groups = [group for probe in probe_problems(checkpoint, problems) for group in probe.groups]
+    for group, expected in zip(groups, forced, strict=True):
+        assert (group.gold is None) == (expected is None) == (group.gold_probability is None)
+        if expected is not None:
+            assert group.forced_token_accuracy == pytest.approx(expected.token_accuracy)
+            assert group.gold_probability == pytest.approx(math.exp(-expected.nats), rel=1e-3)
+    assert any(group.gold is not None for group in groups)
 
 
 def test_probing_does_not_depend_on_batches(checkpoint: Checkpoint, problems: list[Problem]) -> None:

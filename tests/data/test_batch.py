@@ -82,6 +82,16 @@ def test_epochs_shuffle_anew() -> None:
         assert 25 < rises < 75, "of 99 neighbours about half should rise"
 
 
+def test_pools_order_their_batches_anew() -> None:
+    """Within a pool batches are of different lengths; which length comes when is drawn for each pool."""
+    lengths = list(range(1, 10 * POOL_BATCHES + 1))  # a pool of ten is an epoch, so all pools hold the same batches
+    order = BatchOrder(lengths, 10, seed=0)
+    pools = [[order.batch(pool * POOL_BATCHES + i) for i in range(POOL_BATCHES)] for pool in range(3)]
+    for pool in pools:
+        assert sorted(pool) == sorted(pools[0])
+    assert pools[0] != pools[1] != pools[2] != pools[0]
+
+
 @pytest.mark.parametrize("other", [1, 2, 2**32, 2**40 + 7])
 def test_seeds_shuffle_differently(other: int) -> None:
     """Runs that differ in the seed alone see the data in different orders."""
@@ -89,6 +99,11 @@ def test_seeds_shuffle_differently(other: int) -> None:
     ours, theirs = BatchOrder(lengths, 10, seed=0), BatchOrder(lengths, 10, seed=other)
     same = [step for step in range(50) if set(ours.batch(step)) == set(theirs.batch(step))]
     assert same == []
+
+
+def test_no_two_of_many_seeds_are_alike() -> None:
+    lengths = [1 + i % 50 for i in range(1000)]
+    assert len({tuple(BatchOrder(lengths, 10, seed).batch(0)) for seed in range(400)}) == 400
 
 
 def test_bucketing_lowers_padding() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from copy import copy
 from itertools import accumulate, pairwise
 
 import pytest
@@ -83,6 +84,27 @@ def test_the_solution(either_tokenizer: Tokenizer, problems: list[Problem], rati
     assert example.answer.ids[-1] == tokenizer.end_id
     assert [tokenizer.decode(step.ids) for step in example.steps] == ["<<3*4=12>>", "<<12-2=10>>"]
     assert example.length == len(example.question + example.rationale.ids + example.answer.ids)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_token_to_begin_with_comes_first(tokenizer: Tokenizer, thinks: bool) -> None:
+    """Where a tokenizer has one, and only there."""
+    plain = encode_question(tokenizer, "How many?", thinks=thinks)
+    begins = copy(tokenizer)
+    begins.roles = tokenizer.roles | {"bos": tokenizer.roles["pad"]}
+    assert encode_question(begins, "How many?", thinks=thinks) == [tokenizer.pad_id, *plain]
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_another_wording(tokenizer: Tokenizer, problems: list[Problem], thinks: bool) -> None:
+    """Text after the question and another mark of the answer, as published checkpoints have them."""
+    problem = problems[0]
+    example = encode_problem(
+        tokenizer, problem, thinks=thinks, rationale="none", question_end=" Think:", answer_mark="The answer is:"
+    )
+    end = [tokenizer.bot_id] if thinks else tokenizer.encode("\n")
+    assert example.question == [*tokenizer.encode(f"{problem.question} Think:"), *end]
+    assert example.answer.ids == [*tokenizer.encode(f"The answer is: {problem.answer}"), tokenizer.end_id]
 
 
 def test_a_problem_without_steps(tokenizer: Tokenizer, problems: list[Problem]) -> None:

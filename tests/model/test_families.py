@@ -235,15 +235,22 @@ def test_a_bare_gpt2_with_buffers() -> None:
 
 
 def test_the_frequencies_in_older_llama_files() -> None:
+    """They are worked out from the configuration, whatever the file holds: the weights are those of a file without."""
     files = files_of(random_model(CASES["llama"]()))
+    expected = build(files)
     files.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    build(files)
+    found = build(files)
+    assert found.config == expected.config
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
 
 
 def test_half_precision_becomes_float32() -> None:
     files = files_of(random_model(CASES["llama"]()))
     files.tensors = {name: tensor.bfloat16() for name, tensor in files.tensors.items()}
-    assert {p.dtype for p in build(files).parameters()} == {torch.float32}
+    found = build(files)
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    assert torch.equal(found.embedding.weight, files.tensors["model.embed_tokens.weight"].float())
 
 
 BAD_CONFIGS = {
@@ -320,8 +327,11 @@ def test_another_familys_weights() -> None:
 
 def test_a_head_that_is_not_the_embedding() -> None:
     files = files_of(random_model(CASES["llama tied"]()))
+    expected = build(files)
     files.tensors["lm_head.weight"] = files.tensors["model.embed_tokens.weight"].clone()
-    build(files)
+    found = build(files)
+    assert found.head is None
+    assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
     files.tensors["lm_head.weight"] += 1
     with pytest.raises(UserError, match=r"lm_head.weight is not the embedding"):
         build(files)

@@ -265,3 +265,12 @@ def test_an_impossible_shape_names_its_key(changes: dict[str, Any], says: str) -
     with pytest.raises(UserError) as error:
         GPTConfig(**(shape | changes))
     assert str(error.value) == says
+
+
+def test_embeddings_start_as_gpt2s() -> None:
+    """N(0, 0.02), the table of positions too."""
+    model = GPT(GPTConfig(vocab_size=500, n_embd=64, n_head=4, context_length=300, positions="learned"))
+    assert model.transformer.positions is not None
+    for table in (model.embedding, model.transformer.positions):
+        assert table.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(table.weight.mean().item()) < 0.001

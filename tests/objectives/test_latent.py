@@ -155,6 +155,8 @@ def reference(objective: LatentObjective, problems: Sequence[Problem]) -> Refere
         for _ in range(latent.n_latents):
             thoughts.append(model.transformer(torch.stack(vectors).unsqueeze(0))[0, -1])
             vectors.append(thoughts[-1])
+        if not latent.feeds_last:
+            vectors.pop()
         after = [tokenizer.eot_id, *tokenizer.encode(f"#### {problem.answer}"), tokenizer.end_id]
         vectors += [table[i] for i in after[:-1]]
         logits_TV = model.logits(model.transformer(torch.stack(vectors).unsqueeze(0))[0])
@@ -203,6 +205,24 @@ def test_the_loss_equals_the_reference_in_other_families(
     objective = make_objective(latent=latent, loss={"answer_weight": 0.7, "step_weight": 1.3}, family=family)
     shares, gradients = run_step(objective, [collate(objective, problems)])
     expected = reference(objective, problems)
+    total = 0.7 * expected.answer_loss() + 1.3 * expected.step_loss("token")
+    torch.testing.assert_close(shares["loss"], total.detach(), atol=1e-5, rtol=1e-5)
+    objective.zero_grad()
+    total.backward()
+    assert_same_gradients(gradients, {name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("feeds_last", [True, False])
+def test_the_last_thought_is_read_or_only_decoded(
+    make_objective: MakeObjective, problems: list[Problem], feeds_last: bool
+) -> None:
+    """latent.feeds_last: both losses and the gradient are the reference's, which feeds the last thought or does not."""
+    latent = {"n_latents": 2 * GROUPS, "latents_per_step": 2, "feeds_last": feeds_last}
+    objective = make_objective(latent=latent, loss={"answer_weight": 0.7, "step_weight": 1.3})
+    assert objective.thoughts.feeds_last == feeds_last
+    shares, gradients = run_step(objective, [collate(objective, problems)])
+    expected = reference(objective, problems)
+    torch.testing.assert_close(shares["answer_loss"], expected.answer_loss().detach(), atol=1e-5, rtol=1e-5)
     total = 0.7 * expected.answer_loss() + 1.3 * expected.step_loss("token")
     torch.testing.assert_close(shares["loss"], total.detach(), atol=1e-5, rtol=1e-5)
     objective.zero_grad()
@@ -725,6 +745,21 @@ def test_room_is_kept_for_every_form_of_a_problem(make_objective: MakeObjective,
         written = objective.collate([example], ThoughtFormat(True, 0, 2))
         assert isinstance(written, WrittenBatch)
         assert written.packing.longest <= bound
+
+
+@pytest.mark.parametrize(("n_layer", "blocks"), [(None, 2), (1, 1), (2, 2)])
+@pytest.mark.parametrize("init", ["base", "random"])
+def test_the_decoder_is_made_as_asked(
+    make_objective: MakeObjective, init: str, n_layer: int | None, blocks: int
+) -> None:
+    """As many blocks as asked (null: the base's two); with decoder.init=base its first ones from the beginning, for
+    without a warm-up no stage begins later."""
+    decoder = {"n_layer": n_layer, "init": init}
+    objective = make_objective(latent={"warmup": 0.0, "stages": 0}, decoder=decoder)
+    assert len(objective.step_decoder.transformer.blocks) == blocks
+    source = objective.model.transformer.state_dict()
+    found = objective.step_decoder.transformer.state_dict()
+    assert all(torch.equal(weight, source[name]) for name, weight in found.items()) == (init == "base")
 
 
 def test_the_decoder_starts_as_the_base_that_the_warm_up_left(make_objective: MakeObjective) -> None:
