@@ -228,7 +228,7 @@ def test_the_optimizer_is_reset_when_a_stage_begins_if_asked(resets: bool, tmp_p
     arguments = ("mode=latent", "num_iterations=6", "warmup_ratio=0", f"latent.reset_optimizer={str(resets).lower()}")
     seen = watch(tmp_path, *arguments, *stages, "eval_every=-1", "learning_rate=0.004")
     assert [line["n_latents"] for line in seen.lines if "loss" in line] == [0, 0, 1, 1, 2, 2]
-    thoughts = [each.max(batch.counts) if isinstance(each.batch, LatentBatch) else 0 for each in seen.training]
+    thoughts = [max(each.batch.counts) if isinstance(each.batch, LatentBatch) else 0 for each in seen.training]
     assert thoughts == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2], "two passes per step, as the log says"
     expected = [0, 1, 0, 1, 0, 1] if resets else [0, 1, 2, 3, 4, 5]
     for step, (adamw, muon, before) in enumerate(zip(seen.of("AdamW"), seen.of("Muon"), expected, strict=True)):
