@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NoReturn
 
 import hydra
@@ -130,6 +131,15 @@ def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dic
                     f"trust it, give data.{key}= yourself"
                 )
             remembered[key] = value
+        # A setting that came into being later has the value that a source has without it: the class's default, which is
+        # not the yaml file's where the data changed (data.version).
+        source_class = hydra.utils.get_class(settings["_target_"])
+        later = (
+            [f for f in fields(source_class) if f.name not in trained.keys() | given]
+            if is_dataclass(source_class)
+            else []
+        )
+        remembered |= {f.name: f.default for f in later if f.default not in (MISSING, settings.get(f.name))}
     try:
         return instantiate(raw.data, "data", remembered), settings | remembered
     except UserError as error:
