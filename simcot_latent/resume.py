@@ -33,7 +33,8 @@ ABOUT_THE_COMMAND = {"resume", "resume_with_changes", "out_dir", "max_minutes"}
 """Options that say nothing about the run itself."""
 
 FREE = {
-    "device", "compile", "compile_thoughts", "later_attention", "activation_checkpointing", "device_batch_size", "profile", "log_every", "eval_every",
+    "device", "compile", "compile_thoughts", "later_attention", "activation_checkpointing", "device_batch_size",
+    "profile", "log_every", "eval_every",
     "eval_batch_size", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "max_nonfinite", "verify", "run",
     "wandb_project",
 }  # fmt: skip
