@@ -33,10 +33,10 @@ def test_items_are_made_once_and_when_asked_for() -> None:
 
 
 def test_made_up_problems_are_made_when_they_are_asked_for() -> None:
-    source = Arithmetic(train_size=10**9)
+    source = Arithmetic(train_size=10**7)
     problems = source.load("train").problems
-    assert len(problems) == 10**9
-    assert problems[123_456_789] == source.problem("train", 123_456_789)
+    assert len(problems) == 10**7
+    assert problems[1_234_567] == source.problem("train", 1_234_567)
 
 
 @settings(deadline=None, max_examples=60)

@@ -8,7 +8,8 @@ program wait for a GPU, this counts: reading numbers there. It knows no autocast
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import simcot_latent.checkpoint
 import simcot_latent.distributed
 import simcot_latent.evaluate
 
@@ -130,7 +132,17 @@ def pretend_device() -> Iterator[PretendDevice]:
         patch.setattr(importlib.import_module("torch.optim.adam"), "_device_dtype_check_for_fused", _anything)
         for module in (simcot_latent.evaluate, simcot_latent.distributed):
             patch.setattr(module, "pick_device", pick_device)
+        patch.setattr(simcot_latent.checkpoint, "ThreadPoolExecutor", SameThread)
         yield device
+
+
+class SameThread(ThreadPoolExecutor):
+    """Does at once what it is given: a thread of its own would know nothing of the device."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
 
 
 def _anything(*_: Any, **__: Any) -> None:

@@ -26,7 +26,7 @@ from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.model.gpt import GPT, GPTConfig
 
 # What a bare machine lacks: an import of any of these ends the part.
-ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "hypothesis", "pytest", "gguf")
+ABSENT = ("hydra", "omegaconf", "datasets", "wandb", "pytest", "gguf")
 
 BARE = """
 import sys
