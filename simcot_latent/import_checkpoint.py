@@ -225,11 +225,10 @@ def thought_format(kind: Kind, n_latents: int | None, latents_per_step: int | No
     """
     c = latents_per_step or kind.thoughts.latents_per_step
     n_latents = n_latents or kind.thoughts.n_latents
-    thoughts = replace(kind.thoughts, n_latents=n_latents, latents_per_step=c)
-    if thoughts.n_states % c:
-        also = "" if thoughts.feeds_last else " and one state that is not fed"
+    if (n_latents + (not kind.thoughts.feeds_last)) % c:
+        also = "" if kind.thoughts.feeds_last else " and one state that is not fed"
         raise UserError(f"n_latents={n_latents}{also}: must make whole groups of latents_per_step={c}")
-    return thoughts
+    return replace(kind.thoughts, n_latents=n_latents, latents_per_step=c)
 
 
 def read_source(source: str | Path) -> dict[str, Tensor]:

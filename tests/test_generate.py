@@ -294,7 +294,7 @@ def test_answer_reads_generations(ending_model: GPT, tokenizer: Tokenizer, monke
     asked: list[int] = []
 
     def echo(
-        model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, questions: list[str], limit: int, sampling: None
+        model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, questions: list[str], limit: int, *_: None
     ) -> list[Generation]:
         asked.append(limit)
         return [Generation(f"#### {len(question)}", 1, True) for question in questions]

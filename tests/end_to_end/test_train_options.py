@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import simcot_latent as sl
 from simcot_latent.config import RunConfig
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.model.gpt import Block
+from simcot_latent.model.gpt import Block, Transformer
 from simcot_latent.objectives.base import Objective, WrittenBatch
 from simcot_latent.objectives.latent import LatentBatch
 from simcot_latent.train import lr_multiplier
@@ -298,13 +298,19 @@ def test_compiling_and_checkpointing_reach_every_block(
     """What a compiled block computes is shown in tests/model; here only that all blocks, the decoder's too, are asked
     to be: compiling takes longer than everything else in this file."""
     compiled: list[Block] = []
+    for_few: list[Block] = []
     monkeypatch.setattr(Block, "compile_parts", lambda block: compiled.append(block))
-    options = (f"compile={str(asked).lower()}", f"activation_checkpointing={str(asked).lower()}")
+    monkeypatch.setattr(Block, "compile_few", lambda block: for_few.append(block))
+    keys = ("compile", "compile_thoughts", "activation_checkpointing")
+    attention = "sdpa" if asked else "products"
+    options = (*(f"{key}={str(asked).lower()}" for key in keys), f"later_attention={attention}")
     seen = watch(tmp_path, "mode=latent", "num_iterations=1", "eval_every=-1", *options)
     blocks = [block for block in seen.passes[0].objective.modules() if isinstance(block, Block)]
     assert len(blocks) == 2
     assert [block.checkpointing for block in blocks] == [asked] * 2
-    assert compiled == (blocks if asked else [])
+    assert compiled == for_few == (blocks if asked else [])
+    transformers = [part for part in seen.passes[0].objective.modules() if isinstance(part, Transformer)]
+    assert [transformer.later_attention for transformer in transformers] == [attention] * 2
 
 
 def test_step_accuracy_is_left_out_on_request(tmp_path: Path) -> None:

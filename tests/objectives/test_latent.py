@@ -152,7 +152,7 @@ def reference(objective: LatentObjective, problems: Sequence[Problem]) -> Refere
     for problem in problems:
         vectors = [table[i] for i in [*tokenizer.encode(problem.question), tokenizer.bot_id]]
         thoughts = []
-        for _ in range(latent.n_latents):
+        for _ in range(latent.n_latents + (not latent.feeds_last)):
             thoughts.append(model.transformer(torch.stack(vectors).unsqueeze(0))[0, -1])
             vectors.append(thoughts[-1])
         if not latent.feeds_last:
@@ -217,7 +217,8 @@ def test_the_last_thought_is_read_or_only_decoded(
     make_objective: MakeObjective, problems: list[Problem], feeds_last: bool
 ) -> None:
     """latent.feeds_last: both losses and the gradient are the reference's, which feeds the last thought or does not."""
-    latent = {"n_latents": 2 * GROUPS, "latents_per_step": 2, "feeds_last": feeds_last}
+    # As many states for the decoder either way.
+    latent = {"n_latents": 2 * GROUPS - (not feeds_last), "latents_per_step": 2, "feeds_last": feeds_last}
     objective = make_objective(latent=latent, loss={"answer_weight": 0.7, "step_weight": 1.3})
     assert objective.thoughts.feeds_last == feeds_last
     shares, gradients = run_step(objective, [collate(objective, problems)])
