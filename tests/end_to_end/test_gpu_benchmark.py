@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import REPOSITORY, environment, strict_json
+from commands import REPOSITORY, Trained, environment, run, strict_json
 from torch import nn
 
 from benchmarks.common import SIZES
@@ -23,6 +23,7 @@ from benchmarks.gpu.profile import Span, busy_seconds, dearest, longest_gaps
 from benchmarks.gpu.train import transformer_flops
 from simcot_latent.config import as_plain, config_dir
 from simcot_latent.data.sources.arithmetic import Arithmetic
+from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.model.gpt import GPT, GPTConfig
 
 # What a bare machine lacks: an import of any of these ends the part.
@@ -189,3 +190,28 @@ def test_g_is_the_preset() -> None:
 
     preset = as_plain(OmegaConf.load(config_dir() / "model" / "gpt2.yaml"))
     assert GPTConfig(vocab_size=50257, **preset) == SIZES["G"]
+
+
+def test_learning_from_weights_at_hand(weighted_run: Trained, sums: Path, tmp_path: Path) -> None:
+    """Written steps, then thoughts with and without step loss from them, each scored on the whole test set."""
+    arguments = (
+        "--device",
+        "cpu",
+        "--tiny",
+        "--out",
+        "out",
+        "--weights",
+        str(weighted_run.latest),
+        "--gsm8k",
+        str(sums),
+    )
+    run("benchmarks.gpu.learn", *arguments, folder=tmp_path).ok()
+    report = read_report(tmp_path / "out", "learn")
+    rows = {row["run"]: row for row in report["rows"]}
+    assert list(rows) == ["quick start", "written", "simcot", "coconut"]
+    assert report["left_out"] == []
+    for name, mode in (("written", "weighted"), ("simcot", "latent"), ("coconut", "latent")):
+        assert (rows[name]["mode"], rows[name]["steps"], rows[name]["problems"]) == (mode, 2, 8)
+        assert rows[name]["n"] == len(GSM8K(path=str(sums)).load("test").problems[:16])
+    assert rows["coconut"]["validation"]["val_loss"] == rows["coconut"]["validation"]["val_answer_loss"]
+    assert rows["simcot"]["validation"]["val_loss"] > rows["simcot"]["validation"]["val_answer_loss"]
