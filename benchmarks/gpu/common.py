@@ -65,6 +65,8 @@ def parse_part(doc: str | None) -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--seconds", type=float, default=600.0, help="what is not reached by then is left out")
     args = parser.parse_args()
+    if args.tiny:  # at these sizes a second thread only gets in the way
+        torch.set_num_threads(1)
     args.out = args.out or Path("runs/gpu")
     args.out.mkdir(parents=True, exist_ok=True)
     return args

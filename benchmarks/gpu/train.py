@@ -75,7 +75,7 @@ def main() -> None:
         data=args.gsm8k or "embedded problems",
         mfu=__doc__,
     )
-    report.headline(f"bfloat16 products: {measured:.0f} TFLOP/s here, {nominal or 'unknown'} nominal")
+    report.headline(f"bfloat16 products: {measured:.3g} TFLOP/s here, {nominal or 'unknown'} nominal")
     problems = load_problems(args.gsm8k, "train", 256 if args.tiny else 2048)
     found: dict[str, dict[str, Any]] = {}
     for case in cases(args.tiny, device):
