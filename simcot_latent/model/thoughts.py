@@ -106,7 +106,7 @@ def think(
     Args:
         questions_PD: their embeddings; the last B tokens are the rows' `<bot>`, in the order of the rows.
         packing: how they lie.
-        counts: K, the states to come to (`ThoughtFormat.n_states`), of every row or of each; at least one has one.
+        counts: K, the states to come to (`ThoughtFormat.n_states`), of every row or of each.
         room: positions to reserve for what a row reads after its thoughts, `<eot>` included.
         feeds_last: see `ThoughtFormat`.
         caches: where to take the cache from; None: a new one.
@@ -116,7 +116,7 @@ def think(
     K, device = max(counts), questions_PD.device
     cache = make_cache(B, packing.longest + K + room, caches)
     thoughts = [model.thought(model.transformer(questions_PD, packing, cache, read_out=B))]
-    if min(counts) == K:
+    if min(counts) == K > 0:
         one_each = Packing.grid(B, 1, device)
         for _ in range(K - 1):
             thoughts.append(model.thought(model.transformer(thoughts[-1], one_each, cache)))
@@ -169,7 +169,9 @@ def last_thoughts(thoughts: Thoughts) -> Tensor:
         return latents_BKD[:, -1]
     K = latents_BKD.shape[1]
     index = [row * K + count - 1 for row, count in enumerate(counts) if count]
-    return take(rearrange(latents_BKD, "b k d -> (b k) d"), torch.tensor(index, device=latents_BKD.device))
+    return take(
+        rearrange(latents_BKD, "b k d -> (b k) d"), torch.tensor(index, dtype=torch.long, device=latents_BKD.device)
+    )
 
 
 def geometry(latents_BKD: Tensor, embedding_VD: Tensor) -> dict[str, float]:

@@ -119,11 +119,18 @@ class LatentObjective(Objective):
         Args:
             groups_of_rows: how many steps thoughts replace in each row, where rows are of different stages (as in
                 Coconut's published code). None: as many as `thoughts` has in every row.
+
+        Raises:
+            UserError: `groups_of_rows` is not a possible number for each row.
         """
         tokenizer = self.tokenizer
+        most = self.config.latent.groups
         rows_G = [thoughts.groups] * len(examples) if groups_of_rows is None else list(groups_of_rows)
-        groups = max(rows_G)
-        if groups == 0:
+        if len(rows_G) != len(examples) or not all(0 <= groups <= most for groups in rows_G):
+            right = f"one number from 0 to {most} for each of {len(examples)} rows"
+            raise UserError(f"groups_of_rows={rows_G}: must be {right}")
+        groups = max(rows_G, default=0)
+        if groups == 0 and groups_of_rows is None:
             prompts = [[*example.question, tokenizer.eot_id] for example in examples]
             return self.collate_written(prompts, [concatenate([e.rationale, e.answer]) for e in examples])
 
@@ -157,8 +164,10 @@ class LatentObjective(Objective):
         totals = target_totals(targets) | position_totals(questions, *passes(counts), packed_texts, steps.packing)
         # In this mode the steps are the decoder's to say; those still written are part of the answer loss.
         totals["step_tokens"] = is_step_M.sum(dtype=torch.float32)
-        totals["group_tokens_G"] = torch.bincount(step_group_M, minlength=groups).float()
-        totals["group_problems_G"] = torch.bincount(group_N, minlength=groups).float()
+        # Batches of an optimizer step add up, so those of rows of different stages are as long as the last stage's.
+        G = groups if groups_of_rows is None else most
+        totals["group_tokens_G"] = torch.bincount(step_group_M, minlength=G).float()
+        totals["group_problems_G"] = torch.bincount(group_N, minlength=G).float()
         return LatentBatch(
             question_ids_P=flat_ids(silent, bots),
             questions=questions,
@@ -201,7 +210,10 @@ class LatentObjective(Objective):
             with part("go on"):
                 hidden_AD = go_on(model, thoughts, texts_AD, batch.texts)
             with part("decode steps"):
-                groups_NCD = rearrange(thoughts.latents_BKD, "b (g c) d -> (b g) c d", c=c)
+                if any(batch.counts):
+                    groups_NCD = rearrange(thoughts.latents_BKD, "b (g c) d -> (b g) c d", c=c)
+                else:  # rows of the first stage alone, among others
+                    groups_NCD = thoughts.latents_BKD.expand(-1, c, -1)
                 hidden_MD = decoder(take(groups_NCD, batch.row_N), steps_LD, batch.steps.packing)
             with part("head and loss"):
                 found = cross_entropy(

@@ -18,6 +18,7 @@ from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunCon
 from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
 from simcot_latent.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing, tight_rectangles
@@ -862,3 +863,30 @@ def test_rows_of_one_stage_are_counted_as_ever(make_objective: MakeObjective, pr
     fed = sum(max(0, groups - 1) for groups in GROUPS_OF_ROWS)  # by `think`; the last one goes with the text
     others = sum(map(len, (mixed.questions, mixed.texts, mixed.steps.packing)))
     assert mixed.totals["positions"].item() == fed + others
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_micro_batches_of_different_stages_add_up(
+    make_objective: MakeObjective, problems: list[Problem], reduction: str
+) -> None:
+    """Also one whose rows are all of the stage without thoughts."""
+    objective = make_objective(latent={"n_latents": 6, "latents_per_step": 2}, loss={"step_reduction": reduction})
+    examples, thoughts = encode(objective, problems), objective.thoughts
+    whole = run_step(objective, [objective.collate(examples, thoughts, GROUPS_OF_ROWS)])
+    cuts = ([1], [0, 3], [2, 4])
+    pieces = [objective.collate([examples[i] for i in cut], thoughts, [GROUPS_OF_ROWS[i] for i in cut]) for cut in cuts]
+    assert isinstance(pieces[0], LatentBatch)
+    assert pieces[0].counts == (0,)
+    shares, gradients = run_step(objective, pieces)
+    for key, value in whole[0].items():
+        torch.testing.assert_close(shares[key], value, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(gradients, whole[1])
+
+
+@pytest.mark.parametrize("groups", [[GROUPS + 1] * 5, [1, 2], [-1, 1, 1, 1, 1], []], ids=str)
+def test_impossible_stages_of_rows_are_refused(
+    make_objective: MakeObjective, problems: list[Problem], groups: list[int]
+) -> None:
+    objective = make_objective()
+    with pytest.raises(UserError, match=r"groups_of_rows=.*must be one number from 0 to 3 for each of 5 rows"):
+        objective.collate(encode(objective, problems), objective.thoughts, groups)
