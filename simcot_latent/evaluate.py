@@ -207,7 +207,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
 
 
 def other_settings(data: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The settings of a source that are not those of training, and decide which problems are held out: name, here, then.
+    """Settings of a source that decide which problems are held out and differ from training: name, here, then.
 
     A model may have been trained on problems that such a test set holds.
     """
