@@ -383,7 +383,7 @@ _GOLD = re.compile(
 
 def _split_answer(text: str) -> tuple[str, str]:
     """The answer that a text begins with, and what else is there."""
-    line, others = "", text
+    line, others = "", text.strip()
     while others and not _visible(line).strip():
         line, _, others = others.partition("\n")
     line = line.strip()

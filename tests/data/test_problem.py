@@ -661,7 +661,7 @@ def test_any_output_can_be_scored(output: str) -> None:
     for number in (strict_answer(output), last_number(output)):
         if number is not None:
             assert strict_answer(f"#### {number}") == number
-            assert parse_number(number) is not None or re.search(r"[/_^.e\u00bd,:*(\\ x]|[^\x00-\x7f]", number)
+            assert parse_number(number) is not None or not re.fullmatch(r"[-+$ ]*[0-9]+(\.[0-9]+)?", number)
     if ANSWER_MARK in output and output.rpartition(ANSWER_MARK)[2].strip():
         answer = split_solution(output)[1]
         if parse_number(answer) is not None:
@@ -669,7 +669,7 @@ def test_any_output_can_be_scored(output: str) -> None:
 
 
 def test_scoring_hostile_text_is_linear() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for piece in [
         "#### ",
         "-",
@@ -702,4 +702,4 @@ def test_scoring_hostile_text_is_linear() -> None:
         strict_answer(output)
         last_number(output)
         same_number(output, output)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
