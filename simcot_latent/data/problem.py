@@ -10,18 +10,21 @@ GSM8K's calculator annotations: https://arxiv.org/abs/2110.14168, section 4.1.
     number   = sign? amount ("/" amount)? "%"?          7   -7.50   2/5   25% (which is 25, as gold answers have it)
     sign     = "-" | "+", before or behind a currency sign, with a space behind it or none      -5  - 5  -$5  $-5
     amount   = digits ("." digits?)? exponent? | "." digits exponent?                           18.  .5  1.5e3
-    digits   may hold commas, wherever they stand; a trailing dot or currency sign is no part of the number
-    exponent = "e" sign? digits, or "x10^" digits, also with a multiplication sign or star, spaces and braces
+    digits   may be grouped in thousands by commas; a trailing dot, comma or currency sign is no part of the number
+    exponent = "e" sign? digits, or "x10^" digits, also with another sign for times, spaces, braces, raised digits
 
-Before that, other minus signs are read as "-" (U+2212, the en dash and the non-breaking hyphen too), runs of spaces of
-any kind as one space, and TeX's `{,}`, `\\,`, `\\$`, `\\%` and `\\frac{2}{5}` as what they show; a narrow or no-break
-space between groups of three digits is a comma. In running text a minus belongs to a number unless something to
-subtract from stands right before it (`5-3` ends in 3); with a space behind it, only after `#`, `=`, `:`, `(` or at the
-beginning. What a number goes on to be belongs to it: `5^2`, `1_000`, `1.2.3`, `1/2/2020` and a 2 with a half sign are
-no numbers, and equal nothing, not even themselves. `3 1/2` is two numbers.
+Before that, format characters (zero-width spaces, byte order marks) are left out, other minus signs are read as "-"
+(U+2212, dashes and hyphens too), runs of spaces of any kind as one space, and TeX's `{,}`, `\\,`, `\\$`, `\\%` and
+`\\frac{2}{5}` as what they show; an apostrophe, or a narrow or no-break space, between groups of three digits is a
+comma, and spaces around a slash are left out. In running text a minus belongs to a number unless something to subtract
+from stands right before it (`5-3` ends in 3); with a space behind it, only after `#`, `=`, `:`, `(` or at the
+beginning. What a number goes on to be belongs to it: `5^2`, `1_000`, `1.2.3`, `1/2/2020`, `12:30`, `0x1F`, `5e5e5`,
+`50%/2`, `3 1/2`, `1 000`, `0.\\overline{3}`, and commas that group no thousands (`0,5`, `1.000,50`) are no numbers, and
+equal nothing, not even themselves.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -275,39 +278,78 @@ ANSWER_MARK = "####"
 _CURRENCY = r"[$\u20ac\u00a3\u00a5]"
 _AMOUNT = r"(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
 _EXPONENT = r"(?:[eE][-+]?[0-9]+)"
-# What would make another number of it, or none. The last are superscripts and fractions such as one half.
-_MORE = r"(?:_[0-9]\w*|\^\S*|[/.][0-9][0-9.,/]*|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2150-\u215e]+)"
-_UNSIGNED = rf"{_AMOUNT}{_EXPONENT}?(?:/{_AMOUNT})?{_MORE}?"
+_TIMES = r" ?(?:[x*\u00d7\u00b7\u22c5]|\\times|\\cdot) ?"
+_SPACED = r"[0-9]{1,3}(?: [0-9]{3})+(?![0-9])"  # 1 000: a thousand, or 1 and 000
+# What would make another number of it, or none.
+_MORE = "|".join(
+    (
+        r"_+[0-9]\w*",  # 1_000
+        r"\^\S*|\*\*[0-9]\S*",  # 5^2
+        r"%?[/.][0-9][0-9.,/]*",  # 1.2.3  1/2/2020  50%/2
+        r"[,:'\u2019][0-9][0-9.,:'\u2019]*",  # 1.000,50  12:30  5'11
+        r"[eE][-+]?[0-9]\w*",  # 5e5e5
+        r"(?<=\b0)(?:[xX][0-9a-fA-F]|[bBoO][0-9])\w*",  # 0x1F
+        r" [0-9]+/[0-9]+",  # 3 1/2
+        r" ?[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2150-\u215e]+",  # superscripts, and fractions such as a half
+        r"[\u0300-\u036f]+|\([0-9]+\)| ?\\(?:[dt]?frac|overline|bar|dot|over|sqrt|pi)(?![a-zA-Z])\S*",  # 0.\overline{3}
+        rf"{_TIMES}10 ?(?:\^|\*\*)\S*",  # 2 x 10^n
+    )
+)
+_UNSIGNED = rf"(?:{_SPACED}|{_AMOUNT}{_EXPONENT}?(?:/{_AMOUNT})?)(?:{_MORE})*"
 _SIGN = rf"(?:[-+] ?(?:{_CURRENCY} ?)?|{_CURRENCY} ?(?:[-+] ?)?)?"
-_MARKED = rf" ({_SIGN}{_UNSIGNED})"
+_MARKED = rf"\s+({_SIGN}{_UNSIGNED})"
 _SIGN_IN_TEXT = (
     rf"(?:(?<![\w.)%$])-(?:{_CURRENCY} ?)?|{_CURRENCY} ?-|(?:\A|(?<=[#=:(])|(?<=[#=:(] ))- (?:{_CURRENCY} ?)?)?"
 )
 _ANY = re.compile(_SIGN_IN_TEXT + _UNSIGNED)
-_WHOLE = re.compile(rf"{_SIGN}(?P<above>{_AMOUNT})(?P<exponent>{_EXPONENT})?(?:/(?P<below>{_AMOUNT}))?")
+_GROUPED = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"  # no comma but of thousands
+_WHOLE = re.compile(rf"{_SIGN}(?P<above>{_GROUPED})(?P<exponent>{_EXPONENT})?(?:/(?P<below>{_GROUPED}))?")
 MAX_EXPONENT = 999
 """Largest exponent that is read, of either sign."""
 
-_SPELLINGS = (
-    (re.compile(r"[\u2212\u2013\u2011\ufe63\uff0d]"), "-"),
-    (re.compile(r"(?<=[0-9])[\u00a0\u2007-\u2009\u202f](?=[0-9]{3}(?![0-9]))|\{,\}|\\,"), ","),
+_RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b", "0123456789+-")
+
+
+def _exponent(power: re.Match[str]) -> str:
+    return "e" + (power[1] or power[2] or power[3]).translate(_RAISED)
+
+
+_SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (re.compile(r"[\u2010-\u2013\u2212\ufe63\uff0d]"), "-"),
+    (re.compile(r"(?<=[0-9])['\u2019\u00a0\u2007-\u2009\u202f](?=[0-9]{3}(?![0-9]))|\{,\}|\\,"), ","),
     (re.compile(r"[\u2044\u2215]"), "/"),
     (re.compile(r"[ \t\u00a0\u2000-\u200a\u202f\u205f\u3000]+"), " "),
     (re.compile(r"\\(?=[$%])"), ""),
+    (re.compile(r"(?<=[0-9])(?=\\[dt]?frac\{)"), " "),
     (re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"), r"\1/\2"),
-    (re.compile(r"(?<=[0-9.]) ?(?:[x*\u00d7]|\\times) ?10\^\{?([-+]?[0-9]+)\}?"), r"e\1"),
+    (re.compile(r"(?<=[0-9.%]) ?/ ?(?=\.?[0-9])"), "/"),
+    (
+        re.compile(
+            rf"(?<=[0-9.]){_TIMES}10(?: ?(?:\^|\*\*) ?(?:\{{ ?([-+]?[0-9]+) ?\}}|([-+]?[0-9]+))"
+            r"|([\u207a\u207b]?[\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+))"
+        ),
+        _exponent,
+    ),
 )
+
+
+def _visible(text: str) -> str:
+    """A text without its format characters (Unicode's Cf: zero-width spaces, byte order marks and the like)."""
+    return text if text.isascii() else "".join(char for char in text if unicodedata.category(char) != "Cf")
 
 
 def _plain(text: str) -> str:
     """A text whose numbers are spelled in one way, see the top of the module."""
+    text = _visible(text)
     for spelling, plain in _SPELLINGS:
         text = spelling.sub(plain, text)
     return text
 
 
 def _bare(number: str) -> str:
-    """A number without commas, currency signs and spaces, and without a trailing `.` or `%`."""
+    """A number without commas, currency signs and spaces, and without a trailing `.` or `%`; what is none, as it is."""
+    if parse_number(number) is None:
+        return number
     return re.sub(rf"{_CURRENCY}|[, ]", "", number).rstrip(".%")
 
 
@@ -324,7 +366,7 @@ def split_solution(text: str) -> tuple[str, str]:
     rationale, mark, rest = text.rpartition(ANSWER_MARK)
     if not mark:
         raise ValueError(f'no "{ANSWER_MARK}" before the final answer')
-    if not rest.strip():
+    if not _visible(rest).strip():
         raise ValueError(f'no answer behind "{ANSWER_MARK}"')
     return rationale.strip(), _split_answer(rest)[0]
 
@@ -334,21 +376,25 @@ def trailer(text: str) -> str:
     return _split_answer(text.rpartition(ANSWER_MARK)[2])[1]
 
 
-_GOLD = re.compile(rf"(?P<number>{_SIGN}{_UNSIGNED} ?%?(?:{_CURRENCY}|\.)?)(?P<words> +[^\W\d_].*)?")
+_GOLD = re.compile(
+    rf"(?P<number>{_SIGN}{_AMOUNT}{_EXPONENT}?(?:/{_AMOUNT})? ?%?(?:{_CURRENCY}|\.)?)(?P<words> +[^\W\d_].*)?"
+)
 
 
 def _split_answer(text: str) -> tuple[str, str]:
     """The answer that a text begins with, and what else is there."""
-    line, _, others = text.strip().partition("\n")
+    line, others = "", text.strip()
+    while others and not _visible(line).strip():
+        line, _, others = others.partition("\n")
     line = line.strip()
     match = _GOLD.fullmatch(_plain(line))
     words = (match["words"] or "").strip() if match else ""
     if (
         match is None
-        or parse_number(match["number"]) is None
+        or parse_number(strict_answer(f"{ANSWER_MARK} {match[0]}") or "") is None  # as it is read in an output
         or last_number(words) not in (None, _bare(match["number"]))
     ):
-        return line.replace(",", "").strip(), others.strip()
+        return line, others.strip()
     return re.sub(r"(?<=[-+]) |,", "", match["number"]), f"{words}\n{others}".strip()
 
 
@@ -356,7 +402,7 @@ def parse_number(text: str) -> Fraction | None:
     """The value of a text that is a number, or None. See the top of the module for what a number is."""
     if len(text) > MAX_CHARS:
         return None
-    match = _WHOLE.fullmatch(re.sub(rf"(?:{_CURRENCY}|[ .%])+\Z", "", _plain(text).strip()))
+    match = _WHOLE.fullmatch(re.sub(rf"(?:{_CURRENCY}|[ .,%])+\Z", "", _plain(text).strip()))
     if match is None:
         return None
     value, below = Fraction(_decimal(match["above"])), _decimal(match["below"] or "1")

@@ -351,7 +351,7 @@ def test_a_problem_checks_its_spans() -> None:
         ("x\n#### 7 or 8", "x", "7 or 8"),
         ("x\n#### 12:30", "x", "12:30"),
         ("x\n#### 3 1/2", "x", "3 1/2"),
-        ("x\n#### Tom is a lempus, not a wumpus", "x", "Tom is a lempus not a wumpus"),
+        ("x\n#### Tom is a lempus, not a wumpus", "x", "Tom is a lempus, not a wumpus"),
     ],
 )
 def test_split_solution(text: str, rationale: str, answer: str) -> None:
@@ -492,7 +492,7 @@ def test_numbers_round_trip(scaled: int, decimals: int) -> None:
         ("#### 18\n#### 19", "18", "19"),
         ("#### none, #### 7", "7", "7"),
         ("####", None, None),
-        ("#### \n18", None, "18"),
+        ("#### \n18", "18", "18"),
         ("####18", None, "18"),
         ("#### eighteen", None, None),
         ("The answer is 18.", None, "18"),
@@ -574,6 +574,42 @@ def test_the_beginning_of_a_number_is_not_that_number() -> None:
         assert not same_number(last_number(output), gold), output
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2 / 5", Fraction(2, 5)),
+        ("2\u00a0/\u00a05", Fraction(2, 5)),
+        ("7 \u00b7 10^2", 700),
+        ("7 \u00d7 10\u00b2", 700),
+        ("5 * 10\u207b\u00b2", Fraction(1, 20)),
+        ("2 \\cdot 10^{3}", 2000),
+        ("2 x10^{ 3 }", 2000),
+        ("2*10**3", 2000),
+        ("1'000", 1000),
+        ("1\u2019000", 1000),
+        ("\u20105", -5),
+        ("\u20125", -5),
+        ("\n7", 7),
+        ("\ufeff\n7", 7),
+        ("\ufeff7", 7),
+        ("7\u200b", 7),
+        ("\u20667\u2069", 7),
+        ("1,000,", 1000),
+        *((text, None) for text in ("1 000", "0x1F", "12:30", "5e5e5", "1__0", "0.\\overline{3}", "0.(3)", "50%/2")),
+        *((text, None) for text in ("3 \u00bd", "3 1/2", "1\\frac{1}{2}", "1\\frac12", "2 x 10^n", "5'11", "0b11")),
+        *((text, None) for text in ("1.000,50", "2.500,00", "0,5", "1,5", "0,500", "1,0000", "1,2,3", "1_000^2")),
+    ],
+)
+def test_every_reading_takes_the_whole_number_or_none(text: str, value: Fraction | int | None) -> None:
+    solution = f"so\n#### {text}"
+    gold = split_solution(solution)[1]
+    assert parse_number(gold) == value
+    assert gold == text or value is not None  # what is no number stays as it is written
+    for read in (strict_answer(solution), last_number(solution)):
+        assert parse_number(read or "") == value, read
+        assert same_number(read, gold) is (value is not None)
+
+
 @st.composite
 def spelled_numbers(draw: st.DrawFn) -> tuple[str, Fraction]:
     """A number as somebody may write it, and its value."""
@@ -625,7 +661,7 @@ def test_any_output_can_be_scored(output: str) -> None:
     for number in (strict_answer(output), last_number(output)):
         if number is not None:
             assert strict_answer(f"#### {number}") == number
-            assert parse_number(number) is not None or re.search(r"[/_^.e\u00bd]|[^\x00-\x7f]", number)
+            assert parse_number(number) is not None or not re.fullmatch(r"[-+$ ]*[0-9]+(\.[0-9]+)?", number)
     if ANSWER_MARK in output and output.rpartition(ANSWER_MARK)[2].strip():
         answer = split_solution(output)[1]
         if parse_number(answer) is not None:
@@ -633,7 +669,7 @@ def test_any_output_can_be_scored(output: str) -> None:
 
 
 def test_scoring_hostile_text_is_linear() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for piece in [
         "#### ",
         "-",
@@ -652,10 +688,18 @@ def test_scoring_hostile_text_is_linear() -> None:
         "1 x 10",
         "{,}",
         "\\",
+        "1 000 ",
+        "1 1",
+        ",5",
+        "1.5,",
+        "1:",
+        "1(",
+        "\u200b",
+        "\n",
     ]:
         output = "#### 1 " + piece * 50_000
         split_solution(f"{output}#### 1{piece * 50_000} 1")
         strict_answer(output)
         last_number(output)
         same_number(output, output)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
