@@ -21,7 +21,7 @@ from simcot_latent.checkpoint import find_checkpoint, load_checkpoint, setting
 from simcot_latent.config import typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
-from simcot_latent.data.sources import SPLITS
+from simcot_latent.data.sources import SPLITS, load_first
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
@@ -135,8 +135,8 @@ def evaluate(name: str, raw: DictConfig) -> None:
     source, data = cli.trained_source(raw, checkpoint)
     if data.get("path") != raw.data.get("path"):
         console.print(f"data.path={data['path']}, as in training")
-    loaded = source.load(config.split)  # type: ignore[arg-type]
-    problems = loaded.problems[: config.limit]
+    loaded = load_first(source, config.split, config.limit)  # type: ignore[arg-type]
+    problems = loaded.problems
     for note, count in sorted(loaded.notes.items()):
         console.print(f"{config.split}: {count} x {note}")
 

@@ -36,6 +36,8 @@ import simcot_latent as sl
 from simcot_latent.checkpoint import DTYPES, fingerprint, save_tensors
 from simcot_latent.data.patterns import GPT2_PATTERN, KNOWN_PATTERNS, pieces
 from simcot_latent.data.published_tokenizers import read_tokenizer, write_tokenizer
+from simcot_latent.data.sources import SPLITS, Split, load_first
+from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.export import export_hf
@@ -261,6 +263,37 @@ def test_thoughts_fit_the_context(key: str, value: Any, checkpoint: Path) -> Non
 def test_an_answer_has_an_end(value: Any, checkpoint: Path, work: Path) -> None:
     tamper(checkpoint, lambda config: config["run"].update(max_new_tokens=value))
     assert "run.max_new_tokens" in evaluate(checkpoint, work, "verify=false").error
+
+
+@pytest.mark.parametrize("key", ["test_size", "validation_size"])
+def test_held_out_problems_are_bounded(key: str, checkpoint: Path, work: Path) -> None:
+    tamper(checkpoint, lambda config: config["run"]["data"].update({key: 10**6}))
+    message = evaluate(checkpoint, work, "verify=false").error
+    assert f"{checkpoint}/config.json: run.data.{key}=1000000: must be at most 100,000" in message
+    assert f"run.data.{key}" in run(PROBE, f"ckpt={checkpoint}", "data=arithmetic", folder=work).error
+    evaluate(checkpoint, work, f"data.{key}=3").ok()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_more_problems_are_made_than_the_limit(split: Split, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.test_size` may be a checkpoint's: 100,000 problems take half a minute and more."""
+    made: list[int] = []
+    make = Arithmetic._make
+    monkeypatch.setattr(Arithmetic, "_make", lambda self, *args: made.append(args[1]) or make(self, *args))
+    source = Arithmetic(test_size=10**5, validation_size=10**5, version=version)
+    problems = load_first(source, split, 3).problems
+    assert made == [0, 1, 2]
+    size = {f"{name}_size": 3 for name in SPLITS}
+    assert problems == Arithmetic(**size, version=version).load(split).problems
+
+
+def test_a_limit_is_kept_by_eval_and_probe(checkpoint: Path, work: Path) -> None:
+    tamper(checkpoint, lambda config: config["run"]["data"].update(test_size=10**5))
+    began = time.monotonic()
+    evaluate(checkpoint, work).ok()
+    run(PROBE, f"ckpt={checkpoint}", "data=arithmetic", "limit=2", folder=work).ok()
+    assert time.monotonic() - began < 20
 
 
 @pytest.fixture
