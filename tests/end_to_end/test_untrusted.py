@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -224,6 +225,27 @@ def test_the_walk_reaches_everything(checkpoint: Path) -> None:
     assert len(names) > 60 * len(HOSTILE)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("file", ["model.safetensors", "step_decoder.safetensors"])
+def test_weights_that_are_not_finite(file: str, number: float, checkpoint: Path) -> None:
+    weights = load_file(checkpoint / file)
+    name = sorted(weights)[-1]
+    weights[name].view(-1)[-1] = number
+    save_file(weights, checkpoint / file)
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"{checkpoint / file}: {name} holds numbers that are not finite" in message
+
+
+def test_published_weights_that_are_not_finite(published: Path) -> None:
+    weights = load_file(published / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.c_fc.weight"):
+        weights[name].view(-1)[0] = math.nan
+    save_file(weights, published / "model.safetensors")
+    message = refusal(lambda: load_pretrained(published))
+    assert f"{published}: " in message
+    assert "more weights hold numbers that are not finite" in message
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 SIZES = [("n_layer", 10**7), ("n_layer", 2**31 - 1), ("vocab_size", 2**40), ("vocab_size", 2**31 - 1),
@@ -284,8 +306,7 @@ def test_no_more_problems_are_made_than_the_limit(split: Split, version: int, mo
     source = Arithmetic(test_size=10**5, validation_size=10**5, version=version)
     problems = load_first(source, split, 3).problems
     assert made == [0, 1, 2]
-    size = {f"{name}_size": 3 for name in SPLITS}
-    assert problems == Arithmetic(**size, version=version).load(split).problems
+    assert problems == Arithmetic(0, 3, 3, 3, version=version).load(split).problems
 
 
 def test_a_limit_is_kept_by_eval_and_probe(checkpoint: Path, work: Path) -> None:
