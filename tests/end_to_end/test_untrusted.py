@@ -281,6 +281,15 @@ def test_thoughts_fit_the_context(key: str, value: Any, checkpoint: Path) -> Non
     assert key in refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
 
 
+@pytest.mark.parametrize("key", ["question_end", "answer_mark"])
+def test_texts_around_an_answer_are_short(key: str, checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config["thoughts"].update({key: "ab" * 500}))
+    sl.load_checkpoint(checkpoint, verify=False)
+    tamper(checkpoint, lambda config: config["thoughts"].update({key: "ab" * 10**6}))
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"thoughts.{key}=(2,000,000 characters): must be at most 1,000 long" in message
+
+
 @pytest.mark.parametrize("value", [10**13, 2**31 - 1, -1, "8", None, [8]])
 def test_an_answer_has_an_end(value: Any, checkpoint: Path, work: Path) -> None:
     tamper(checkpoint, lambda config: config["run"].update(max_new_tokens=value))
