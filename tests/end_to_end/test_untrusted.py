@@ -596,10 +596,19 @@ def test_an_old_checkpoint_loads_with_a_note(checkpoint: Path, work: Path) -> No
     assert notes[0].startswith("note: ")
 
 
-@pytest.mark.parametrize("content", ["{}", '{"files": []}', '{"files": {"model.safetensors": 3}}', "[", "NaN"])
+@pytest.mark.parametrize("content", ["{}", '{"files": []}', '{"files": {"model.safetensors": 3}}', "[", "NaN", ""])
 def test_a_manifest_that_is_none(content: str, checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(content)
-    refusal(lambda: sl.load_checkpoint(checkpoint))
+    message = refusal(lambda: sl.load_checkpoint(checkpoint))
+    assert "verify=false" in message
+    sl.load_checkpoint(checkpoint, verify=False)
+
+
+def test_a_manifest_that_leads_nowhere_is_not_taken_for_none(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").symlink_to("elsewhere.json")
+    message = refusal(lambda: sl.load_checkpoint(checkpoint))
+    assert f"{checkpoint}/manifest.json: no such file; verify=false" in message
 
 
 def test_a_file_is_byte_for_byte_the_librarys(tmp_path: Path) -> None:
