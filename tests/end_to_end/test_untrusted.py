@@ -421,6 +421,21 @@ def test_a_token_that_is_very_long(tmp_path: Path) -> None:
     assert "characters" in refusal(lambda: read_tokenizer(tmp_path))
 
 
+@pytest.mark.parametrize("pattern", ["", "(?s).{0}", "(?!)", "no text of this kind"])
+def test_a_pattern_that_finds_nothing(pattern: str, checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config.update(pattern=pattern), "tokenizer/tokenizer.json")
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"{checkpoint}/tokenizer/tokenizer.json with ranks.tiktoken: pattern {pattern!r} finds no piece" in message
+
+
+@pytest.mark.parametrize("role", ["bot", "eot", "end"])
+def test_a_role_that_is_missing(role: str, checkpoint: Path, work: Path) -> None:
+    tamper(checkpoint, lambda config: config["roles"].pop(role), "tokenizer/tokenizer.json")
+    message = evaluate(checkpoint, work).error
+    assert f"{checkpoint}/tokenizer/tokenizer.json: roles name no {role} token" in message
+    assert "with_roles" not in message
+
+
 def with_pattern(pattern: str) -> Tokenizer:
     ours = default_tokenizer()
     return Tokenizer("x", pattern, ours.ranks, ours.special_tokens)
