@@ -156,6 +156,15 @@ def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dic
         raise UserError(f"{error} ({file} says so)" if blamed else str(error)) from error
 
 
+def data_notes(raw: DictConfig, checkpoint: Checkpoint, data: dict[str, Any]) -> Iterable[str]:
+    """What is worth a line about the settings that `trained_source` chose."""
+    trained = checkpoint.config["data"]["_target_"]
+    if trained != data["_target_"]:
+        yield f"trained on {trained[:100]!r}, not on {data['_target_']}: the settings are the command line's"
+    if data.get("path") != raw.data.get("path"):
+        yield f"data.path={data['path']}, as in training"
+
+
 def fail(error: Exception) -> NoReturn:
     """Prints an error as one line and exits; of the ranks of a torchrun that find the same, one prints it."""
     from simcot_latent.distributed import first_to_say

@@ -133,8 +133,8 @@ def evaluate(name: str, raw: DictConfig) -> None:
     check_writable(files, "give out=DIR, a folder for the results")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
     source, data = cli.trained_source(raw, checkpoint)
-    if data.get("path") != raw.data.get("path"):
-        console.print(f"data.path={data['path']}, as in training")
+    for note in cli.data_notes(raw, checkpoint, data):
+        console.print(note)
     loaded = load_first(source, config.split, config.limit)  # type: ignore[arg-type]
     problems = loaded.problems
     for note, count in sorted(loaded.notes.items()):

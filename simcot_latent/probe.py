@@ -517,8 +517,8 @@ def main(raw: DictConfig) -> None:
             source, data = cli.trained_source(raw, checkpoint)
             problems = load_first(source, config.split, config.limit).problems  # type: ignore[arg-type]
             quiet = make_console(is_main=config.format == "table")
-            if data.get("path") != raw.data.get("path"):
-                quiet.print(f"data.path={data['path']}, as in training")
+            for note in cli.data_notes(raw, checkpoint, data):
+                quiet.print(note)
             probes = probe_problems(checkpoint, problems, config.batch_size, quiet)
             summary = summarise(probes)
     text = json.dumps({"probes": [asdict(probe) for probe in probes], "summary": summary}, indent=2)

@@ -139,6 +139,18 @@ def test_the_class_is_never_the_checkpoints(checkpoint: Path, work: Path) -> Non
     assert not list(work.iterdir())
 
 
+def test_settings_of_another_source_are_said_to_be_left(checkpoint: Path, work: Path) -> None:
+    line = "the settings are the command line's"
+    assert line not in evaluate(checkpoint, work).ok().out
+    tamper(checkpoint, lambda config: config["run"]["data"].update(_target_="[red]mine.Mine" + "\n" * 99))
+    told = evaluate(checkpoint, work, "data.test_size=3").ok().out
+    assert "trained on '[red]mine.Mine" in told
+    assert line in " ".join(told.split())
+    arguments = (f"ckpt={checkpoint}", "data=arithmetic", "limit=2", "verify=false")
+    assert line in " ".join(run(PROBE, *arguments, folder=work).ok().out.split())
+    json.loads(run(PROBE, *arguments, "format=json", folder=work).ok().out)
+
+
 def test_a_source_of_ones_own_is_given_the_checkpoints_plain_values(checkpoint: Path, work: Path) -> None:
     (work / "configs" / "data").mkdir(parents=True)
     (work / "configs" / "data" / "mine.yaml").write_text("_target_: mine.Mine\nword: a\nnested: {a: 1}\nnumber: 1\n")
