@@ -150,10 +150,13 @@ def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dic
         )
         remembered |= {f.name: f.default for f in later if f.default not in (MISSING, settings.get(f.name))}
     try:
-        return instantiate(raw.data, "data", remembered), settings | remembered
+        source = instantiate(raw.data, "data", remembered)
     except UserError as error:
         blamed = any(f"data.{key}" in str(error) or f"'{key}'" in str(error) for key in remembered)
         raise UserError(f"{error} ({file} says so)" if blamed else str(error)) from error
+    if "path" in remembered and hasattr(source, "tells_names"):
+        source.tells_names = False
+    return source, settings | remembered
 
 
 def data_notes(raw: DictConfig, checkpoint: Checkpoint, data: dict[str, Any]) -> Iterable[str]:

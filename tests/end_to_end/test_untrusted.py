@@ -139,6 +139,20 @@ def test_the_class_is_never_the_checkpoints(checkpoint: Path, work: Path) -> Non
     assert not list(work.iterdir())
 
 
+@pytest.mark.parametrize("files", [("diary.txt",), ("diary.txt", "train.jsonl")])
+def test_a_path_of_a_checkpoint_lists_no_folder(files: tuple[str, ...], checkpoint: Path, work: Path) -> None:
+    for name in files:
+        (work / name).write_text('{"question": "Mine?", "answer": "#### 1"}\n')
+    data = {"_target_": "simcot_latent.data.sources.gsm8k.GSM8K", "path": str(work)}
+    tamper(checkpoint, lambda config: config["run"].update(data=data))
+    arguments = (f"ckpt={checkpoint}", "verify=false")
+    message = run("evals.gsm8k", *arguments, folder=work, env=OFFLINE).error
+    assert str(work) in message
+    assert "diary" not in message
+    given = run("evals.gsm8k", *arguments, f"data.path={work}", folder=work, env=OFFLINE).error
+    assert "diary" in given, "of a path that the user gave, the names help"
+
+
 def test_settings_of_another_source_are_said_to_be_left(checkpoint: Path, work: Path) -> None:
     line = "the settings are the command line's"
     assert line not in evaluate(checkpoint, work).ok().out
