@@ -10,8 +10,12 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """Bad input: the message is one line that names the file, line or key and says what would be right.
 
-    Command-line entries print it as it is, without a traceback, and exit with status 2.
+    Command-line entries print it as it is, without a traceback, and exit with status 2. It may quote what a stranger's
+    file says: line breaks, terminal escapes and the like are shown as `\\n`, `\\x1b`.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 def require(ok: bool, key: str, value: object, right: str) -> None:

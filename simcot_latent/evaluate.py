@@ -25,7 +25,7 @@ from simcot_latent.data.sources import SPLITS, load_first
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
-from simcot_latent.logs import make_console, track
+from simcot_latent.logs import make_console, track, warn
 from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
@@ -135,6 +135,8 @@ def evaluate(name: str, raw: DictConfig) -> None:
     source, data = cli.trained_source(raw, checkpoint)
     for note in cli.data_notes(raw, checkpoint, data):
         console.print(note)
+    for key, value, trained in other_settings(data, setting(checkpoint, "data")):
+        warn(console, f"data.{key}={value}, but {trained} in training: what is new to this model there is not known")
     loaded = load_first(source, config.split, config.limit)  # type: ignore[arg-type]
     problems = loaded.problems
     for note, count in sorted(loaded.notes.items()):
@@ -202,6 +204,16 @@ def evaluate(name: str, raw: DictConfig) -> None:
     console.print(report_table(report))
     write_report(files, report, ordered)
     console.print(f"written to {files[0]}")
+
+
+def other_settings(data: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings of a source that decide which problems are held out and differ from training: name, here, then.
+
+    A model may have been trained on problems that such a test set holds.
+    """
+    if data.get("_target_") != trained.get("_target_"):
+        return []
+    return [(k, data[k], trained[k]) for k in ("version", "unseen_steps") if k in trained and data.get(k) != trained[k]]
 
 
 def written_steps(text: str, problem: Problem) -> tuple[list[str], list[str | None]]:

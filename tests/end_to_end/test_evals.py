@@ -294,3 +294,14 @@ def test_the_whole_test_set_of_gsm8k(mode: str, tmp_path: Path) -> None:
     # A question with U+2028 in it, answers with commas and minus signs: every problem in its place.
     asked = (REAL_DATA / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     assert [line["question"] for line in lines] == [strict_json(row)["question"].strip() for row in asked]
+
+
+def test_other_splits_than_in_training_are_told(tmp_path: Path) -> None:
+    """The test set of another data version, or with other unseen steps, may hold what this model was trained on."""
+    run(TRAIN, *TINY, *ARITHMETIC, "mode=weighted", "num_iterations=1", "out_dir=run", folder=tmp_path).ok()
+    latest = tmp_path / "run" / "latest"
+    assert "warning" not in evaluate(latest, "limit=2", "data.test_size=9", name="arithmetic").ok().out
+    told = evaluate(latest, "limit=2", "data.version=1", name="arithmetic").ok().out
+    assert "warning: data.version=1, but 2 in training" in told
+    told = evaluate(latest, "limit=2", "data.unseen_steps=0.5", name="arithmetic").ok().out
+    assert "warning: data.unseen_steps=0.5, but 0.0 in training" in told
