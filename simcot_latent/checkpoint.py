@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -489,12 +489,16 @@ def verify_files(folder: Path, names: Sequence[str]) -> None:
     Raises:
         UserError: a file is not the one that was saved; the message names it.
     """
-    if not (folder / MANIFEST).exists():
+    manifest = folder / MANIFEST
+    if not os.path.lexists(manifest):  # a link that leads nowhere is a manifest that was lost
         NOTES.warning("note: %s holds no %s, so its files are not verified", folder, MANIFEST)
         return
-    saved = read_json(folder / MANIFEST).get("files")
-    if not isinstance(saved, dict):
-        raise UserError(f"{folder / MANIFEST}: lacks files, a mapping from names to sizes and hashes")
+    try:
+        saved = read_json(manifest).get("files")
+        if not isinstance(saved, dict):
+            raise UserError(f"{manifest}: lacks files, a mapping from names to sizes and hashes")
+    except UserError as error:
+        raise UserError(f"{error}; verify=false loads the checkpoint all the same") from error
     found = [name for name in names if (folder / name).exists()]
 
     def verify(name: str) -> None:
@@ -670,13 +674,37 @@ def load_weights(module: nn.Module, file: Path, shared: str | None = None) -> No
     leaves out. Where the module is on the `meta` device they become its own.
 
     Raises:
-        UserError: the file is missing or broken, or a weight is missing, left over or of another shape.
+        UserError: the file is missing or broken, or a weight is missing, left over, of another shape or not finite.
     """
     require_shapes(read_shapes(file), weight_shapes(module, shared), file)
     ours = module.state_dict()
     # Copies: what was read may be the file itself, mapped into memory.
     state = {name: weight.to(ours[name].dtype, copy=True) for name, weight in read_tensors(file).items()}
+    require_finite(state, file)
     module.load_state_dict(state, strict=False, assign=True)
+
+
+@torch.no_grad()
+def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of weights that hold what is no number, or one so large (over 1e19) that no model computes with it."""
+    names, weights = zip(*named, strict=True)
+    # One read for all of them; a norm squares, so it is infinite long before the numbers are.
+    finite = torch.stack([weight.float().norm() for weight in weights]).isfinite().tolist()
+    return [name for name, ok in zip(names, finite, strict=True) if not ok]
+
+
+def require_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuses the weights of a model that would answer nothing but nonsense.
+
+    Args:
+        source: what they are from, for the error.
+
+    Raises:
+        UserError: some are not finite; the message names the first.
+    """
+    if broken := broken_weights(weights.items()):
+        more = f" and {len(broken) - 1} more weights hold" if len(broken) > 1 else " holds"
+        raise UserError(f"{source}: {broken[0]}{more} numbers that are not finite, or over 1e19")
 
 
 def weight_shapes(module: nn.Module, shared: str | None = None) -> dict[str, torch.Size]:

@@ -31,6 +31,9 @@ PATH_KEYS = ("ckpt", "data.path", "out_dir", "init_from", "out", "source", "base
 # Keys whose value is free text or a path: taken as it stands, whatever hydra's grammar makes of `?`, `,` or `'`.
 TEXT_KEYS = (*PATH_KEYS, "question", "run", "wandb_project", "new_token_init")
 
+MAX_HELD_OUT = 100_000
+"""The most held-out problems that a checkpoint may have an eval make; a command line may ask for more."""
+
 # What is wrong with the machine, not with the program.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EFBIG,
                   errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP, errno.EMFILE}  # fmt: skip
@@ -119,6 +122,7 @@ def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dic
     file = f"{checkpoint.path}/{CONFIG}"
     remembered: dict[str, Any] = {}
     if trained["_target_"] == settings["_target_"]:
+        source_class = hydra.utils.get_class(settings["_target_"])
         given = {key.removeprefix("data.").partition(".")[0] for key in overridden("data")}
         for key, value in trained.items():
             if key == "_target_" or key in given or value == settings.get(key):
@@ -130,10 +134,15 @@ def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dic
                     f"{file}: run.data.{key}: must be a number, a text, a truth value, null or a list of those; if you "
                     f"trust it, give data.{key}= yourself"
                 )
+            makes = hasattr(source_class, "load_first")  # its problems, where others read as many as a file holds
+            if makes and key in ("validation_size", "test_size") and type(value) is int and value > MAX_HELD_OUT:
+                raise UserError(
+                    f"{file}: run.data.{key}={value}: must be at most {MAX_HELD_OUT:,}; if you trust it, give "
+                    f"data.{key}= yourself"
+                )
             remembered[key] = value
         # A setting that came into being later has the value that a source has without it: the class's default, which is
         # not the yaml file's where the data changed (data.version).
-        source_class = hydra.utils.get_class(settings["_target_"])
         later = (
             [f for f in fields(source_class) if f.name not in trained.keys() | given]
             if is_dataclass(source_class)
@@ -141,10 +150,22 @@ def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dic
         )
         remembered |= {f.name: f.default for f in later if f.default not in (MISSING, settings.get(f.name))}
     try:
-        return instantiate(raw.data, "data", remembered), settings | remembered
+        source = instantiate(raw.data, "data", remembered)
     except UserError as error:
         blamed = any(f"data.{key}" in str(error) or f"'{key}'" in str(error) for key in remembered)
         raise UserError(f"{error} ({file} says so)" if blamed else str(error)) from error
+    if "path" in remembered and hasattr(source, "tells_names"):
+        source.tells_names = False
+    return source, settings | remembered
+
+
+def data_notes(raw: DictConfig, checkpoint: Checkpoint, data: dict[str, Any]) -> Iterable[str]:
+    """What is worth a line about the settings that `trained_source` chose."""
+    trained = checkpoint.config["data"]["_target_"]
+    if trained != data["_target_"]:
+        yield f"trained on {trained[:100]!r}, not on {data['_target_']}: the settings are the command line's"
+    if data.get("path") != raw.data.get("path"):
+        yield f"data.path={data['path']}, as in training"
 
 
 def fail(error: Exception) -> NoReturn:

@@ -21,7 +21,7 @@ from simcot_latent.checkpoint import find_checkpoint, load_checkpoint, setting
 from simcot_latent.config import typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
-from simcot_latent.data.sources import SPLITS
+from simcot_latent.data.sources import SPLITS, load_first
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
@@ -133,12 +133,12 @@ def evaluate(name: str, raw: DictConfig) -> None:
     check_writable(files, "give out=DIR, a folder for the results")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
     source, data = cli.trained_source(raw, checkpoint)
-    if data.get("path") != raw.data.get("path"):
-        console.print(f"data.path={data['path']}, as in training")
+    for note in cli.data_notes(raw, checkpoint, data):
+        console.print(note)
     for key, value, trained in other_settings(data, setting(checkpoint, "data")):
         warn(console, f"data.{key}={value}, but {trained} in training: what is new to this model there is not known")
-    loaded = source.load(config.split)  # type: ignore[arg-type]
-    problems = loaded.problems[: config.limit]
+    loaded = load_first(source, config.split, config.limit)  # type: ignore[arg-type]
+    problems = loaded.problems
     for note, count in sorted(loaded.notes.items()):
         console.print(f"{config.split}: {count} x {note}")
 

@@ -33,7 +33,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from simcot_latent import cli
-from simcot_latent.checkpoint import Checkpoint, new_folder, read_json, write_checkpoint
+from simcot_latent.checkpoint import Checkpoint, new_folder, read_json, require_finite, write_checkpoint
 from simcot_latent.config import typed
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError, require, require_choice, some
@@ -173,7 +173,7 @@ def import_checkpoint(
 
     Raises:
         UserError: there is no such kind, a file is missing or broken, `source` is of another kind or not made from
-            `base`, or a tensor is missing, left over or of another shape.
+            `base`, or a tensor is missing, left over, of another shape or not finite.
     """
     require_choice("kind", kind, tuple(KINDS))
     flavour = KINDS[kind]
@@ -196,6 +196,9 @@ def import_checkpoint(
         weights = parts[flavour.decoder]
         theirs = model_like(published, weights, f"{source} ({flavour.decoder}.*)", count_blocks(weights, family))
         decoder = step_decoder(theirs, model, flavour.first_position)
+    for module in (model, decoder):
+        if module is not None:
+            require_finite(module.state_dict(), f"source={source}")
     latent = {
         "n_latents": thoughts.n_latents,
         "latents_per_step": thoughts.latents_per_step,

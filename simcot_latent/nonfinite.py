@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simcot_latent.checkpoint import write_json
 from simcot_latent.data.problem import Problem
@@ -93,12 +93,3 @@ def save_batch(
     # JSON has no nan.
     write_json(file, {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "problems": rows})
     return file
-
-
-@torch.no_grad()
-def broken_weights(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of weights that hold what is no number, or one so large (over 1e19) that no model computes with it."""
-    names, parameters = zip(*named, strict=True)
-    # One read for all of them; a norm squares, so it is infinite long before the numbers are.
-    finite = torch.stack([parameter.float().norm() for parameter in parameters]).isfinite().tolist()
-    return [name for name, ok in zip(names, finite, strict=True) if not ok]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, is_checkpoint, is_ours, load_checkpoint
+from simcot_latent.checkpoint import Checkpoint, is_checkpoint, is_ours, load_checkpoint, require_finite
 from simcot_latent.data.tokenizer import BOT, END, EOT, PAD, VOCABULARY_MULTIPLE, Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.model.families import build
@@ -41,7 +41,8 @@ def load_pretrained(
         A checkpoint that writes (`thoughts.thinks` is False); of our own checkpoints, what they are.
 
     Raises:
-        UserError: there is nothing, it is of a family that we do not know, or a file of it is missing or broken.
+        UserError: there is nothing, it is of a family that we do not know, or a file of it is missing or broken,
+            or holds weights that are not finite.
     """
     if is_checkpoint(source):
         return load_checkpoint(source, device, key, verify)
@@ -49,6 +50,7 @@ def load_pretrained(
     if is_ours(published.config):  # on the hub, where the rest of it lies in a folder of its own
         return Checkpoint.from_pretrained(source, device, verify=verify)
     model = build(published)
+    require_finite(model.state_dict(), published.path)
     tokenizer = fitting_tokenizer(published, model.config.vocab_size)
     return Checkpoint(
         model=model.to(device).eval(),

@@ -30,7 +30,7 @@ from simcot_latent.config import typed
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
-from simcot_latent.data.sources import SPLITS
+from simcot_latent.data.sources import SPLITS, load_first
 from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
@@ -515,10 +515,10 @@ def main(raw: DictConfig) -> None:
             probes, summary = probe_questions(checkpoint, [config.question]), None
         else:
             source, data = cli.trained_source(raw, checkpoint)
-            problems = source.load(config.split).problems[: config.limit]  # type: ignore[arg-type]
+            problems = load_first(source, config.split, config.limit).problems  # type: ignore[arg-type]
             quiet = make_console(is_main=config.format == "table")
-            if data.get("path") != raw.data.get("path"):
-                quiet.print(f"data.path={data['path']}, as in training")
+            for note in cli.data_notes(raw, checkpoint, data):
+                quiet.print(note)
             probes = probe_problems(checkpoint, problems, config.batch_size, quiet)
             summary = summarise(probes)
     text = json.dumps({"probes": [asdict(probe) for probe in probes], "summary": summary}, indent=2)

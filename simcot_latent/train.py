@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simcot_latent.checkpoint import Checkpoint, load_checkpoint, remove_partial, save_checkpoint
+from simcot_latent.checkpoint import Checkpoint, broken_weights, load_checkpoint, remove_partial, save_checkpoint
 from simcot_latent.config import RunConfig, as_plain, instantiate, parse
 from simcot_latent.data.batch import BatchOrder, Prefetch, micro_batches, pin, to_device
 from simcot_latent.data.format import Example
@@ -36,7 +36,7 @@ from simcot_latent.losses import add_up
 from simcot_latent.memory import out_of_memory
 from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.nonfinite import NonFinite, broken_weights, save_batch
+from simcot_latent.nonfinite import NonFinite, save_batch
 from simcot_latent.objectives.base import Objective
 from simcot_latent.optimizer import make_optimizers, update
 from simcot_latent.pretrained import load_pretrained, with_latent_tokens, with_projector

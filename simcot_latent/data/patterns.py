@@ -107,3 +107,12 @@ def leaves_out_text(pattern: str) -> bool:
         UserError: see `pieces`.
     """
     return sum(map(len, pieces(pattern, _PROBE))) < len(_PROBE)
+
+
+def finds_nothing(pattern: str) -> bool:
+    """Whether no text has a piece that is not empty, as far as a text of all kinds of characters tells.
+
+    Raises:
+        UserError: see `pieces`.
+    """
+    return pattern not in KNOWN_PATTERNS and not any(pieces(pattern, _PROBE))

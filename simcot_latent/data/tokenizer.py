@@ -22,7 +22,7 @@ from pathlib import Path
 
 import tiktoken
 
-from simcot_latent.data.patterns import KNOWN_PATTERNS, PATTERN, pieces, require_pattern
+from simcot_latent.data.patterns import KNOWN_PATTERNS, PATTERN, finds_nothing, pieces, require_pattern
 from simcot_latent.errors import UserError
 from simcot_latent.files import MAX_TEXT, read_bytes, read_json
 
@@ -33,6 +33,14 @@ PAD = "<|pad|>"
 SPECIAL_TOKENS = (BOT, EOT, END, PAD)
 ROLES = ("bot", "eot", "end", "pad", "bos")
 """What special tokens are there for: the four above, and `bos`, which prompts begin with where there is one."""
+
+USES = {
+    "bot": "thoughts begin after",
+    "eot": "thoughts end with",
+    "end": "texts end with",
+    "pad": "stands for nothing",
+    "bos": "prompts begin with",
+}
 
 VOCABULARY_MULTIPLE = 64
 """Vocabularies that grow are filled up to a multiple of this, which matrix products are faster for."""
@@ -54,6 +62,7 @@ class Tokenizer:
 
     Attributes:
         name: what it is called in reports and in its folder.
+        file: the file that its roles were read from, for errors; None: another way.
         encoding: the `tiktoken.Encoding` behind it.
         roles: what each of `ROLES` that it has is called.
         n_vocab: number of ids; every id from 0 to n_vocab - 1 is a token.
@@ -115,6 +124,7 @@ class Tokenizer:
                 raise UserError(f"tiktoken cannot use these tokens ({' '.join(str(error).split())[:200]})") from error
             raise
         self.name = name
+        self.file: Path | None = None
         self.n_vocab = n_vocab
         self.roles = roles
         self.pattern = pattern
@@ -168,7 +178,9 @@ class Tokenizer:
             UserError: none does.
         """
         if role not in self.roles:
-            raise UserError(f"tokenizer {self.name} has no {role} token; `with_roles` adds it")
+            where = f"tokenizer {self.name}" if self.file is None else f"{self.file}: roles"
+            verb = "has" if self.file is None else "name"
+            raise UserError(f"{where} {verb} no {role} token, which {USES[role]}")
         return self.special_tokens[self.roles[role]]
 
     def token_id(self, token: str) -> int | None:
@@ -363,9 +375,13 @@ class Tokenizer:
             raise UserError(f"{config_file}: missing_bytes must be a list of numbers from 0 to 255")
         ranks = read_ranks(ranks_file)
         try:
-            return cls(name, pattern, ranks, special_tokens, roles, normal_form, bytes(missing_bytes))
+            tokenizer = cls(name, pattern, ranks, special_tokens, roles, normal_form, bytes(missing_bytes))
+            if finds_nothing(pattern):
+                raise UserError(f"pattern {pattern[:60]!r} finds no piece in any text, so all of it would be dropped")
         except UserError as error:
             raise UserError(f"{config_file} with {ranks_file.name}: {error}") from error
+        tokenizer.file = config_file
+        return tokenizer
 
     def _token_bytes(self, ids: Iterable[int]) -> list[bytes]:
         ids = list(ids)

@@ -25,6 +25,9 @@ from simcot_latent.model.cache import KVCache, StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing, take
 
+MAX_MARK = 1000
+"""The most characters of the texts that stand around every answer; those of published models have at most 14."""
+
 
 @dataclass(frozen=True)
 class ThoughtFormat:
@@ -48,6 +51,9 @@ class ThoughtFormat:
     answer_mark: str = "####"
 
     def __post_init__(self) -> None:
+        for key in ("question_end", "answer_mark"):
+            length = len(getattr(self, key))  # each is a part of every answer's prompt or of its text
+            require(length <= MAX_MARK, f"thoughts.{key}", f"({length:,} characters)", f"at most {MAX_MARK:,} long")
         require(self.n_latents >= 0, "thoughts.n_latents", self.n_latents, "at least 0")
         c = self.latents_per_step
         require(c >= 1, "thoughts.latents_per_step", c, "at least 1")

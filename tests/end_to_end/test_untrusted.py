@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -36,6 +37,8 @@ import simcot_latent as sl
 from simcot_latent.checkpoint import DTYPES, fingerprint, save_tensors
 from simcot_latent.data.patterns import GPT2_PATTERN, KNOWN_PATTERNS, pieces
 from simcot_latent.data.published_tokenizers import read_tokenizer, write_tokenizer
+from simcot_latent.data.sources import SPLITS, Split, load_first
+from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.export import export_hf
@@ -136,6 +139,32 @@ def test_the_class_is_never_the_checkpoints(checkpoint: Path, work: Path) -> Non
     assert not list(work.iterdir())
 
 
+@pytest.mark.parametrize("files", [("diary.txt",), ("diary.txt", "train.jsonl")])
+def test_a_path_of_a_checkpoint_lists_no_folder(files: tuple[str, ...], checkpoint: Path, work: Path) -> None:
+    for name in files:
+        (work / name).write_text('{"question": "Mine?", "answer": "#### 1"}\n')
+    data = {"_target_": "simcot_latent.data.sources.gsm8k.GSM8K", "path": str(work)}
+    tamper(checkpoint, lambda config: config["run"].update(data=data))
+    arguments = (f"ckpt={checkpoint}", "verify=false")
+    message = run("evals.gsm8k", *arguments, folder=work, env=OFFLINE).error
+    assert str(work) in message
+    assert "diary" not in message
+    given = run("evals.gsm8k", *arguments, f"data.path={work}", folder=work, env=OFFLINE).error
+    assert "diary" in given, "of a path that the user gave, the names help"
+
+
+def test_settings_of_another_source_are_said_to_be_left(checkpoint: Path, work: Path) -> None:
+    line = "the settings are the command line's"
+    assert line not in evaluate(checkpoint, work).ok().out
+    tamper(checkpoint, lambda config: config["run"]["data"].update(_target_="[red]mine.Mine" + "\n" * 99))
+    told = evaluate(checkpoint, work, "data.test_size=3").ok().out
+    assert "trained on '[red]mine.Mine" in told
+    assert line in " ".join(told.split())
+    arguments = (f"ckpt={checkpoint}", "data=arithmetic", "limit=2", "verify=false")
+    assert line in " ".join(run(PROBE, *arguments, folder=work).ok().out.split())
+    json.loads(run(PROBE, *arguments, "format=json", folder=work).ok().out)
+
+
 def test_a_source_of_ones_own_is_given_the_checkpoints_plain_values(checkpoint: Path, work: Path) -> None:
     (work / "configs" / "data").mkdir(parents=True)
     (work / "configs" / "data" / "mine.yaml").write_text("_target_: mine.Mine\nword: a\nnested: {a: 1}\nnumber: 1\n")
@@ -222,6 +251,27 @@ def test_the_walk_reaches_everything(checkpoint: Path) -> None:
     assert len(names) > 60 * len(HOSTILE)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("file", ["model.safetensors", "step_decoder.safetensors"])
+def test_weights_that_are_not_finite(file: str, number: float, checkpoint: Path) -> None:
+    weights = load_file(checkpoint / file)
+    name = sorted(weights)[-1]
+    weights[name].view(-1)[-1] = number
+    save_file(weights, checkpoint / file)
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"{checkpoint / file}: {name} holds numbers that are not finite" in message
+
+
+def test_published_weights_that_are_not_finite(published: Path) -> None:
+    weights = load_file(published / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.c_fc.weight"):
+        weights[name].view(-1)[0] = math.nan
+    save_file(weights, published / "model.safetensors")
+    message = refusal(lambda: load_pretrained(published))
+    assert f"{published}: " in message
+    assert "more weights hold numbers that are not finite" in message
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 SIZES = [("n_layer", 10**7), ("n_layer", 2**31 - 1), ("vocab_size", 2**40), ("vocab_size", 2**31 - 1),
@@ -257,10 +307,49 @@ def test_thoughts_fit_the_context(key: str, value: Any, checkpoint: Path) -> Non
     assert key in refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
 
 
+@pytest.mark.parametrize("key", ["question_end", "answer_mark"])
+def test_texts_around_an_answer_are_short(key: str, checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config["thoughts"].update({key: "ab" * 500}))
+    sl.load_checkpoint(checkpoint, verify=False)
+    tamper(checkpoint, lambda config: config["thoughts"].update({key: "ab" * 10**6}))
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"thoughts.{key}=(2,000,000 characters): must be at most 1,000 long" in message
+
+
 @pytest.mark.parametrize("value", [10**13, 2**31 - 1, -1, "8", None, [8]])
 def test_an_answer_has_an_end(value: Any, checkpoint: Path, work: Path) -> None:
     tamper(checkpoint, lambda config: config["run"].update(max_new_tokens=value))
     assert "run.max_new_tokens" in evaluate(checkpoint, work, "verify=false").error
+
+
+@pytest.mark.parametrize("key", ["test_size", "validation_size"])
+def test_held_out_problems_are_bounded(key: str, checkpoint: Path, work: Path) -> None:
+    tamper(checkpoint, lambda config: config["run"]["data"].update({key: 10**6}))
+    message = evaluate(checkpoint, work, "verify=false").error
+    assert f"{checkpoint}/config.json: run.data.{key}=1000000: must be at most 100,000" in message
+    assert f"run.data.{key}" in run(PROBE, f"ckpt={checkpoint}", "data=arithmetic", folder=work).error
+    evaluate(checkpoint, work, f"data.{key}=3").ok()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_more_problems_are_made_than_the_limit(split: Split, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.test_size` may be a checkpoint's: 100,000 problems take half a minute and more."""
+    made: list[int] = []
+    make = Arithmetic._make
+    monkeypatch.setattr(Arithmetic, "_make", lambda self, *args: made.append(args[1]) or make(self, *args))
+    source = Arithmetic(test_size=10**5, validation_size=10**5, version=version)
+    problems = load_first(source, split, 3).problems
+    assert made == [0, 1, 2]
+    assert problems == Arithmetic(0, 3, 3, 3, version=version).load(split).problems
+
+
+def test_a_limit_is_kept_by_eval_and_probe(checkpoint: Path, work: Path) -> None:
+    tamper(checkpoint, lambda config: config["run"]["data"].update(test_size=10**5))
+    began = time.monotonic()
+    evaluate(checkpoint, work).ok()
+    run(PROBE, f"ckpt={checkpoint}", "data=arithmetic", "limit=2", folder=work).ok()
+    assert time.monotonic() - began < 20
 
 
 @pytest.fixture
@@ -356,6 +445,21 @@ def test_a_token_that_is_very_long(tmp_path: Path) -> None:
     write_tokenizer(default_tokenizer(), tmp_path)
     tamper(tmp_path, lambda content: content["model"]["vocab"].update({"a" * 10**6: 2100}), "tokenizer.json")
     assert "characters" in refusal(lambda: read_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("pattern", ["", "(?s).{0}", "(?!)", "no text of this kind"])
+def test_a_pattern_that_finds_nothing(pattern: str, checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config.update(pattern=pattern), "tokenizer/tokenizer.json")
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"{checkpoint}/tokenizer/tokenizer.json with ranks.tiktoken: pattern {pattern!r} finds no piece" in message
+
+
+@pytest.mark.parametrize("role", ["bot", "eot", "end"])
+def test_a_role_that_is_missing(role: str, checkpoint: Path, work: Path) -> None:
+    tamper(checkpoint, lambda config: config["roles"].pop(role), "tokenizer/tokenizer.json")
+    message = evaluate(checkpoint, work).error
+    assert f"{checkpoint}/tokenizer/tokenizer.json: roles name no {role} token" in message
+    assert "with_roles" not in message
 
 
 def with_pattern(pattern: str) -> Tokenizer:
@@ -533,10 +637,19 @@ def test_an_old_checkpoint_loads_with_a_note(checkpoint: Path, work: Path) -> No
     assert notes[0].startswith("note: ")
 
 
-@pytest.mark.parametrize("content", ["{}", '{"files": []}', '{"files": {"model.safetensors": 3}}', "[", "NaN"])
+@pytest.mark.parametrize("content", ["{}", '{"files": []}', '{"files": {"model.safetensors": 3}}', "[", "NaN", ""])
 def test_a_manifest_that_is_none(content: str, checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(content)
-    refusal(lambda: sl.load_checkpoint(checkpoint))
+    message = refusal(lambda: sl.load_checkpoint(checkpoint))
+    assert "verify=false" in message
+    sl.load_checkpoint(checkpoint, verify=False)
+
+
+def test_a_manifest_that_leads_nowhere_is_not_taken_for_none(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").symlink_to("elsewhere.json")
+    message = refusal(lambda: sl.load_checkpoint(checkpoint))
+    assert f"{checkpoint}/manifest.json: no such file; verify=false" in message
 
 
 def test_a_file_is_byte_for_byte_the_librarys(tmp_path: Path) -> None:

@@ -33,3 +33,19 @@ class Source(Protocol):
             UserError: the split or its file does not exist, is empty, or a line of it is broken.
         """
         ...
+
+
+def load_first(source: Source, split: Split, limit: int | None) -> LoadedSplit:
+    """The first `limit` problems of a split (None: all), and the notes about what was read or made for them.
+
+    A source that makes its problems has a `load_first` of its own, which makes no others: how many there are may be a
+    stranger's word.
+
+    Raises:
+        UserError: see `Source.load`.
+    """
+    own = getattr(source, "load_first", None)
+    if own is not None:
+        return own(split, limit)
+    loaded = source.load(split)
+    return LoadedSplit(loaded.problems[:limit], loaded.notes)

@@ -53,7 +53,7 @@ MAX_STEPS = 8
 """The longest chain for which every kind of situation but days has enough names."""
 
 MAX_PROBLEMS = 10_000_000
-"""The most problems of a split, which are all made when it is loaded."""
+"""The most problems of a split; those of a held-out one are all made when it is loaded."""
 
 MAX_DRAWS = 20_000
 """Draws of a chain before the settings count as impossible. At least one chain in 20 is of the test split, so a split
@@ -146,17 +146,30 @@ class Arithmetic:
         Raises:
             UserError: there is no such split, or the settings leave it without chains.
         """
-        if split not in SPLITS:
-            raise UserError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
-        size = {"train": self.train_size, "validation": self.validation_size, "test": self.test_size}[split]
-        problems = Lazily(size, partial(self.problem, split))
+        problems = self._problems(split)
         if split == "train":
             self.problem(split, 0)  # settings that leave the split without chains end here, not in the middle of a run
             return LoadedSplit(problems)
-        made = problems[:]
+        return self.load_first(split, None)
+
+    def load_first(self, split: Split, limit: int | None) -> LoadedSplit:
+        """The first `limit` problems of `split` (None: all); no others are made, and the notes are about these.
+
+        Raises:
+            UserError: see `load`.
+        """
+        made = self._problems(split)[:limit]
+        if split == "train":
+            return LoadedSplit(made)
         chains = {calculations_of(problem) for problem in made}
         notes = Counter({"problem with the calculations of another": len(made) - len(chains)})
         return LoadedSplit(made, +notes)
+
+    def _problems(self, split: Split) -> Lazily[Problem]:
+        if split not in SPLITS:
+            raise UserError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+        size = {"train": self.train_size, "validation": self.validation_size, "test": self.test_size}[split]
+        return Lazily(size, partial(self.problem, split))
 
     def problem(self, split: Split, index: int) -> Problem:
         """Problem `index` (0, 1, ...; not bounded by the size) of `split`.

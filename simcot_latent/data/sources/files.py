@@ -102,6 +102,8 @@ class WrittenSolutions(ABC):
     validation_size: int = 500
     train_limit: int | None = None
 
+    tells_names: ClassVar[bool] = True
+    """Whether errors list what lies in the folder `path`; not where a checkpoint, maybe a stranger's, chose it."""
     suffixes: ClassVar[tuple[str, ...]]
     """The kinds of file that are read."""
     shape: ClassVar[str]
@@ -142,7 +144,9 @@ class WrittenSolutions(ABC):
         cut = split != "test" and "validation" not in tables
         table: Split = "train" if cut else split
         if table not in tables:
-            holds = f"; the folder holds {_names(path)}" if path is not None and path.is_dir() else ""
+            holds = ""
+            if path is not None and path.is_dir() and self.tells_names:
+                holds = f"; the folder holds {_names(path)}"
             raise UserError(f"{self.path or self.hub_id} has no {table} split; it has: {', '.join(tables)}{holds}")
         solutions = [self._solution(row) for row in tables[table]()]
         if cut:
@@ -219,8 +223,8 @@ class WrittenSolutions(ABC):
             unread += [f"file that is not read ({f.name})" for f in others if _kind_of_file(f.name) in _DATA_SUFFIXES]
             if not files:
                 raise UserError(
-                    f"{path}: no data in this folder; looked for train, validation and test with {kinds}; it holds "
-                    f"{_names(path)}"
+                    f"{path}: no data in this folder; looked for train, validation and test with {kinds}"
+                    + (f"; it holds {_names(path)}" if self.tells_names else "")
                 )
         else:
             raise UserError(
