@@ -17,6 +17,7 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 from simcot_latent.errors import UserError
+from simcot_latent.paths import free_name
 
 T = TypeVar("T")
 
@@ -178,14 +179,6 @@ def logged_step(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):  # bytes that are no UTF-8 are a ValueError
         return None
     return step if isinstance(step, int) and not isinstance(step, bool) else None
-
-
-def free_name(file: Path) -> Path:
-    """The first of `name-1.ext`, `name-2.ext`, ... that is free."""
-    number = 1
-    while (aside := file.with_name(f"{file.stem}-{number}{file.suffix}")).exists():
-        number += 1
-    return aside
 
 
 def wandb_id(out_dir: Path, new: bool) -> str:
