@@ -632,11 +632,19 @@ def progress(state: TrainerState, folder: Path) -> tuple[int, int]:
     """How many steps were trained, and of how many.
 
     Raises:
-        UserError: the state does not say so.
+        UserError: the state does not say so, or what else it says of the run so far is impossible.
     """
     step, num_steps = state.values.get("step"), state.values.get("num_steps")
     if type(step) is not int or type(num_steps) is not int or not 0 <= step <= num_steps:
         raise UserError(f"{folder / STATE_JSON}: step and num_steps must be whole numbers, step from 0 to num_steps")
+    bad, in_a_row = state.values.get("nonfinite", 0), state.values.get("nonfinite_in_a_row", 0)
+    if type(bad) is not int or type(in_a_row) is not int or not 0 <= in_a_row <= bad:
+        raise UserError(
+            f"{folder / STATE_JSON}: nonfinite and nonfinite_in_a_row must be whole numbers, at least 0, and the "
+            "second at most the first"
+        )
+    if type(state.values.get("owes_validation", False)) is not bool:
+        raise UserError(f"{folder / STATE_JSON}: owes_validation must be true or false")
     return step, num_steps
 
 

@@ -171,6 +171,33 @@ def test_lines_that_are_no_metrics_are_kept_aside(once: Path, tmp_path: Path) ->
     assert_as_if_uninterrupted(out_dir, once)
 
 
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"nonfinite": "3"}, "nonfinite and nonfinite_in_a_row must be whole numbers"),
+        ({"nonfinite": True}, "nonfinite and nonfinite_in_a_row must be whole numbers"),
+        ({"nonfinite": -1, "nonfinite_in_a_row": -1}, "nonfinite and nonfinite_in_a_row must be whole numbers"),
+        ({"nonfinite_in_a_row": None}, "nonfinite and nonfinite_in_a_row must be whole numbers"),
+        ({"nonfinite_in_a_row": 1}, "the second at most the first"),
+        ({"owes_validation": "no"}, "owes_validation must be true or false"),
+        ({"step": 7}, "says step=7, but"),
+    ],
+)
+def test_a_state_of_training_that_cannot_be_is_named(
+    changes: dict[str, Any], wanted: str, once: Path, tmp_path: Path
+) -> None:
+    out_dir = cut_back(once, tmp_path / "run")
+    file = out_dir / "step_0000008/trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    before = contents(out_dir)
+    message = run(TRAIN, *WEIGHTED, "out_dir=run", "resume=true", "verify=false", folder=tmp_path).error
+    assert "step_0000008/trainer_state.json: " in message
+    assert wanted in message
+    if "step" in changes:
+        assert "step_0000008/config.json says step=8" in message
+    assert contents(out_dir) == before
+
+
 # --- numbers that are none -------------------------------------------------------------------------------------------
 
 
