@@ -17,6 +17,7 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 from simcot_latent.errors import UserError
+from simcot_latent.files import require_regular
 from simcot_latent.paths import free_name, writing
 
 T = TypeVar("T")
@@ -100,6 +101,8 @@ class RunLog:
         if not is_main:
             return
         console = console or make_console()
+        if os.path.lexists(self.file):
+            require_regular(self.file)
         if from_step:
             cut_back(self.file, from_step, console)
         elif self.file.exists() and self.file.stat().st_size:

@@ -25,7 +25,7 @@ from torch import Tensor
 import simcot_latent as sl
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.arithmetic import Arithmetic
-from simcot_latent.errors import file_errors
+from simcot_latent.errors import UserError, file_errors
 from simcot_latent.logs import RunLog
 from simcot_latent.memory import out_of_memory
 from simcot_latent.objectives.weighted import WeightedObjective
@@ -157,6 +157,26 @@ def test_a_fresh_run_leaves_the_metrics_of_an_earlier_one(tmp_path: Path) -> Non
     assert "metrics.jsonl is of an earlier run; it is now metrics-2.jsonl" in out
     assert (tmp_path / "run/metrics-2.jsonl").read_text() == '{"step": 1}\n'
     assert (tmp_path / "run/metrics-1.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("from_step", [0, 8])
+def test_metrics_that_are_no_file_are_refused(from_step: int, tmp_path: Path) -> None:
+    """A fifo would wait for ever for somebody who reads it."""
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is a folder, a device or the like; it must be a file"):
+        RunLog(tmp_path, True, from_step, run="", project="", config={})
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is a folder, a device or the like; it must be a file"):
+        RunLog(tmp_path, True, from_step, run="", project="", config={})
+
+
+@pytest.mark.parametrize("empty", ["", "' '"])
+def test_an_empty_out_dir_is_refused(empty: str, tmp_path: Path) -> None:
+    message = run(TRAIN, *WEIGHTED, f"out_dir={empty}", folder=tmp_path).error
+    assert "out_dir=" in message
+    assert "must be a folder, or null for runs/weighted" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lines_that_are_no_metrics_are_kept_aside(once: Path, tmp_path: Path) -> None:
