@@ -13,7 +13,8 @@ configuration before anything of their size is allocated. The manifest finds acc
 can change the manifest too.
 
 Folders are written beside their place and renamed into it, so a folder that is there is complete; `latest` beside them
-is a link to the newest. What is not ours by name and by content is neither counted nor deleted.
+is a link to the newest. What is not ours by name and by content is neither counted nor deleted; where it has the name
+of a checkpoint that is to be saved, it moves to another.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from simcot_latent.files import from_plain, read_json, require_regular
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.paths import check_writable, expanded, writing
+from simcot_latent.paths import check_writable, expanded, free_name, writing
 
 MODEL, DECODER, CONFIG, TOKENIZER = "model.safetensors", "step_decoder.safetensors", "config.json", "tokenizer"
 STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
@@ -349,6 +350,12 @@ def checkpoints_of_training(out_dir: Path) -> list[Path]:
     return [folder for step, folder in sorted(numbered) if _is_complete(folder, step)]
 
 
+def _is_checkpoint_of_training(folder: Path) -> bool:
+    """Whether a folder is, by name and content, one of `checkpoints_of_training`."""
+    number = STEP_FOLDER.fullmatch(folder.name)
+    return number is not None and _is_complete(folder, int(number[1]))
+
+
 def _is_complete(folder: Path, step: int) -> bool:
     """Whether a folder is, by its content, the checkpoint of a step with all that training goes on from."""
     files = (MODEL, STATE_TENSORS, STATE_JSON)
@@ -362,14 +369,15 @@ def _is_complete(folder: Path, step: int) -> bool:
 
 
 def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, keep: int) -> Path:
-    """Writes `out_dir/step_NNNNNNN`, points `out_dir/latest` at it and deletes all but the newest `keep` folders.
+    """Writes `out_dir/step_NNNNNNN`, points `out_dir/latest` at it and deletes all but the newest `keep` checkpoints.
 
-    Killed at any moment, it leaves `latest` at a complete checkpoint. Later steps than this one, which a run that went
-    back left behind, are not counted: they are replaced when training gets there.
+    Whatever else has one of these names moves aside, with a line that says so, and the save goes on. Killed at any
+    moment, it leaves `latest` at a complete checkpoint. Later steps than this one, which a run that went back left
+    behind, are not counted: they are replaced when training gets there.
     """
     name = f"step_{checkpoint.step:07d}"
     folder, latest = out_dir / name, out_dir / LATEST
-    if folder.exists() and latest.resolve() == folder.resolve():
+    if _is_checkpoint_of_training(folder) and latest.resolve() == folder.resolve():
         return folder  # the same step of the same run: replacing it would leave `latest` at nothing for a moment
     with written_beside(folder) as partial:
         write_checkpoint(checkpoint, partial, state)
@@ -377,14 +385,60 @@ def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, 
     if aside := place_of_real_latest(out_dir):
         latest.rename(aside)
     link = out_dir / f".{LATEST}.partial"
-    link.unlink(missing_ok=True)
+    _remove_link(link)
     link.symlink_to(name)
     link.replace(latest)
     sync_folder(out_dir)
     earlier = [old for old in checkpoints_of_training(out_dir) if int(old.name[5:]) <= checkpoint.step]
     for old in earlier[:-keep]:
-        shutil.rmtree(old)
+        remove_checkpoint(old)
     return folder
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Deletes what `write_checkpoint` wrote into a folder, and the folder if nothing else is in it: evals stay."""
+    tokenizer = folder / TOKENIZER
+    inside = [] if tokenizer.is_symlink() else [tokenizer / name for name in TOKENIZER_FILES]
+    others = [folder / name for name in (MODEL, DECODER, STATE_TENSORS, STATE_JSON, MANIFEST)]
+    for file in (folder / CONFIG, *others, *inside):  # without the first of them it is no checkpoint any more
+        if file.is_file() or file.is_symlink():
+            file.unlink()
+    for empty in (tokenizer, folder):
+        with suppress(OSError):  # it is not empty
+            empty.rmdir()
+
+
+def move_aside(path: Path) -> None:
+    """Gives what has a name that is needed another one, and says so; of a link, the link itself."""
+    path.rename(aside := free_name(path))
+    NOTES.warning("warning: %s was there and is no checkpoint of this run; it is now %s", path, aside.name)
+
+
+def _make_room(folder: Path) -> None:
+    """Frees the name of a folder that is to be renamed to it; only checkpoints of ours, and what is empty, go."""
+    if _is_checkpoint_of_training(folder):
+        remove_checkpoint(folder)
+    elif folder.is_dir() and not folder.is_symlink():
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
+    if os.path.lexists(folder):
+        move_aside(folder)
+
+
+def _remove_partial_folder(partial: Path) -> None:
+    """Removes a half-written folder; of a link, the link alone."""
+    if partial.is_symlink() or partial.is_file():
+        partial.unlink()
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_link(link: Path) -> None:
+    """Removes a link that was not yet renamed to `latest`; what else has its name moves aside."""
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        move_aside(link)
 
 
 def place_of_real_latest(out_dir: Path) -> Path | None:
@@ -397,20 +451,17 @@ def place_of_real_latest(out_dir: Path) -> Path | None:
         return None
     with suppress(UserError, OSError, TypeError, ValueError):
         step = int(read_json(latest / CONFIG)["step"])
-        if _is_complete(latest, step) and not (place := out_dir / f"step_{step:07d}").exists():
+        if _is_complete(latest, step) and not os.path.lexists(place := out_dir / f"step_{step:07d}"):
             return place
-    number = 1
-    while (place := out_dir / f"{LATEST}-{number}").exists():
-        number += 1
-    return place
+    return free_name(latest)
 
 
 def remove_partial(out_dir: Path) -> None:
     """Removes what saves that were killed left half-written."""
     for path in out_dir.glob(".step_*.partial"):
         if STEP_FOLDER.fullmatch(path.name[1 : -len(".partial")]):
-            shutil.rmtree(path)
-    (out_dir / f".{LATEST}.partial").unlink(missing_ok=True)
+            _remove_partial_folder(path)
+    _remove_link(out_dir / f".{LATEST}.partial")
 
 
 def sync_folder(folder: Path) -> None:
@@ -552,8 +603,8 @@ def check_new_folder(out: str | Path, key: str = "out") -> Path:
 def written_beside(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` once all is written, and on the disk."""
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     with writing(folder):
+        _remove_partial_folder(partial)
         partial.mkdir(parents=True)
     try:
         yield partial
@@ -561,8 +612,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
+        _make_room(folder)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -586,11 +636,19 @@ def progress(state: TrainerState, folder: Path) -> tuple[int, int]:
     """How many steps were trained, and of how many.
 
     Raises:
-        UserError: the state does not say so.
+        UserError: the state does not say so, or what else it says of the run so far is impossible.
     """
     step, num_steps = state.values.get("step"), state.values.get("num_steps")
     if type(step) is not int or type(num_steps) is not int or not 0 <= step <= num_steps:
         raise UserError(f"{folder / STATE_JSON}: step and num_steps must be whole numbers, step from 0 to num_steps")
+    bad, in_a_row = state.values.get("nonfinite", 0), state.values.get("nonfinite_in_a_row", 0)
+    if type(bad) is not int or type(in_a_row) is not int or not 0 <= in_a_row <= bad:
+        raise UserError(
+            f"{folder / STATE_JSON}: nonfinite and nonfinite_in_a_row must be whole numbers, at least 0, and the "
+            "second at most the first"
+        )
+    if type(state.values.get("owes_validation", False)) is not bool:
+        raise UserError(f"{folder / STATE_JSON}: owes_validation must be true or false")
     return step, num_steps
 
 

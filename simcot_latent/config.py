@@ -233,6 +233,12 @@ class RunConfig:
             "true, false, or auto (go on if there is something to go on with)",
         )
         require(
+            self.out_dir is None or self.out_dir.strip() != "",
+            "out_dir",
+            self.out_dir,
+            f"a folder, or null for runs/{self.mode}, runs/{self.mode}-2, ...",
+        )
+        require(
             self.resume is False or self.out_dir is not None,
             "resume",
             str(self.resume).lower(),

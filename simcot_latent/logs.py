@@ -17,6 +17,8 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 from simcot_latent.errors import UserError
+from simcot_latent.files import require_regular
+from simcot_latent.paths import free_name, writing
 
 T = TypeVar("T")
 
@@ -99,6 +101,8 @@ class RunLog:
         if not is_main:
             return
         console = console or make_console()
+        if os.path.lexists(self.file):
+            require_regular(self.file)
         if from_step:
             cut_back(self.file, from_step, console)
         elif self.file.exists() and self.file.stat().st_size:
@@ -126,24 +130,44 @@ class RunLog:
                 ) from error
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Records the metrics of a step; what is not finite is left out of the file (JSON has no nan)."""
+        """Records the metrics of a step; what is not finite is left out of the file (JSON has no nan).
+
+        Raises:
+            UserError: the line cannot be written, on a full disk for example; the file is as it was.
+        """
         if not self.is_main:
             return
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        with self.file.open("ab", buffering=0) as handle:  # in one piece: a process that is killed leaves no half line
-            handle.write((json.dumps({"step": step, **finite}) + "\n").encode())
+        append_line(self.file, (json.dumps({"step": step, **finite}) + "\n").encode())
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
 
     def sync(self) -> None:
         """Waits until what was written is on the disk; a checkpoint is never ahead of its metrics."""
         if self.is_main:
-            with self.file.open("ab") as handle:
+            with writing(self.file), self.file.open("ab") as handle:
                 os.fsync(handle.fileno())
 
     def close(self) -> None:
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def append_line(file: Path, line: bytes) -> None:
+    """Appends a line to a file, or nothing.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing(file), file.open("ab", buffering=0) as handle:
+        before = handle.seek(0, os.SEEK_END)
+        left = memoryview(line)
+        try:
+            while left:  # in one piece where the disk takes it: a process that is killed leaves no half line
+                left = left[handle.write(left) :]
+        except OSError:
+            handle.truncate(before)
+            raise
 
 
 def cut_back(file: Path, step: int, console: Console) -> None:
@@ -178,14 +202,6 @@ def logged_step(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):  # bytes that are no UTF-8 are a ValueError
         return None
     return step if isinstance(step, int) and not isinstance(step, bool) else None
-
-
-def free_name(file: Path) -> Path:
-    """The first of `name-1.ext`, `name-2.ext`, ... that is free."""
-    number = 1
-    while (aside := file.with_name(f"{file.stem}-{number}{file.suffix}")).exists():
-        number += 1
-    return aside
 
 
 def wandb_id(out_dir: Path, new: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,14 @@ def expanded(path: str | Path, key: str) -> Path:
         raise UserError(
             f"{key}={path}: no home folder is known for it; write the path out, or ./~ for a name"
         ) from error
+
+
+def free_name(path: Path) -> Path:
+    """The first of `name-1.ext`, `name-2.ext`, ... that nothing has, not even a link that leads nowhere."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.stem}-{number}{path.suffix}")):
+        number += 1
+    return aside
 
 
 @contextmanager

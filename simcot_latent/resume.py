@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from simcot_latent.checkpoint import (
+    CONFIG,
+    STATE_JSON,
     STATE_TENSORS,
     Checkpoint,
     TrainerState,
@@ -65,7 +67,12 @@ def restore(
     run = job.run
     saved = load_checkpoint(folder, job.device, key="out_dir", verify=run.verify)
     state = load_trainer_state(folder, run.verify)
-    _, planned = progress(state, folder)
+    step, planned = progress(state, folder)
+    if step != saved.step:
+        raise UserError(
+            f"{folder / STATE_JSON}: says step={step}, but {folder / CONFIG} says step={saved.step}; they are not of "
+            "one checkpoint"
+        )
     if planned != num_steps:
         raise UserError(
             f"resume: {folder} was training for {planned} steps, this run is for {num_steps}; "

@@ -74,8 +74,10 @@ class RunFolder:
                 or none that can be.
         """
         with file_errors(f"out_dir={self.run.out_dir or f'runs/{self.run.mode}'}"):
-            if self.run.resume is True and not checkpoints_of_training(Path(self.run.out_dir or "")):
-                find_checkpoint(self.run.out_dir or "", key="out_dir")  # refuses before a folder is made for nothing
+            if self.run.out_dir is not None:  # refuses before a folder is made, or locked, for nothing
+                found = require_no_lost_checkpoint(Path(self.run.out_dir))
+                if self.run.resume is True and not found:
+                    find_checkpoint(self.run.out_dir, key="out_dir")
             self.path = self._make()
             self._lock(self.path)
             return self.path, self._start(self.path)
@@ -149,9 +151,9 @@ class RunFolder:
     def _start(self, path: Path) -> Path | None:
         """The checkpoint to go on from; None: training starts from nothing."""
         run, latest = self.run, path / LATEST
-        found = checkpoints_of_training(path)
+        found = require_no_lost_checkpoint(path)
         if run.resume is False:
-            if found or latest.is_symlink() or latest.exists():
+            if found or latest.exists():
                 raise UserError(
                     f"out_dir={path}: holds a run already; give another folder, or resume=true to go on with it"
                 )
@@ -164,12 +166,22 @@ class RunFolder:
         if found:
             warn(self.console, f"{latest} leads to no checkpoint; going on from the newest, {found[-1].name}")
             return found[-1].resolve()
-        if latest.is_symlink():
-            raise UserError(
-                f"out_dir={path}: latest -> {latest.readlink()} leads nowhere, and there is no other checkpoint; "
-                "bring it back, or delete the link to start anew"
-            )
         return None
+
+
+def require_no_lost_checkpoint(path: Path) -> list[Path]:
+    """The checkpoints of a run's folder, see `checkpoints_of_training`.
+
+    Raises:
+        UserError: there is none, but a `latest` that leads to where one was.
+    """
+    found, latest = checkpoints_of_training(path), path / LATEST
+    if not found and latest.is_symlink() and not latest.exists():
+        raise UserError(
+            f"out_dir={path}: latest -> {latest.readlink()} leads nowhere, and there is no other checkpoint; "
+            "bring it back, or delete the link to start anew"
+        )
+    return found
 
 
 def _is_gone(owner: dict[str, Any], certainly: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +21,7 @@ from simcot_latent import checkpoint as module
 from simcot_latent.checkpoint import (
     Checkpoint,
     TrainerState,
+    checkpoints_of_training,
     find_checkpoint,
     load_checkpoint,
     load_trainer_state,
@@ -269,6 +271,74 @@ def test_going_back_keeps_what_was_just_written(make_checkpoint: Callable[..., C
     save_checkpoint(make_checkpoint(step=20), tmp_path, STATE, keep=1)
     save_checkpoint(make_checkpoint(step=10), tmp_path, STATE, keep=1)
     assert load_checkpoint(tmp_path).step == 10
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling", "link to a checkpoint", "incomplete"])
+@pytest.mark.parametrize("name", ["step_0000007", ".step_0000007.partial", ".latest.partial"])
+def test_what_has_the_name_of_a_checkpoint_moves_aside(
+    kind: str,
+    name: str,
+    make_checkpoint: Callable[..., Checkpoint],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out_dir, elsewhere, place = tmp_path / "run", tmp_path / "elsewhere", tmp_path / "run" / name
+    out_dir.mkdir()
+    saved = save_checkpoint(make_checkpoint(seed=3), elsewhere, STATE, keep=1)
+    if kind == "folder":
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+    elif kind == "incomplete":
+        shutil.copytree(saved, place)
+        (place / "trainer_state.json").unlink()
+    elif kind == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to({"link": tmp_path, "dangling": "nowhere", "link to a checkpoint": saved}[kind])
+    save_checkpoint(make_checkpoint(seed=1), out_dir, STATE, keep=1)
+    assert outputs(load_checkpoint(out_dir)) == outputs(make_checkpoint(seed=1))
+    assert not (out_dir / "step_0000007").is_symlink()
+    assert outputs(load_checkpoint(elsewhere)) == outputs(make_checkpoint(seed=3))
+    # A half-written folder and a link that was to be `latest` are what a killed save leaves, and go.
+    is_link = "link" in kind or kind == "dangling"
+    if name == "step_0000007" or (name == ".latest.partial" and not is_link):
+        aside = place.with_name(f"{place.stem}-1{place.suffix}")
+        assert os.path.lexists(aside)
+        assert f"{name} was there and is no checkpoint of this run; it is now {aside.name}" in caplog.text
+        assert aside.is_symlink() == is_link
+        if kind == "folder":
+            assert (aside / "notes.txt").read_text() == "mine"
+    else:
+        assert sorted(path.name for path in out_dir.iterdir()) == ["latest", "step_0000007"]
+
+
+def test_names_aside_are_free(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    (tmp_path / "step_0000007").write_text("mine")
+    (tmp_path / "step_0000007-1").symlink_to("nowhere")
+    save_checkpoint(make_checkpoint(), tmp_path, STATE, keep=1)
+    assert (tmp_path / "step_0000007-1").is_symlink()
+    assert (tmp_path / "step_0000007-2").read_text() == "mine"
+
+
+def test_what_others_put_into_a_checkpoint_stays(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """Evals above all: deleting an old checkpoint, or writing its step anew, deletes only what was written with it."""
+    old = save_checkpoint(make_checkpoint(step=5), tmp_path, STATE, keep=1)
+    (old / "evals").mkdir()
+    (old / "evals/gsm8k.json").write_text("{}")
+    (old / "tokenizer/notes.txt").write_text("mine")
+    save_checkpoint(make_checkpoint(step=10), tmp_path, STATE, keep=1)
+    left = sorted(str(path.relative_to(old)) for path in old.rglob("*") if path.is_file())
+    assert left == ["evals/gsm8k.json", "tokenizer/notes.txt"]
+    assert [path.name for path in checkpoints_of_training(tmp_path)] == ["step_0000010"]
+    # The run goes back: what is left of step 5 is in nobody's way.
+    save_checkpoint(make_checkpoint(step=5), tmp_path, STATE, keep=2)
+    assert [path.name for path in checkpoints_of_training(tmp_path)] == ["step_0000005", "step_0000010"]
+    assert (tmp_path / "step_0000005-1/evals/gsm8k.json").exists()
+    # And forward again, over a checkpoint that was evaluated.
+    (tmp_path / "step_0000010/mine.txt").write_text("mine")
+    save_checkpoint(make_checkpoint(step=10, seed=1), tmp_path, STATE, keep=2)
+    assert [path.name for path in (tmp_path / "step_0000010-1").iterdir()] == ["mine.txt"]
+    assert outputs(load_checkpoint(tmp_path)) == outputs(make_checkpoint(step=10, seed=1))
 
 
 # --- what is broken is named -----------------------------------------------------------------------------------------

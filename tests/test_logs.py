@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,28 @@ def test_a_line_a_record(tmp_path: Path) -> None:
     log.write(2, {"loss": 3.25})
     log.close()
     assert lines(tmp_path) == [{"step": 1, "loss": 3.5, "lrm": 1.0}, {"step": 2, "loss": 3.25}]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX's")
+@pytest.mark.parametrize("fits", [0, 1, 10])
+def test_a_disk_that_is_full_takes_a_line_or_nothing(fits: int, tmp_path: Path) -> None:
+    """The system takes the bytes that fit, and only says so by a count."""
+    import resource
+
+    log = open_log(tmp_path)
+    log.write(1, {"loss": 3.5})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + fits, hard))
+    try:
+        with pytest.raises(UserError) as caught:
+            log.write(2, {"loss": 3.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == f"{tmp_path / 'metrics.jsonl'}: cannot be written (File too large)"
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    log.write(2, {"loss": 3.25})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
 @settings(deadline=None, max_examples=50)

@@ -25,7 +25,7 @@ from torch import Tensor
 import simcot_latent as sl
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.arithmetic import Arithmetic
-from simcot_latent.errors import file_errors
+from simcot_latent.errors import UserError, file_errors
 from simcot_latent.logs import RunLog
 from simcot_latent.memory import out_of_memory
 from simcot_latent.objectives.weighted import WeightedObjective
@@ -91,7 +91,7 @@ def test_a_link_that_leads_nowhere_without_a_checkpoint_is_no_empty_folder(
     shutil.rmtree(out_dir / "step_0000008")
     before = contents(out_dir)
     message = run(TRAIN, *WEIGHTED, "out_dir=run", f"resume={resume}", folder=tmp_path).error
-    assert "out_dir=run" in message
+    assert "out_dir=run: latest -> step_0000008 leads nowhere, and there is no other checkpoint" in message
     assert contents(out_dir) == before
 
 
@@ -159,6 +159,26 @@ def test_a_fresh_run_leaves_the_metrics_of_an_earlier_one(tmp_path: Path) -> Non
     assert (tmp_path / "run/metrics-1.jsonl").read_text() == "mine"
 
 
+@pytest.mark.parametrize("from_step", [0, 8])
+def test_metrics_that_are_no_file_are_refused(from_step: int, tmp_path: Path) -> None:
+    """A fifo would wait for ever for somebody who reads it."""
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is a folder, a device or the like; it must be a file"):
+        RunLog(tmp_path, True, from_step, run="", project="", config={})
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is a folder, a device or the like; it must be a file"):
+        RunLog(tmp_path, True, from_step, run="", project="", config={})
+
+
+@pytest.mark.parametrize("empty", ["", "' '"])
+def test_an_empty_out_dir_is_refused(empty: str, tmp_path: Path) -> None:
+    message = run(TRAIN, *WEIGHTED, f"out_dir={empty}", folder=tmp_path).error
+    assert "out_dir=" in message
+    assert "must be a folder, or null for runs/weighted" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_lines_that_are_no_metrics_are_kept_aside(once: Path, tmp_path: Path) -> None:
     out_dir = cut_back(once, tmp_path / "run")
     strange = [b"{}", b'{"step": "3"}', b"\xff\xfe", b"[1]", b"null", b'{"step": true}', b'{"step": 7, "loss": 1']
@@ -169,6 +189,33 @@ def test_lines_that_are_no_metrics_are_kept_aside(once: Path, tmp_path: Path) ->
     assert "metrics.jsonl: 7 line(s) are no records of a step; they are now in metrics.unreadable" in resumed.out
     assert (out_dir / "metrics.unreadable").read_bytes().splitlines() == strange
     assert_as_if_uninterrupted(out_dir, once)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"nonfinite": "3"}, "nonfinite and nonfinite_in_a_row must be whole numbers"),
+        ({"nonfinite": True}, "nonfinite and nonfinite_in_a_row must be whole numbers"),
+        ({"nonfinite": -1, "nonfinite_in_a_row": -1}, "nonfinite and nonfinite_in_a_row must be whole numbers"),
+        ({"nonfinite_in_a_row": None}, "nonfinite and nonfinite_in_a_row must be whole numbers"),
+        ({"nonfinite_in_a_row": 1}, "the second at most the first"),
+        ({"owes_validation": "no"}, "owes_validation must be true or false"),
+        ({"step": 7}, "says step=7, but"),
+    ],
+)
+def test_a_state_of_training_that_cannot_be_is_named(
+    changes: dict[str, Any], wanted: str, once: Path, tmp_path: Path
+) -> None:
+    out_dir = cut_back(once, tmp_path / "run")
+    file = out_dir / "step_0000008/trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    before = contents(out_dir)
+    message = run(TRAIN, *WEIGHTED, "out_dir=run", "resume=true", "verify=false", folder=tmp_path).error
+    assert "step_0000008/trainer_state.json: " in message
+    assert wanted in message
+    if "step" in changes:
+        assert "step_0000008/config.json says step=8" in message
+    assert contents(out_dir) == before
 
 
 # --- numbers that are none -------------------------------------------------------------------------------------------
