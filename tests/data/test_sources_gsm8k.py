@@ -85,6 +85,41 @@ def test_a_row_becomes_a_problem(folder: Path) -> None:
     assert (step.expression, step.result, step.start, step.end) == ("1233+1", "1234", 17, 32)
 
 
+JSON_FORMS = {
+    "one line": lambda values: json.dumps({"version": 1, "data": values}),
+    "data first": lambda values: json.dumps({"data": values, "version": 1}),
+    "first line ends in a comma": lambda values: '{"version": 1,\n"data": ' + json.dumps(values) + "}",
+    "first line ends in a bracket": lambda values: '{"version": 1, "data": [\n' + json.dumps(values)[1:] + "}",
+    "a list": lambda values: "\n" + json.dumps(values),
+    "a row per line": lambda values: "\n".join(map(json.dumps, values)),
+    "rows of several keys": lambda values: "\n".join(json.dumps({"data": [1], **value}) for value in values),
+    "a row in several lines": lambda values: json.dumps(values[0], indent=1),
+    "a single line": lambda values: json.dumps({"data": [1], **values[0]}),
+}
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+def test_json_in_any_order_and_indentation(form: str, tmp_path: Path) -> None:
+    single = form in ("a row in several lines", "a single line")
+    (tmp_path / "mine.json").write_text(JSON_FORMS[form](rows(5)))
+    asked = questions(GSM8K(path=str(tmp_path / "mine.json")), "test")
+    assert asked == [value["question"] for value in rows(1 if single else 5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"version": 1, "data": [{]}', ":1: not valid JSON"),
+        ('{"version": 1,\n"data": [\n{]}', ":3: not valid JSON"),
+        (json.dumps(row(1)) + '\n{"question": ', ":2: not valid JSON"),
+        ('{"version": 1, "rows": []}', 'mine.json row 1: no "question"'),
+    ],
+)
+def test_broken_json_is_named_with_its_line(text: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    assert place in message(GSM8K(path=str(tmp_path / "mine.json")), "test")
+
+
 def test_splits_of_a_folder(folder: Path) -> None:
     source = GSM8K(path=str(folder))
     train, validation, test = questions(source, "train"), questions(source, "validation"), questions(source, "test")

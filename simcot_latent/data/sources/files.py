@@ -50,6 +50,8 @@ _SPLIT_FOLDER = re.compile(rf"(?P<partial>partial-)?(?P<name>{'|'.join(_SPLIT_OF
 _CONVERTED = re.compile(r"(?P<number>[0-9]{4,})(?P<suffix>\.parquet)")
 _PACKED = (".gz", ".zst")
 _DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+# How a text begins that is one value of several lines: what is broken in it is looked for in the whole.
+_LONG_VALUE = re.compile(r"\[|\{(?:[^\n]*[,\[{])?[ \t]*\n")
 _SAVED = ("dataset_dict.json", "state.json")
 """What `datasets`' `save_to_disk` writes of a set of splits, and of one table."""
 
@@ -428,14 +430,18 @@ def _filled_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_json(file: Path, shape: str) -> list[Row]:
-    """One JSON list of rows, also as `{"data": [..]}`; or one row per line, as some name their JSONL files `.json`."""
+    """One JSON value: a list of rows, that list under `data` beside whatever else is told, or a single row; or one row
+    per line, as some name their JSONL files `.json`."""
     text = "\n".join(_lines(file))
-    start = text.lstrip()
-    if not start.startswith("[") and not re.match(r'\{\s*"data"\s*:\s*\[|\{[ \t]*\n', start):
-        return _read_jsonl(file, shape)
-    values = _json(text, file, 1, shape)
-    if isinstance(values, dict):
-        values = values["data"] if isinstance(values.get("data"), list) else [values]
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if not _LONG_VALUE.match(text.lstrip()):
+            return _read_jsonl(file, shape)
+        value = _json(text, file, 1, shape)  # says where it is broken
+    if isinstance(value, dict) and "question" not in value and isinstance(value.get("data"), list):
+        value = value["data"]
+    values = value if isinstance(value, list) else [value]
     return [Row(value, f"{file} row {number}") for number, value in enumerate(cast(list[object], values), start=1)]
 
 
