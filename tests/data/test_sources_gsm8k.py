@@ -458,6 +458,16 @@ def test_a_broken_row_of_a_packed_file_is_named(suffix: str, tmp_path: Path) -> 
         assert message(GSM8K(path=str(file))).startswith(f"{file}: not a whole {suffix} file")
 
 
+def test_shards_that_are_packed_differently(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "test-00000-of-00003.jsonl", rows(2))
+    (tmp_path / "test-00001-of-00003.jsonl.gz").write_bytes(gzip.compress(as_jsonl(rows(4)[2:])))
+    write_zst(tmp_path / "test-00002-of-00003.jsonl.zst", as_jsonl(rows(5)[4:]))
+    source = GSM8K(path=str(tmp_path))
+    assert questions(source, "test") == [value["question"] for value in rows(5)]
+    write_jsonl(tmp_path / "test-00002-of-00003.jsonl", rows(2))
+    assert "are the same shard; keep one" in message(source, "test")
+
+
 def test_shards_that_are_not_all_there(tmp_path: Path) -> None:
     for i in (0, 1, 3):
         write_parquet(tmp_path / f"default/train/000{i}.parquet", rows(2))

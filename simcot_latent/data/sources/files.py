@@ -320,7 +320,9 @@ def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path
     for entry in _entries(folder):
         match = _SPLIT_FILE.fullmatch(entry.name)
         if match and entry.is_file() and _kind_of_file(entry.name) in suffixes:
-            series = (match["prefix"] or "", match["name"], match["count"] or "", match["suffix"])
+            # The shards of one series may be packed differently.
+            suffix = _kind_of_file(entry.name) if match["count"] else match["suffix"]
+            series = (match["prefix"] or "", match["name"], match["count"] or "", suffix)
             shards = found.setdefault(_SPLIT_OF_NAME[match["name"]], {}).setdefault(series, {})
             number = int(match["number"] or 0)
             if number in shards:
