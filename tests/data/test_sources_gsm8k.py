@@ -22,6 +22,8 @@ from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.sources.gsm8k_aug import GSM8KAug
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
+from simcot_latent.logs import make_console
+from simcot_latent.train import load_split
 
 REPOSITORY = Path(__file__).parents[2]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
@@ -445,6 +447,19 @@ def test_what_is_not_read_is_named(folder: Path) -> None:
     assert sorted(unread) == [
         f"file that is not read ({name})" for name in ("backup_train.jsonl", "train.csv", "train_socratic.jsonl")
     ]
+
+
+def test_files_of_other_kinds_are_named_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["train.ndjson", "train.jsonl.xz", "more.bz2", "more.csv.gz", "TRAIN.txt", "Test.JSONL", "old.zip"]
+    for name in (*names, "README.md", "notes.txt", "LICENSE"):
+        (folder / name).write_text("{}")
+    expected = sorted(f"file that is not read ({name})" for name in names)
+    for split in ALL_SPLITS:
+        assert sorted(GSM8K(path=str(folder)).load(split).notes) == expected
+    for split in ("train", "validation"):
+        load_split(GSM8K(path=str(folder)), split, make_console())
+    printed = capsys.readouterr()
+    assert sorted(re.findall(r"file that is not read \(.*\)", printed.out + printed.err)) == expected
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -49,7 +49,11 @@ _SPLIT_FILE = re.compile(
 _SPLIT_FOLDER = re.compile(rf"(?P<partial>partial-)?(?P<name>{'|'.join(_SPLIT_OF_NAME)})")
 _CONVERTED = re.compile(r"(?P<number>[0-9]{4,})(?P<suffix>\.parquet)")
 _PACKED = (".gz", ".zst")
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+# What is named where it is not read: files of these kinds, and whatever is packed in any way.
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+_ARCHIVES = (*_PACKED, ".xz", ".bz2", ".zip", ".tgz", ".7z")
+UNREAD = "file that is not read"
+"""How the note on such a file begins; it is the same for every split."""
 # How a text begins that is one value of several lines: what is broken in it is looked for in the whole.
 _LONG_VALUE = re.compile(r"\[|\{(?:[^\n]*[,\[{])?[ \t]*\n")
 _SAVED = ("dataset_dict.json", "state.json")
@@ -218,7 +222,7 @@ class WrittenSolutions(ABC):
             folder, files = next((pair for pair in found if pair[1]), (path, {}))
             read = {file for paths in files.values() for file in paths}
             others = [file for file in _entries(folder) if file.is_file() and file not in read]
-            unread += [f"file that is not read ({f.name})" for f in others if _kind_of_file(f.name) in _DATA_SUFFIXES]
+            unread += [f"{UNREAD} ({file.name})" for file in others if _looks_like_data(file.name)]
             if not files:
                 raise UserError(
                     f"{path}: no data in this folder; looked for train, validation and test with {kinds}; it holds "
@@ -290,6 +294,12 @@ def _with_steps(solutions: Sequence[Solution]) -> LoadedSplit:
 def _kind_of_file(name: str) -> str:
     """A file's suffix, that of what is packed in it if it is packed."""
     return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def _looks_like_data(name: str) -> bool:
+    """Whether a file may hold data, by its name in whatever case: a split's, or that of a kind of data or archive."""
+    name = name.lower()
+    return name.endswith((*_DATA_SUFFIXES, *_ARCHIVES)) or _SPLIT_FILE.fullmatch(name) is not None
 
 
 def _entries(folder: Path) -> list[Path]:
