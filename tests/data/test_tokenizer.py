@@ -412,9 +412,7 @@ def test_command_knows_the_home_folder(equals: bool, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (home / "text.txt").write_text("Sam sold some clips, then Sam sold more clips.\n" * 3, encoding="utf-8")
     given = {"--out": "~/tok.tiktoken", "--text": "~/text.txt", "--vocab-size": "280"}
-    arguments = (
-        [f"{key}={value}" for key, value in given.items()] if equals else [*sum(given.items(), ())]
-    )
+    arguments = [f"{key}={value}" for key, value in given.items()] if equals else [*sum(given.items(), ())]
     assert main(arguments) == 0
     assert {entry.name for entry in home.iterdir()} == {"tok.tiktoken", "text.txt"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["home"]
