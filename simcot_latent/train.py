@@ -575,7 +575,8 @@ def make_model(job: Job, raw: DictConfig) -> tuple[GPT, Tokenizer]:
     if job.start is not None:  # what it began from need not be there any more
         saved = load_checkpoint(job.start, key="out_dir", verify=run.verify)
         return saved.model.train(), saved.tokenizer
-    saved = with_latent_tokens(load_pretrained(run.init_from, key="init_from", verify=run.verify), run.new_token_init)
+    published = load_pretrained(run.init_from, key="init_from", verify=run.verify)
+    saved = with_latent_tokens(published, str(run.new_token_init))
     from simcot_latent import cli  # hydra, which training from Python does without
 
     asked = cli.overridden("tokenizer")

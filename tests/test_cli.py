@@ -180,6 +180,9 @@ def test_nobodys_home(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: out_dir=~nobody-of-that-name/runs: no home folder" in capsys.readouterr().err
 
 
+EXPERIMENTS = "smollm2_gsm8k_latent, smollm2_gsm8k_weighted"
+
+
 @pytest.mark.parametrize(
     ("typed", "means"),
     [
@@ -192,6 +195,11 @@ def test_nobodys_home(capsys: pytest.CaptureFixture[str]) -> None:
         ("mode=lattent", "mode=lattent: must be one of latent, weighted; did you mean latent?"),
         ("data=gsm8", "data=gsm8: must be one of arithmetic, gsm8k, gsm8k_aug; did you mean gsm8k?"),
         ("zzz=1", "zzz: no such key"),
+        ("experiment=nul", f"experiment=nul: must be one of {EXPERIMENTS}, null; did you mean null?"),
+        ("mode=nul", "mode=nul: must be one of latent, weighted"),
+        ("mode=null", "mode=null: must be one of latent, weighted"),
+        ("+mode=null", "+mode=null: must be one of latent, weighted; leave out the +"),
+        ("+experiment=null", f"+experiment=null: must be one of {EXPERIMENTS}, null; leave out the +"),
     ],
 )
 def test_a_typo_names_what_was_meant(typed: str, means: str, capsys: pytest.CaptureFixture[str]) -> None:
