@@ -13,6 +13,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -45,6 +46,7 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us, instead of being printed with part of a traceback
     print_whatever_comes()
+    check_dashes(sys.argv[1:])
     sys.argv[1:] = [quote_text(argument) for argument in without_nulls(sys.argv[1:], config_name)]
 
     composed = False
@@ -79,6 +81,23 @@ def print_whatever_comes() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def check_dashes(arguments: list[str]) -> None:
+    """Ends the command if a key is written as an option, as in `--mode=latent`.
+
+    Hydra's own options stay, also shortened (`--multi`) or with a value in the same word (`--cfg=job`, `-cjob`).
+    """
+    actions = get_args_parser()._actions
+    for argument in arguments:
+        word, equals, value = argument.partition("=")
+        options = [o for action in actions if action.nargs != 0 or not equals for o in action.option_strings]
+        if word.startswith("--"):
+            theirs = any(option.startswith(word) for option in options)
+        else:
+            theirs = any(word == option if equals else word.startswith(option) for option in options)
+        if re.match(r"--?[A-Za-z_]", word) and not theirs:
+            fail(UserError(f"{argument}: leave out the dashes, as in {word.lstrip('-')}={value or 'VALUE'}"))
 
 
 def without_nulls(arguments: list[str], config_name: str) -> list[str]:

@@ -180,6 +180,37 @@ def test_nobodys_home(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: out_dir=~nobody-of-that-name/runs: no home folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
+        ("--mode=latent", "mode=latent"),
+        ("--mode", "mode=VALUE"),
+        ("-mode=latent", "mode=latent"),
+        ("--data.path=a=b", "data.path=a=b"),
+        ("--run=mine", "run=mine"),  # a key of ours, and an option of hydra's that takes no value
+        ("--resume=true", "resume=true"),
+        ("--verify=false", "verify=false"),
+        ("-compile=true", "compile=true"),  # begins as -c does
+    ],
+)
+def test_a_key_written_as_an_option(typed: str, means: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(print, typed, config="train") == 2
+    assert capsys.readouterr().err == f"error: {typed}: leave out the dashes, as in {means}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help", "-h", "--hydra-help", "--version", "--cfg job", "--cfg=job", "-c job", "-cjob", "--resolve", "--run",
+        "--package _global_", "--multirun", "-m", "--multi", "--shell-completion", "-sc query=bash", "--config-dir /x",
+        "--config-dir=/x=y", "-cd /x", "-cn=eval", "--config-path=/x", "--config-name=eval", "--info", "--info=all",
+        "--experimental-rerun=x.pickle", "seed=-1", "~data", "-1", "question=--mode=latent", "-",
+    ],
+)  # fmt: skip
+def test_options_of_hydras_stay(arguments: str) -> None:
+    cli.check_dashes(arguments.split())
+
+
 EXPERIMENTS = "smollm2_gsm8k_latent, smollm2_gsm8k_weighted"
 
 
