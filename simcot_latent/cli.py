@@ -8,11 +8,12 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -48,6 +49,7 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us, instead of being printed with part of a traceback
     print_whatever_comes()
+    check_dashes(sys.argv[1:])
     sys.argv[1:] = [quote_text(argument) for argument in without_nulls(sys.argv[1:], config_name)]
 
     composed = False
@@ -71,7 +73,7 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if composed:  # ours
             raise
-        fail(error)  # a plain ValueError is hydra's word for data=null
+        fail(error, config_name)  # a plain ValueError is hydra's word for data=null
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -84,12 +86,34 @@ def print_whatever_comes() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def check_dashes(arguments: list[str]) -> None:
+    """Ends the command if a key is written as an option, as in `--mode=latent`.
+
+    Hydra's own options stay, also shortened (`--multi`) or with a value in the same word (`--cfg=job`, `-cjob`).
+    """
+    actions = get_args_parser()._actions
+    for argument in arguments:
+        word, equals, value = argument.partition("=")
+        options = [o for action in actions if action.nargs != 0 or not equals for o in action.option_strings]
+        if word.startswith("--"):
+            theirs = any(option.startswith(word) for option in options)
+        else:
+            theirs = any(word == option if equals else word.startswith(option) for option in options)
+        if re.match(r"--?[A-Za-z_]", word) and not theirs:
+            fail(UserError(f"{argument}: leave out the dashes, as in {word.lstrip('-')}={value or 'VALUE'}"))
+
+
 def without_nulls(arguments: list[str], config_name: str) -> list[str]:
     """Leaves out `experiment=null` and the like: what the configuration has as a group's default, but hydra refuses."""
-    defaults = OmegaConf.select(OmegaConf.load(config_dir() / f"{config_name}.yaml"), "defaults")
-    groups = {key for entry in defaults if not isinstance(entry, str) for key, value in entry.items() if value is None}
+    groups = null_groups(config_name)
     given = [argument.partition("=")[0] for argument in arguments]
     return [a for a in arguments if not any(a == f"{group}=null" and given.count(group) == 1 for group in groups)]
+
+
+def null_groups(config_name: str) -> set[str]:
+    """The groups of which a configuration takes none by default."""
+    defaults = OmegaConf.select(OmegaConf.load(config_dir() / f"{config_name}.yaml"), "defaults")
+    return {key for entry in defaults if not isinstance(entry, str) for key, value in entry.items() if value is None}
 
 
 def expand_paths(raw: DictConfig) -> None:
@@ -168,11 +192,15 @@ def data_notes(raw: DictConfig, checkpoint: Checkpoint, data: dict[str, Any]) ->
         yield f"data.path={data['path']}, as in training"
 
 
-def fail(error: Exception) -> NoReturn:
-    """Prints an error as one line and exits; of the ranks of a torchrun that find the same, one prints it."""
+def fail(error: Exception, config_name: str | None = None) -> NoReturn:
+    """Prints an error as one line and exits; of the ranks of a torchrun that find the same, one prints it.
+
+    Args:
+        config_name: what was composed, if the error came of that.
+    """
     from simcot_latent.distributed import first_to_say
 
-    message = message_of(error)
+    message = message_of(error, set() if config_name is None else null_groups(config_name))
     if first_to_say(message):
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -193,18 +221,26 @@ def quote_text(argument: str) -> str:
     return f'{key}="{escaped}"'
 
 
-def message_of(error: Exception) -> str:
-    """An exception's message, and that of what caused it, on one line."""
+def message_of(error: Exception, nullable: Collection[str] = ()) -> str:
+    """An exception's message, and that of what caused it, on one line.
+
+    Args:
+        nullable: the groups that may be null.
+    """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"{group}={name}: must be one of {', '.join(error.options)}{did_you_mean(name, error.options)}"
+        choices = [*error.options, "null"] if group in nullable else error.options
+        return f"{group}={name}: must be one of {', '.join(choices)}{did_you_mean(name, choices)}"
     if match := re.match(r"Could not override '(.+?)'", str(error)):
         return f"{match[1]}: no such key{nearest_keys(match[1], error.__cause__)}"
     if isinstance(error, ValueError) and "Config group override must be" in str(error):  # `mode=null`
-        groups = [a.removesuffix("=null") for a in sys.argv if a.endswith("=null")]
-        for group in (group for group in groups if (config_dir() / group).is_dir()):
-            choices = ", ".join(sorted(file.stem for file in (config_dir() / group).glob("*.yaml")))
-            return f"{group}=null: must be one of {choices}"
+        for argument in (a for a in sys.argv[1:] if a.endswith("=null")):
+            group = argument.removesuffix("=null").lstrip("+")
+            if group and (config_dir() / group).is_dir():
+                choices = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+                choices += ["null"] if group in nullable else []
+                plus = "; leave out the +" if argument.startswith("+") else ""
+                return f"{argument}: must be one of {', '.join(choices)}{plus}"
     messages = [str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         messages.append(str(error.__cause__))

@@ -40,9 +40,18 @@ def evaluate() -> None:
         _complete_eval()
         return
     names = eval_names()
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    name, *rest = sys.argv[1:] or [""]
+    if name in ("--help", "-h"):
+        print(
+            f"usage: simcot-eval NAME ckpt=DIR [KEY=VALUE ...]\n\nNAME is one of {', '.join(names)}.\n"
+            "`simcot-eval NAME --help` lists the keys."
+        )
+        return
     if name not in names:
-        given = f"{name}: is no eval" if name else "which eval?"
+        later = next((argument for argument in rest if argument in names), None)
+        if later is not None:
+            cli.fail(UserError(f"{later}: the name of the eval comes first, as in `simcot-eval {later} {name}`"))
+        given = "which eval?" if not name or "=" in name else f"{name}: is no eval;"
         near = did_you_mean(name, names)
         cli.fail(UserError(f"{given} give one of {', '.join(names)} first, as in `simcot-eval gsm8k ckpt=DIR`{near}"))
     del sys.argv[1]

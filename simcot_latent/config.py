@@ -177,7 +177,7 @@ class RunConfig:
     profile: bool = False
     out_dir: str | None = None
     init_from: str | None = None
-    new_token_init: str = "mean"
+    new_token_init: str | None = "mean"  # null is refused below, in words of its own
     resume: Any = False
     resume_with_changes: bool = False
     max_minutes: float | None = None
@@ -250,6 +250,7 @@ class RunConfig:
             self.max_minutes,
             "above 0, or null for no limit",
         )
+        require(self.new_token_init is not None, "new_token_init", "null", "mean, or a token")
         require_choice("on_nonfinite", self.on_nonfinite, ("error", "skip"))
 
 

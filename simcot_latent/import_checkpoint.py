@@ -115,6 +115,9 @@ KINDS = {
     "simcot_codi": replace(CODI, decoder="decoder"),
 }
 
+PARTS = {part for kind in KINDS.values() for part in (*kind.models, kind.besides)}
+"""All first parts of names."""
+
 BARE = ""
 """In place of a first part: of Coconut's stage 0, before there is any thought, the model is saved by itself."""
 WRITTEN = ThoughtFormat(answer_mark="###")
@@ -261,6 +264,7 @@ def split(weights: Mapping[str, Tensor], source: str | Path, kind: str) -> dict[
     Raises:
         UserError: they are of another kind, or some belong nowhere.
     """
+    weights = without_prefix(weights)
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in weights.items():
         first, _, rest = name.partition(".")
@@ -283,6 +287,18 @@ def split(weights: Mapping[str, Tensor], source: str | Path, kind: str) -> dict[
     if unknown := [name for name in weights if name.partition(".")[0] not in {*known.models, known.besides}]:
         raise UserError(f"source={source}: has {some(unknown)}, which kind={kind} has not")
     return dict(parts)
+
+
+def without_prefix(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors by names that begin with one of `PARTS`, where all that hold one have the same before it.
+
+    Trainers that keep the model as an attribute put that attribute's name there, Lightning's usual one is `model.`.
+    """
+    first_known = re.compile(rf"(.*?\.)??(?:{'|'.join(sorted(PARTS))})\.")
+    before = {name: match[1] or "" for name in weights if (match := first_known.match(name))}
+    if len(set(before.values())) != 1:
+        return weights
+    return {name.removeprefix(before.get(name, "")): tensor for name, tensor in weights.items()}
 
 
 def model_like(base: Published, tensors: dict[str, Tensor], path: str | Path, n_layer: int | None = None) -> GPT:

@@ -27,6 +27,7 @@ from simcot_latent.data.format import Example
 from simcot_latent.data.lazy import Lazily
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources import LoadedSplit, Source, Split
+from simcot_latent.data.sources.files import UNREAD
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
 from simcot_latent.errors import UserError, file_errors
@@ -574,7 +575,8 @@ def make_model(job: Job, raw: DictConfig) -> tuple[GPT, Tokenizer]:
     if job.start is not None:  # what it began from need not be there any more
         saved = load_checkpoint(job.start, key="out_dir", verify=run.verify)
         return saved.model.train(), saved.tokenizer
-    saved = with_latent_tokens(load_pretrained(run.init_from, key="init_from", verify=run.verify), run.new_token_init)
+    published = load_pretrained(run.init_from, key="init_from", verify=run.verify)
+    saved = with_latent_tokens(published, str(run.new_token_init))
     from simcot_latent import cli  # hydra, which training from Python does without
 
     asked = cli.overridden("tokenizer")
@@ -599,7 +601,8 @@ def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:
     """A split of the data, and what was noticed while reading it."""
     loaded = source.load(split)
     for note, count in sorted(loaded.notes.items()):
-        console.print(f"{split}: {count} x {note}")
+        if split == "train" or not note.startswith(UNREAD):  # which is the same for all splits of a folder
+            console.print(f"{split}: {count} x {note}")
     return loaded
 
 

@@ -183,6 +183,40 @@ def test_nobodys_home(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("typed", "means"),
     [
+        ("--mode=latent", "mode=latent"),
+        ("--mode", "mode=VALUE"),
+        ("-mode=latent", "mode=latent"),
+        ("--data.path=a=b", "data.path=a=b"),
+        ("--run=mine", "run=mine"),  # a key of ours, and an option of hydra's that takes no value
+        ("--resume=true", "resume=true"),
+        ("--verify=false", "verify=false"),
+        ("-compile=true", "compile=true"),  # begins as -c does
+    ],
+)
+def test_a_key_written_as_an_option(typed: str, means: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(print, typed, config="train") == 2
+    assert capsys.readouterr().err == f"error: {typed}: leave out the dashes, as in {means}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help", "-h", "--hydra-help", "--version", "--cfg job", "--cfg=job", "-c job", "-cjob", "--resolve", "--run",
+        "--package _global_", "--multirun", "-m", "--multi", "--shell-completion", "-sc query=bash", "--config-dir /x",
+        "--config-dir=/x=y", "-cd /x", "-cn=eval", "--config-path=/x", "--config-name=eval", "--info", "--info=all",
+        "--experimental-rerun=x.pickle", "seed=-1", "~data", "-1", "question=--mode=latent", "-",
+    ],
+)  # fmt: skip
+def test_options_of_hydras_stay(arguments: str) -> None:
+    cli.check_dashes(arguments.split())
+
+
+EXPERIMENTS = "smollm2_gsm8k_latent, smollm2_gsm8k_weighted"
+
+
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
         ("learning_rat=1", "learning_rat: no such key; did you mean learning_rate?"),
         ("n_latents=3", "n_latents: no such key; did you mean latent.n_latents?"),
         ("latent.n_latnts=3", "latent.n_latnts: no such key; did you mean latent.n_latents?"),
@@ -192,6 +226,11 @@ def test_nobodys_home(capsys: pytest.CaptureFixture[str]) -> None:
         ("mode=lattent", "mode=lattent: must be one of latent, weighted; did you mean latent?"),
         ("data=gsm8", "data=gsm8: must be one of arithmetic, gsm8k, gsm8k_aug; did you mean gsm8k?"),
         ("zzz=1", "zzz: no such key"),
+        ("experiment=nul", f"experiment=nul: must be one of {EXPERIMENTS}, null; did you mean null?"),
+        ("mode=nul", "mode=nul: must be one of latent, weighted"),
+        ("mode=null", "mode=null: must be one of latent, weighted"),
+        ("+mode=null", "+mode=null: must be one of latent, weighted; leave out the +"),
+        ("+experiment=null", f"+experiment=null: must be one of {EXPERIMENTS}, null; leave out the +"),
     ],
 )
 def test_a_typo_names_what_was_meant(typed: str, means: str, capsys: pytest.CaptureFixture[str]) -> None:

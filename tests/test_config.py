@@ -146,6 +146,7 @@ REFUSED = {
     "checkpoint_every=0": ("checkpoint_every=0", "-1"),
     "keep_checkpoints=0": ("keep_checkpoints=0", "at least 1"),
     "max_new_tokens=0": ("max_new_tokens=0", "at least 1"),
+    "new_token_init=null": ("new_token_init=null: must be mean, or a token",),
     "run=null": ("run", "None"),
     "latent.n_latents=0": ("latent.n_latents=0", "at least 1"),
     "latent.n_latents=-4": ("latent.n_latents=-4", "at least 1"),

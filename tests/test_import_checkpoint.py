@@ -519,10 +519,11 @@ def test_tied_weights_under_either_name(gpt2_base: Base, tmp_path: Path) -> None
 
 
 def assert_same_weights(found: Checkpoint, expected: Checkpoint) -> None:
-    pairs = [(found.model, expected.model)]
-    assert found.step_decoder is not None
-    assert expected.step_decoder is not None
-    for ours, theirs in [*pairs, (found.step_decoder, expected.step_decoder)]:
+    pairs: list[tuple[Any, Any]] = [(found.model, expected.model)]
+    assert (found.step_decoder is None) == (expected.step_decoder is None)
+    if found.step_decoder is not None:
+        pairs.append((found.step_decoder, expected.step_decoder))
+    for ours, theirs in pairs:
         state, wanted = ours.state_dict(), theirs.state_dict()
         assert state.keys() == wanted.keys()
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
@@ -549,6 +550,19 @@ def test_what_wrappers_leave_in_names(how: str, under: str, gpt2_base: Base, tmp
         content = {"epoch": 3, "optimizer": {"state": {}}, key: content}
     torch.save(content, tmp_path / "wrapped.pt")
     assert_same_weights(imported(published, tmp_path / "wrapped.pt"), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", ["model.", "net.", "trainer.model."])
+def test_an_attribute_of_a_trainers_in_names(kind: str, prefix: str, gpt2_base: Base, tmp_path: Path) -> None:
+    published = publish(kind, gpt2_base)
+    expected = imported(published, save(published, tmp_path / "plain.pt"))
+    state = {prefix + name: x for name, x in published.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    assert_same_weights(imported(published, tmp_path / "x.ckpt"), expected)
+    state[f"{prefix}loss.weight"] = torch.ones(1)
+    message = error_of(state, tmp_path / "x.ckpt", kind, gpt2_base.folder)
+    assert f"has {prefix}loss.weight, which kind={kind} has not" in message
 
 
 def test_two_weights_of_one_name(gpt2_base: Base, tmp_path: Path) -> None:

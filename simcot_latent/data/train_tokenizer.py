@@ -24,6 +24,7 @@ from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.tokenizer import PATTERN, SPECIAL_TOKENS, default_tokenizer, valid_text, write_ranks
 from simcot_latent.errors import UserError
+from simcot_latent.paths import expanded
 
 # Tokens whatever the corpus, since the pattern promises them as single tokens ("##" only on the way to "####").
 MARKS = (b"<<", b">>", b"##", b"####")
@@ -136,20 +137,21 @@ def _train(options: argparse.Namespace) -> None:
         corpora["arithmetic"] = problem_texts(Arithmetic(train_size=options.arithmetic))
     if options.gsm8k is not None:
         corpora["gsm8k"] = problem_texts(GSM8K(path=options.gsm8k))
-    corpora |= {str(file): [_read(file)] for file in options.text}
+    corpora |= {str(file): [_read(expanded(file, "--text"))] for file in options.text}
     if not corpora:
         raise UserError("nothing to train on: give --arithmetic, --gsm8k or --text")
+    out = expanded(options.out, "--out")
     counts = {name: count_pieces(texts) for name, texts in corpora.items()}
     if empty := [name for name, corpus in counts.items() if not corpus]:
         raise UserError(f"no text in {', '.join(empty)}")
 
     ranks = train_bpe(weigh_equally(list(counts.values())), options.vocab_size - len(SPECIAL_TOKENS))
     try:
-        write_ranks(options.out, ranks)
+        write_ranks(out, ranks)
     except OSError as error:
-        raise UserError(f"{options.out}: cannot write the ranks: {error.strerror}") from error
-    tokenizer = default_tokenizer(options.out)
-    print(f"{options.out}: {tokenizer.n_vocab} tokens, {len(SPECIAL_TOKENS)} of them special")
+        raise UserError(f"{out}: cannot write the ranks: {error.strerror}") from error
+    tokenizer = default_tokenizer(out)
+    print(f"{out}: {tokenizer.n_vocab} tokens, {len(SPECIAL_TOKENS)} of them special")
     for name, texts in corpora.items():
         n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
         whole = sum(n for piece, n in counts[name].items() if piece.encode() in ranks) / counts[name].total()

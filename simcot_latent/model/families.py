@@ -372,17 +372,19 @@ def build(published: PublishedModel) -> GPT:
     config = family.config_of(published.config, file)
     model = without_weights(config, published.tensors, family, file)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    tensors = {name: value for name, value in published.tensors.items() if not name.endswith(family.ignored)}
-    if tensors and all(name.startswith((f"model.{family.body}", "model.lm_head.")) for name in tensors):
-        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}  # an attribute of a trainer's
-    if not any(name.startswith(family.body) for name in tensors):  # a bare model, saved without its head
-        tensors = {name if name.startswith("lm_head.") else family.body + name: x for name, x in tensors.items()}
+    theirs = {name: name for name in published.tensors if not name.endswith(family.ignored)}
+    """The names in the file, by those that the family has."""
+    if theirs and all(name.startswith((f"model.{family.body}", "model.lm_head.")) for name in theirs):
+        theirs = {name.removeprefix("model."): file for name, file in theirs.items()}  # an attribute of a trainer's
+    if not any(name.startswith(family.body) for name in theirs):  # a bare model, saved without its head
+        theirs = {name if name.startswith("lm_head.") else family.body + name: file for name, file in theirs.items()}
+    tensors = {name: published.tensors[file] for name, file in theirs.items()}
     if config.tie_head and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         table = tensors.setdefault(f"{family.body}{family.modules['embedding'][0]}.weight", head)
         if not torch.equal(table, head):
             raise UserError(
-                f"{published.path}: lm_head.weight is not the embedding, though the configuration ties them"
+                f"{published.path}: {theirs['lm_head.weight']} is not the embedding, though the configuration ties them"
             )
 
     state: dict[str, Tensor] = {}
@@ -398,7 +400,7 @@ def build(published: PublishedModel) -> GPT:
                 continue
             right = family.turned(torch.empty(rows, *shape[1:], device="meta"), ours).shape
             if tensor.shape != right:
-                misshapen.append(f"{name} of shape {tuple(tensor.shape)}, not {tuple(right)}")
+                misshapen.append(f"{theirs.get(name, name)} of shape {tuple(tensor.shape)}, not {tuple(right)}")
                 continue
             tensor = family.turned(tensor, ours)
             found.append(family.reorder[module](tensor, config) if module in family.reorder else tensor)
@@ -408,7 +410,9 @@ def build(published: PublishedModel) -> GPT:
         tensors = {n: x for n, x in tensors.items() if not (n.endswith("norm.bias") and x.count_nonzero() == 0)}
     problems = [f"lacks {some(lacking)}"] if lacking else []
     problems += [f"has {some(misshapen)}"] if misshapen else []
-    problems += [f"has {some(tensors)}, which a {family.model_type} has not"] if tensors else []
+    problems += (
+        [f"has {some(theirs[name] for name in tensors)}, which a {family.model_type} has not"] if tensors else []
+    )
     if problems:
         raise UserError(
             f"{published.path}: does not hold the weights that its configuration says: it {'; it '.join(problems)}"

@@ -22,6 +22,8 @@ from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.sources.gsm8k_aug import GSM8KAug
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
+from simcot_latent.logs import make_console
+from simcot_latent.train import load_split
 
 REPOSITORY = Path(__file__).parents[2]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
@@ -83,6 +85,41 @@ def test_a_row_becomes_a_problem(folder: Path) -> None:
     assert problem.answer == "1234"
     [step] = problem.steps
     assert (step.expression, step.result, step.start, step.end) == ("1233+1", "1234", 17, 32)
+
+
+JSON_FORMS = {
+    "one line": lambda values: json.dumps({"version": 1, "data": values}),
+    "data first": lambda values: json.dumps({"data": values, "version": 1}),
+    "first line ends in a comma": lambda values: '{"version": 1,\n"data": ' + json.dumps(values) + "}",
+    "first line ends in a bracket": lambda values: '{"version": 1, "data": [\n' + json.dumps(values)[1:] + "}",
+    "a list": lambda values: "\n" + json.dumps(values),
+    "a row per line": lambda values: "\n".join(map(json.dumps, values)),
+    "rows of several keys": lambda values: "\n".join(json.dumps({"data": [1], **value}) for value in values),
+    "a row in several lines": lambda values: json.dumps(values[0], indent=1),
+    "a single line": lambda values: json.dumps({"data": [1], **values[0]}),
+}
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+def test_json_in_any_order_and_indentation(form: str, tmp_path: Path) -> None:
+    single = form in ("a row in several lines", "a single line")
+    (tmp_path / "mine.json").write_text(JSON_FORMS[form](rows(5)))
+    asked = questions(GSM8K(path=str(tmp_path / "mine.json")), "test")
+    assert asked == [value["question"] for value in rows(1 if single else 5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"version": 1, "data": [{]}', ":1: not valid JSON"),
+        ('{"version": 1,\n"data": [\n{]}', ":3: not valid JSON"),
+        (json.dumps(row(1)) + '\n{"question": ', ":2: not valid JSON"),
+        ('{"version": 1, "rows": []}', 'mine.json row 1: no "question"'),
+    ],
+)
+def test_broken_json_is_named_with_its_line(text: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    assert place in message(GSM8K(path=str(tmp_path / "mine.json")), "test")
 
 
 def test_splits_of_a_folder(folder: Path) -> None:
@@ -412,6 +449,19 @@ def test_what_is_not_read_is_named(folder: Path) -> None:
     ]
 
 
+def test_files_of_other_kinds_are_named_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["train.ndjson", "train.jsonl.xz", "more.bz2", "more.csv.gz", "TRAIN.txt", "Test.JSONL", "old.zip"]
+    for name in (*names, "README.md", "notes.txt", "LICENSE"):
+        (folder / name).write_text("{}")
+    expected = sorted(f"file that is not read ({name})" for name in names)
+    for split in ALL_SPLITS:
+        assert sorted(GSM8K(path=str(folder)).load(split).notes) == expected
+    for split in ("train", "validation"):
+        load_split(GSM8K(path=str(folder)), split, make_console())
+    printed = capsys.readouterr()
+    assert sorted(re.findall(r"file that is not read \(.*\)", printed.out + printed.err)) == expected
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_broken_row_of_a_packed_file_is_named(suffix: str, tmp_path: Path) -> None:
     file, data = tmp_path / f"train.jsonl{suffix}", as_jsonl(rows(2)) + b'\n{"question": "q"}\n'
@@ -421,6 +471,16 @@ def test_a_broken_row_of_a_packed_file_is_named(suffix: str, tmp_path: Path) -> 
     for damaged in (packed[: len(packed) // 2], b"no archive", packed[:20] + b"xxxx" + packed[24:]):
         file.write_bytes(damaged)
         assert message(GSM8K(path=str(file))).startswith(f"{file}: not a whole {suffix} file")
+
+
+def test_shards_that_are_packed_differently(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "test-00000-of-00003.jsonl", rows(2))
+    (tmp_path / "test-00001-of-00003.jsonl.gz").write_bytes(gzip.compress(as_jsonl(rows(4)[2:])))
+    write_zst(tmp_path / "test-00002-of-00003.jsonl.zst", as_jsonl(rows(5)[4:]))
+    source = GSM8K(path=str(tmp_path))
+    assert questions(source, "test") == [value["question"] for value in rows(5)]
+    write_jsonl(tmp_path / "test-00002-of-00003.jsonl", rows(2))
+    assert "are the same shard; keep one" in message(source, "test")
 
 
 def test_shards_that_are_not_all_there(tmp_path: Path) -> None:

@@ -403,10 +403,26 @@ def test_command_writes_a_file_that_the_tokenizer_reads(tmp_path: Path, capsys: 
     assert read_ranks(tmp_path / "a.tiktoken") == tokenizer.encoding._mergeable_ranks
 
 
+@pytest.mark.parametrize("equals", [False, True])
+def test_command_knows_the_home_folder(equals: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bash leaves `~` alone in quotes and behind `--out=`."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    (home / "text.txt").write_text("Sam sold some clips, then Sam sold more clips.\n" * 3, encoding="utf-8")
+    given = {"--out": "~/tok.tiktoken", "--text": "~/text.txt", "--vocab-size": "280"}
+    arguments = [f"{key}={value}" for key, value in given.items()] if equals else [*sum(given.items(), ())]
+    assert main(arguments) == 0
+    assert {entry.name for entry in home.iterdir()} == {"tok.tiktoken", "text.txt"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["home"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ([], "nothing to train on"),
+        (["--arithmetic", "9", "--out", "~nobody-of-that-name/x"], "--out=~nobody-of-that-name/x: no home folder"),
         (["--text", "none.txt"], "none.txt: cannot read"),
         (["--text", "empty.txt"], "no text in empty.txt"),
         (["--text", "latin1.txt"], "latin1.txt: not UTF-8 text (byte 2)"),
@@ -424,7 +440,7 @@ def test_command_ends_in_one_line_on_bad_input(
     Path("empty.txt").touch()
     Path("latin1.txt").write_bytes(b"Zo\xeb")
     Path("train.jsonl").write_text('{"question": "a", "answer": "b\\n#### 1"}\n{"question": "a"}\n')
-    assert main([*arguments, "--out", "out.tiktoken"]) == 2
+    assert main(["--out", "out.tiktoken", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert says in error

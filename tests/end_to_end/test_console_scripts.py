@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from commands import REPOSITORY, Outcome, Trained, environment, run_process, strict_json
 
+from simcot_latent import commands
+
 SCRIPTS = dict(
     re.findall(r'^(simcot-\w+) = "simcot_latent.commands:(\w+)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M)
 )
@@ -43,9 +45,29 @@ def test_each_runs_its_module(scripts: dict[str, str], latent_run: Trained, tmp_
     assert "source is missing" in call(["simcot-import"], scripts, tmp_path).error
     assert "did you mean latent?" in call(["simcot-train", "mode=lattent"], scripts, tmp_path).error
     message = call(["simcot-eval", "gsm8", ckpt], scripts, tmp_path).error
-    assert "gsm8: is no eval" in message
+    assert "gsm8: is no eval; give one of arithmetic, " in message
     assert message.endswith("did you mean gsm8k?")
     assert "which eval?" in call(["simcot-eval"], scripts, tmp_path).error
+
+
+def test_the_name_of_an_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--help", "-h"):
+        monkeypatch.setattr(sys, "argv", ["simcot-eval", flag])
+        commands.evaluate()  # exit status 0
+        printed = capsys.readouterr()
+        assert printed.out.startswith("usage: simcot-eval NAME ckpt=DIR")
+        assert "arithmetic, gsm8k, gsm8k_aug" in printed.out
+        assert printed.err == ""
+    for arguments, says in {
+        ("ckpt=x", "arithmetic"): "error: arithmetic: the name of the eval comes first, as in `simcot-eval arithmetic ",
+        ("ckpt=x",): "error: which eval? give one of arithmetic, gsm8k, gsm8k_aug first",
+        ("gsm9k", "ckpt=x"): "error: gsm9k: is no eval; give one of arithmetic, gsm8k, gsm8k_aug first",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["simcot-eval", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            commands.evaluate()
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith(says)
 
 
 COMPLETED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,27 @@ def test_a_bare_gpt2_with_buffers() -> None:
     files.tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(3)}
     files.tensors |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
     assert all(map(torch.equal, build(files).state_dict().values(), expected.values()))
+
+
+@pytest.mark.parametrize("prefix", ["net.", "foo.", "base_model.model."])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_wrong_is_named_as_the_file_names_it(family: str, prefix: str) -> None:
+    files = files_of(random_model(CASES[family]()))
+    files.tensors = {prefix + name: tensor for name, tensor in files.tensors.items()}
+    with pytest.raises(UserError) as caught:
+        build(files)
+    shown = re.search(r"it has (.+?) and [0-9]+ more, which", str(caught.value))
+    assert shown is not None
+    assert set(shown[1].split(", ")) <= set(files.tensors)
+
+
+@pytest.mark.parametrize("before", ["", "model.transformer."])
+def test_a_wrong_shape_is_named_as_the_file_names_it(before: str) -> None:
+    files = files_of(random_model(CASES["gpt2"]()))
+    files.tensors = {before + name.removeprefix("transformer."): tensor for name, tensor in files.tensors.items()}
+    files.tensors[f"{before}ln_f.bias"] = torch.zeros(3)
+    with pytest.raises(UserError, match=rf"it has {re.escape(before)}ln_f\.bias of shape \(3,\)"):
+        build(files)
 
 
 def test_the_frequencies_in_older_llama_files() -> None:

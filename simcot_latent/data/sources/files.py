@@ -49,7 +49,13 @@ _SPLIT_FILE = re.compile(
 _SPLIT_FOLDER = re.compile(rf"(?P<partial>partial-)?(?P<name>{'|'.join(_SPLIT_OF_NAME)})")
 _CONVERTED = re.compile(r"(?P<number>[0-9]{4,})(?P<suffix>\.parquet)")
 _PACKED = (".gz", ".zst")
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+# What is named where it is not read: files of these kinds, and whatever is packed in any way.
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+_ARCHIVES = (*_PACKED, ".xz", ".bz2", ".zip", ".tgz", ".7z")
+UNREAD = "file that is not read"
+"""How the note on such a file begins; it is the same for every split."""
+# How a text begins that is one value of several lines: what is broken in it is looked for in the whole.
+_LONG_VALUE = re.compile(r"\[|\{(?:[^\n]*[,\[{])?[ \t]*\n")
 _SAVED = ("dataset_dict.json", "state.json")
 """What `datasets`' `save_to_disk` writes of a set of splits, and of one table."""
 
@@ -220,7 +226,7 @@ class WrittenSolutions(ABC):
             folder, files = next((pair for pair in found if pair[1]), (path, {}))
             read = {file for paths in files.values() for file in paths}
             others = [file for file in _entries(folder) if file.is_file() and file not in read]
-            unread += [f"file that is not read ({f.name})" for f in others if _kind_of_file(f.name) in _DATA_SUFFIXES]
+            unread += [f"{UNREAD} ({file.name})" for file in others if _looks_like_data(file.name)]
             if not files:
                 raise UserError(
                     f"{path}: no data in this folder; looked for train, validation and test with {kinds}"
@@ -294,6 +300,12 @@ def _kind_of_file(name: str) -> str:
     return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
+def _looks_like_data(name: str) -> bool:
+    """Whether a file may hold data, by its name in whatever case: a split's, or that of a kind of data or archive."""
+    name = name.lower()
+    return name.endswith((*_DATA_SUFFIXES, *_ARCHIVES)) or _SPLIT_FILE.fullmatch(name) is not None
+
+
 def _entries(folder: Path) -> list[Path]:
     """What lies in a folder, in the order of names; hidden files are left out.
 
@@ -322,7 +334,9 @@ def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path
     for entry in _entries(folder):
         match = _SPLIT_FILE.fullmatch(entry.name)
         if match and entry.is_file() and _kind_of_file(entry.name) in suffixes:
-            series = (match["prefix"] or "", match["name"], match["count"] or "", match["suffix"])
+            # The shards of one series may be packed differently.
+            suffix = _kind_of_file(entry.name) if match["count"] else match["suffix"]
+            series = (match["prefix"] or "", match["name"], match["count"] or "", suffix)
             shards = found.setdefault(_SPLIT_OF_NAME[match["name"]], {}).setdefault(series, {})
             number = int(match["number"] or 0)
             if number in shards:
@@ -432,14 +446,18 @@ def _filled_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_json(file: Path, shape: str) -> list[Row]:
-    """One JSON list of rows, also as `{"data": [..]}`; or one row per line, as some name their JSONL files `.json`."""
+    """One JSON value: a list of rows, that list under `data` beside whatever else is told, or a single row; or one row
+    per line, as some name their JSONL files `.json`."""
     text = "\n".join(_lines(file))
-    start = text.lstrip()
-    if not start.startswith("[") and not re.match(r'\{\s*"data"\s*:\s*\[|\{[ \t]*\n', start):
-        return _read_jsonl(file, shape)
-    values = _json(text, file, 1, shape)
-    if isinstance(values, dict):
-        values = values["data"] if isinstance(values.get("data"), list) else [values]
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if not _LONG_VALUE.match(text.lstrip()):
+            return _read_jsonl(file, shape)
+        value = _json(text, file, 1, shape)  # says where it is broken
+    if isinstance(value, dict) and "question" not in value and isinstance(value.get("data"), list):
+        value = value["data"]
+    values = value if isinstance(value, list) else [value]
     return [Row(value, f"{file} row {number}") for number, value in enumerate(cast(list[object], values), start=1)]
 
 
