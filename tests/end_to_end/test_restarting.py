@@ -93,13 +93,14 @@ def test_a_mistake_is_told_once(mistake: str, named: str, tmp_path: Path) -> Non
 
 
 def test_a_disk_that_is_full_ends_all_ranks_with_one_line(once: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")
-    outcome = run_process(*LAUNCHER, "-m", TRAIN, *SHORT, folder=tmp_path)
+    """Files may not be larger than 1 kB here, which is less than the metrics."""
+    program = "import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+    (tmp_path / "program.py").write_text(f"{program}runpy.run_module({TRAIN!r}, run_name='__main__', alter_sys=True)\n")
+    outcome = run_process(*LAUNCHER, "program.py", *SHORT, folder=tmp_path)
     assert outcome.status == 1
     told = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1
-    assert "out_dir=run: No space left on device" in told[0]
+    assert "File too large" in told[0]
 
 
 def test_sigusr1_under_torchrun_ends_all_ranks_with_success(once: Path, tmp_path: Path) -> None:
