@@ -264,7 +264,7 @@ def refuse(raw: DictConfig) -> None:
 @pytest.mark.parametrize(
     ("main", "arguments", "named"),
     [
-        (refuse, (), "error: key=1: must be 2\n"),
+        (refuse, (), "error: key=1:\\n must be 2\n"),
         (print, ("limits=3",), "limits"),
         (print, ("data=gsm9k",), "gsm9k"),
         (print, ("limit=[1",), "[1"),

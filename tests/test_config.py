@@ -230,7 +230,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "num_iterations": st.just(-1) | st.integers(1, 10**9),
     "betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2),
     "run": st.text(),
-    "out_dir": st.none() | st.text(),
+    "out_dir": st.none() | st.text().filter(str.strip),  # of a folder without a name it says so
     "init_from": st.none() | st.text(),
     "dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
     "compile": st.booleans(),
