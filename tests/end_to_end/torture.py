@@ -37,8 +37,8 @@ CLOCK = ("tokens_per_s", "data_wait")
 LONGEST = 90.0
 """Seconds within which an attempt that is left alone must end."""
 ALONE = 15.0
-"""Seconds after which a rank whose partner was killed is told to end, and killed 30 later, as torchrun does at once. One
-that has met its partner notices by itself as a rule, and sooner; one that waits within a connection may not."""
+"""Seconds after which a rank whose partner was killed is told to end, and killed 30 later, as torchrun does. As a rule
+one that has met its partner notices by itself, and sooner; one that waits within a connection may not."""
 
 
 def start(out_dir: Path, mode: str, ranks: int, port: int) -> list[int]:
