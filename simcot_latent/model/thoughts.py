@@ -130,12 +130,12 @@ def think(
     has_any_B1 = torch.tensor([[float(count > 0)] for count in counts], device=device)
     rows, latest_RD = list(range(B)), thoughts[0]
     thoughts[0] = latest_RD * has_any_B1
-    for k in range(1, K):
+    for k, one_each in enumerate(passes(counts), start=1):
+        one_each = one_each.to(device)
         going = [row for row in rows if counts[row] > k]
         if len(going) < len(rows):
             latest_RD = take(latest_RD, torch.tensor([rows.index(row) for row in going], device=device))
             rows = going
-        one_each = Packing.of([int(count > k) for count in counts]).to(device)
         latest_RD = model.thought(model.transformer(latest_RD, one_each, cache))
         thoughts.append(latest_RD.new_zeros(B, latest_RD.shape[1]).index_copy(0, one_each.row_P, latest_RD))
     return Thoughts(torch.stack(thoughts, dim=1), cache, feeds_last, counts)
