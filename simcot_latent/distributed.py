@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -88,11 +89,18 @@ def ranks_on(device: torch.device) -> Iterator[Ranks]:
 
     A rank that fails leaves its connections to the end of its process: the others notice only once it has printed what
     was the matter, so that stands before what they then print.
+
+    At the end gloo's threads must have ended: one that lets go of a tensor while Python shuts down aborts the process
+    (https://github.com/pytorch/pytorch/issues/190489). They end once nobody holds the process group any more, so who
+    enters this context must have let go of whatever uses the ranks when it is left.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks()
         return
+    # DistributedDataParallel imports it, and it keeps the process group of that moment as a default argument for ever.
+    import torch.distributed.nn.functional  # noqa: F401
+
     options: dict[str, Any] = {"timeout": TIMEOUT}
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world) and (store := torchrun_store()) is not None:
         options |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
@@ -103,6 +111,7 @@ def ranks_on(device: torch.device) -> Iterator[Ranks]:
     else:
         dist.init_process_group("gloo", **options)
     yield Ranks(dist.get_rank(), world)
+    gc.collect()  # a trainer and its parts refer to each other
     dist.destroy_process_group()
 
 

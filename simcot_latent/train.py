@@ -112,7 +112,8 @@ def train(
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     stop = StopSignal(run.max_minutes)
     device = pick_device(run.device)
-    with ranks_on(device) as ranks:
+
+    def train_on(ranks: Ranks) -> int:
         console = make_console(ranks.is_main)
         with RunFolder(run, console) as folder:
             out_dir, start = ranks.on_main(folder.take)
@@ -120,7 +121,10 @@ def train(
             job = Job(run, options, out_dir, start, device, dtype, ranks, console, stop)
             trainer = make_trainer(job, sections, find_data, objective_class, make)
             with file_errors(f"out_dir={out_dir}"):
-                status = trainer.train()
+                return trainer.train()
+
+    with ranks_on(device) as ranks:
+        status = train_on(ranks)
     if status:
         raise SystemExit(status)
 

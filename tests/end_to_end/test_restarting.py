@@ -34,6 +34,20 @@ cli.run(train.main, "train")
 """
 
 
+# Training as it is, which then says what threads it has left behind.
+THREADS = """
+import os
+from pathlib import Path
+from simcot_latent import cli, train
+
+try:
+    cli.run(train.main, "train")
+finally:
+    others = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+    print("threads", *((task / "comm").read_text().strip() for task in others))
+"""
+
+
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks that nothing interrupted."""
@@ -52,6 +66,16 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         for folder in (ours, theirs)
     ]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed in /proc, which Linux has")
+@pytest.mark.parametrize("mode", ["weighted", "latent"])
+def test_no_thread_of_gloo_outlives_training(mode: str, tmp_path: Path) -> None:
+    """One that lets go of a tensor while Python shuts down aborts a rank whose training succeeded."""
+    (tmp_path / "program.py").write_text(THREADS)
+    options = [*TINY, *ARITHMETIC, f"mode={mode}", "num_iterations=2", "out_dir=run"]
+    out = run_process(*LAUNCHER, "program.py", *options, folder=tmp_path).ok().out
+    assert [line for line in out.splitlines() if line.startswith("threads")] == ["threads"] * 2
 
 
 def test_torchrun_restarts_after_a_killed_rank(once: Path, tmp_path: Path) -> None:
