@@ -99,7 +99,7 @@ def ranks_on(device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     # DistributedDataParallel imports it, and it keeps the process group of that moment as a default argument for ever.
-    import torch.distributed.nn.functional  # noqa: F401
+    import torch.distributed.nn.functional
 
     options: dict[str, Any] = {"timeout": TIMEOUT}
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world) and (store := torchrun_store()) is not None:
