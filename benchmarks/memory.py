@@ -35,7 +35,7 @@ from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import set_block_options
 from simcot_latent.model.packing import Packing
 from simcot_latent.objectives.latent import LatentBatch, LatentObjective
-from simcot_latent.optimizer import make_optimizers, update
+from simcot_latent.training.optimizer import make_optimizers, update
 
 SIDES = ("ours", "padded")
 

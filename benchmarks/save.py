@@ -24,10 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simcot_latent import checkpoint as module
-from simcot_latent.checkpoint import Checkpoint, Fingerprint, TrainerState, load_checkpoint, save_checkpoint
+from simcot_latent import weights
+from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint
 from simcot_latent.data.tokenizer import default_tokenizer
+from simcot_latent.folders import Fingerprint
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.training.saving import save_checkpoint
 
 SMOLLM2_135M = {
     "context_length": 2048, "n_layer": 30, "n_head": 9, "n_kv_head": 3, "n_embd": 576, "ffn_width": 1536,
@@ -67,7 +70,11 @@ def main() -> None:
     try:
         for _ in range(options.repeats):
             os.sync()
-            with patch.object(module, "save_tensors", without_hash), patch.object(module, "fingerprint", nothing):
+            with (
+                patch.object(weights, "save_tensors", without_hash),
+                patch.object(module, "save_tensors", without_hash),
+                patch.object(module, "fingerprint", nothing),
+            ):
                 seconds["without"].append(timed(lambda: save_checkpoint(checkpoint, folder / "without", state, keep=1)))
             shutil.rmtree(folder / "without")
             os.sync()

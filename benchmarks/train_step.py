@@ -52,7 +52,7 @@ from simcot_latent.model.linear import Linear, product
 from simcot_latent.objectives.base import Objective, WrittenBatch
 from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
 from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
-from simcot_latent.optimizer import make_optimizers, update
+from simcot_latent.training.optimizer import make_optimizers, update
 
 
 def main() -> None:

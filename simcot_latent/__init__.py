@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from simcot_latent.checkpoint import Checkpoint, load_checkpoint
     from simcot_latent.errors import UserError
     from simcot_latent.generate import Generation, Sampling, answer, generate_all
+    from simcot_latent.interop.pretrained import load_pretrained
     from simcot_latent.model.gpt import GPT, GPTConfig
     from simcot_latent.model.step_decoder import StepDecoder
     from simcot_latent.model.thoughts import ThoughtFormat, Thoughts
-    from simcot_latent.pretrained import load_pretrained
     from simcot_latent.probe import decode_steps, probe_problems, probe_questions, think
 
 _MODULE_OF = {

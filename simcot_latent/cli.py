@@ -19,7 +19,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simcot_latent.checkpoint import CONFIG, Checkpoint, setting
+from simcot_latent.checkpoint import Checkpoint, setting
+from simcot_latent.checkpoint_folders import CONFIG
 from simcot_latent.config import as_plain, config_dir, instantiate, literal, one_line
 from simcot_latent.data.sources import Source
 from simcot_latent.errors import UserError, did_you_mean

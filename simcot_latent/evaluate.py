@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from simcot_latent.checkpoint import find_checkpoint, load_checkpoint, setting
+from simcot_latent.checkpoint import load_checkpoint, setting
+from simcot_latent.checkpoint_folders import find_checkpoint
 from simcot_latent.config import typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number

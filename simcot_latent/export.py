@@ -18,13 +18,16 @@ from huggingface_hub import save_torch_state_dict
 from omegaconf import DictConfig
 
 from simcot_latent import cli
-from simcot_latent.checkpoint import CONFIG, Checkpoint, check_new_folder, load_checkpoint, new_folder, write_json
+from simcot_latent.checkpoint import Checkpoint, load_checkpoint
+from simcot_latent.checkpoint_folders import CONFIG
 from simcot_latent.config import typed
 from simcot_latent.data.patterns import QWEN2_PATTERN
-from simcot_latent.data.published_tokenizers import write_tokenizer
 from simcot_latent.errors import UserError, require, require_choice
+from simcot_latent.files import write_json
+from simcot_latent.folders import check_new_folder, new_folder
+from simcot_latent.interop.families import describe
+from simcot_latent.interop.published_tokenizers import write_tokenizer
 from simcot_latent.logs import make_console
-from simcot_latent.model.families import describe
 from simcot_latent.paths import give_usual_permissions, writing
 
 GENERATION_CONFIG = "generation_config.json"

@@ -170,3 +170,7 @@ def _in_words(kind: Any) -> str:
         type(None): "null",
     }
     return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else words.get(kind, "an object")
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -33,19 +33,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from simcot_latent import cli
-from simcot_latent.checkpoint import Checkpoint, new_folder, read_json, require_finite, write_checkpoint
+from simcot_latent.checkpoint import Checkpoint, read_json, write_checkpoint
 from simcot_latent.config import typed
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError, require, require_choice, some
-from simcot_latent.logs import make_console
-from simcot_latent.model.families import FAMILIES, Family, build, family_of
-from simcot_latent.model.gpt import GPT
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.paths import expanded
-from simcot_latent.pretrained import with_projector
-from simcot_latent.published import (
-    HUB_ID,
+from simcot_latent.folders import new_folder
+from simcot_latent.interop.families import FAMILIES, Family, build, family_of
+from simcot_latent.interop.pretrained import with_projector
+from simcot_latent.interop.published import (
     Published,
     download,
     not_quantised,
@@ -53,7 +48,13 @@ from simcot_latent.published import (
     read_tensor_file,
     read_weights,
 )
-from simcot_latent.tensor_names import plain_names
+from simcot_latent.interop.tensor_names import plain_names
+from simcot_latent.logs import make_console
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.step_decoder import StepDecoder
+from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.paths import HUB_ID, expanded
+from simcot_latent.weights import require_finite
 
 
 @dataclass(frozen=True)

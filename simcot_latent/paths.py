@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from safetensors import SafetensorError
 
 from simcot_latent.data.tokenizer import valid_text
 from simcot_latent.errors import UserError
+
+HUB_ID = re.compile(r"\w[\w.-]*(?:/[\w.-]+)?")  # no `./folder`; old ones have no owner: gpt2
+"""What may be the id of a repository on the Hugging Face hub."""
 
 
 def expanded(path: str | Path, key: str) -> Path:

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simcot_latent.checkpoint import Checkpoint, broken_weights, load_checkpoint, remove_partial, save_checkpoint
+from simcot_latent.checkpoint import Checkpoint, load_checkpoint
 from simcot_latent.config import RunConfig, as_plain, instantiate, parse
 from simcot_latent.data.batch import BatchOrder, Prefetch, micro_batches, pin, to_device
 from simcot_latent.data.format import Example
@@ -32,21 +32,23 @@ from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.evals import eval_names, module_of
+from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens, with_projector
 from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
-from simcot_latent.losses import add_up
-from simcot_latent.memory import out_of_memory
 from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
+from simcot_latent.model.losses import add_up
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.nonfinite import NonFinite, save_batch
 from simcot_latent.objectives.base import Objective
-from simcot_latent.optimizer import make_optimizers, update
-from simcot_latent.pretrained import load_pretrained, with_latent_tokens, with_projector
 from simcot_latent.probe import probe_problems, probe_table
 from simcot_latent.profiling import PROFILED, SKIPPED, WARMUP, StepProfile, part
-from simcot_latent.resume import restore, trainer_state
-from simcot_latent.run_folder import RunFolder
-from simcot_latent.stopping import StopSignal
-from simcot_latent.validation import HeldOut, collapse, validate, validation_table
+from simcot_latent.training.memory import out_of_memory
+from simcot_latent.training.nonfinite import NonFinite, save_batch
+from simcot_latent.training.optimizer import make_optimizers, update
+from simcot_latent.training.resume import restore, trainer_state
+from simcot_latent.training.run_folder import RunFolder
+from simcot_latent.training.saving import remove_partial, save_checkpoint
+from simcot_latent.training.stopping import StopSignal
+from simcot_latent.training.validation import HeldOut, collapse, validate, validation_table
+from simcot_latent.weights import broken_weights
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

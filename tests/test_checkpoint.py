@@ -18,25 +18,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simcot_latent import checkpoint as module
+from simcot_latent import checkpoint_folders, weights
 from simcot_latent.checkpoint import (
     Checkpoint,
     TrainerState,
-    checkpoints_of_training,
-    find_checkpoint,
     load_checkpoint,
     load_trainer_state,
     read_json,
-    read_tensors,
     require_decoder,
-    save_checkpoint,
 )
+from simcot_latent.checkpoint_folders import checkpoints_of_training, find_checkpoint
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
+from simcot_latent.files import write_json
 from simcot_latent.generate import generate_all
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.probe import decode_steps, think
+from simcot_latent.training.saving import save_checkpoint
+from simcot_latent.weights import read_tensors
 
 QUESTIONS = ["Ann has 3 pens and finds 4 more. How many is that?", "What is 12 * 3?"]
 
@@ -163,8 +164,8 @@ def test_trainer_states_survive(
     tmp_path_factory: pytest.TempPathFactory, named: dict[str, Tensor], values: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("state")
-    save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / module.STATE_TENSORS)
-    module.write_json(folder / module.STATE_JSON, values)
+    save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / checkpoint_folders.STATE_TENSORS)
+    write_json(folder / checkpoint_folders.STATE_JSON, values)
     state = load_trainer_state(folder)
     assert state.values == values
     assert state.tensors.keys() == named.keys()
@@ -196,9 +197,9 @@ class Parts(nn.Module):
 def test_weights_survive(tmp_path_factory: pytest.TempPathFactory, named: list[Tensor]) -> None:
     """Whatever their type and shape, those that lie otherwise in memory among them."""
     file = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    module.save_weights(Parts(named), file)
+    weights.save_weights(Parts(named), file)
     loaded = Parts([torch.zeros_like(tensor) for tensor in named])
-    module.load_weights(loaded, file)
+    weights.load_weights(loaded, file)
     for ours, theirs in zip(loaded.parts, named, strict=True):
         assert torch.equal(bits(ours), bits(theirs))
 

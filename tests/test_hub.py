@@ -17,12 +17,13 @@ import torch
 import yaml
 
 import simcot_latent as sl
-from simcot_latent.checkpoint import Checkpoint, TrainerState, save_checkpoint
+from simcot_latent.checkpoint import Checkpoint, TrainerState
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.training.saving import save_checkpoint
 
 QUESTIONS = ["Ann has 3 pens and finds 4 more. How many is that?", "What is 12 * 3?"]
 FILES = {

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simcot_latent import losses
-from simcot_latent.losses import CrossEntropy, Labelled, Targets, add_up, cross_entropy, share
+from simcot_latent.model import losses
+from simcot_latent.model.losses import CrossEntropy, Labelled, Targets, add_up, cross_entropy, share
 
 WIDTH, VOCAB = 8, 11
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from simcot_latent.checkpoint import broken_weights
 from simcot_latent.data.problem import Problem
 from simcot_latent.distributed import Ranks
-from simcot_latent.nonfinite import LOOK_EVERY, MOST_BATCHES, NonFinite, save_batch
+from simcot_latent.training.nonfinite import LOOK_EVERY, MOST_BATCHES, NonFinite, save_batch
+from simcot_latent.weights import broken_weights
 
 NUMBERS = st.sampled_from([0.0, -3.5, 1e30, math.nan, math.inf, -math.inf])
 

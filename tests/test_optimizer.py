@@ -15,7 +15,7 @@ from simcot_latent.config import DecoderConfig, LatentConfig, RunConfig
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.model.gpt import GPT
 from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
-from simcot_latent.optimizer import Muon, make_optimizers, orthogonalise, update
+from simcot_latent.training.optimizer import Muon, make_optimizers, orthogonalise, update
 
 # --- Muon ------------------------------------------------------------------------------------------------------------
 

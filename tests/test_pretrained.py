@@ -11,18 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, TrainerState, save_checkpoint
+from simcot_latent.checkpoint import Checkpoint, TrainerState
 from simcot_latent.data.tokenizer import END, EOT, VOCABULARY_MULTIPLE, Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.model.gpt import GPT
-from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.pretrained import (
+from simcot_latent.interop.pretrained import (
     OURS,
     grow_vocabulary,
     load_pretrained,
     with_latent_tokens,
     with_projector,
 )
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.training.saving import save_checkpoint
 
 FAMILIES = ["gpt2", "llama", "nanochat"]
 PLAIN = 300  # tokens of the published tokenizer: 256 bytes, pairs of letters, <|endoftext|>

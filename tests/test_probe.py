@@ -16,7 +16,7 @@ from rich.console import Console
 
 import simcot_latent as sl
 from simcot_latent import probe as probe_module
-from simcot_latent.checkpoint import Checkpoint, TrainerState, save_checkpoint
+from simcot_latent.checkpoint import Checkpoint, TrainerState
 from simcot_latent.config import DecoderConfig, LatentConfig, RunConfig
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
@@ -40,6 +40,7 @@ from simcot_latent.probe import (
     teacher_forced,
     text_entropy,
 )
+from simcot_latent.training.saving import save_checkpoint
 
 MakeCheckpoint = Callable[..., Checkpoint]
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from simcot_latent.checkpoint import Checkpoint, write_checkpoint
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.model.families import build
+from simcot_latent.interop.families import build
+from simcot_latent.interop.pretrained import load_pretrained
+from simcot_latent.interop.published import read_published
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.pretrained import load_pretrained
-from simcot_latent.published import read_published
 
 TEXT = "Mia has 14 shells. She finds 9 more: <<14+9=23>>\n#### 23\n"
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from simcot_latent import validation
 from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
 from simcot_latent.data.problem import Problem
@@ -24,7 +23,8 @@ from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.base import Objective
 from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
 from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
-from simcot_latent.validation import HeldOut, collapse, validate, validation_table
+from simcot_latent.training import validation
+from simcot_latent.training.validation import HeldOut, collapse, validate, validation_table
 
 # --- what is measured ------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.probe import probe_problems, summarise
-from simcot_latent.validation import thought_v_information
+from simcot_latent.training.validation import thought_v_information
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu.common import Report, device_of, parse_part, read_report, relative_error, train_run
-from simcot_latent import optimizer
 from simcot_latent.checkpoint import load_checkpoint
 from simcot_latent.config import LatentConfig, LossConfig, RunConfig
 from simcot_latent.data.batch import to_device
@@ -43,6 +42,7 @@ from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
 from simcot_latent.objectives.base import Objective
 from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
 from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
+from simcot_latent.training import optimizer
 
 FLOAT32, LOSS_IN_BFLOAT16, COSINE_IN_BFLOAT16 = 1e-4, 0.02, 0.99
 GOLDEN_TOLERANCE = 1e-3

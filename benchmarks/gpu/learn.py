@@ -32,11 +32,11 @@ from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
 from simcot_latent.distributed import autocast, pick_dtype
+from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
 from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
-from simcot_latent.optimizer import make_optimizers, update
-from simcot_latent.pretrained import load_pretrained, with_latent_tokens
+from simcot_latent.training.optimizer import make_optimizers, update
 
 BATCH = 64
 SETTINGS: dict[str, Any] = {

@@ -15,12 +15,12 @@ from einops import rearrange
 from torch import Tensor
 
 from simcot_latent.data.patterns import DIGITS_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN
-from simcot_latent.data.published_tokenizers import tokenizer_of_tokens
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.files import require_regular
+from simcot_latent.interop.published import Published
+from simcot_latent.interop.published_tokenizers import tokenizer_of_tokens
 from simcot_latent.model.rotary import RopeScaling
-from simcot_latent.published import Published
 
 # Keys of Hugging Face's configuration, and GGUF's without the architecture that they begin with.
 KEYS = {

@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, is_checkpoint, is_ours, load_checkpoint, require_finite
+from simcot_latent.checkpoint import Checkpoint, load_checkpoint
+from simcot_latent.checkpoint_folders import is_checkpoint, is_ours
 from simcot_latent.data.tokenizer import BOT, END, EOT, PAD, VOCABULARY_MULTIPLE, Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.model.families import build
+from simcot_latent.interop.families import build
+from simcot_latent.interop.published import Published, read_published
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.published import Published, read_published
+from simcot_latent.weights import require_finite
 
 OURS = {"bot": BOT, "eot": EOT, "end": END, "pad": PAD}
 

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import read_tensors
 from simcot_latent.config import one_line
-from simcot_latent.data.published_tokenizers import read_tokenizer
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError, some
 from simcot_latent.files import is_regular, read_json, require_regular
-from simcot_latent.paths import expanded
-from simcot_latent.tensor_names import plain_names, unwrapped
+from simcot_latent.interop.published_tokenizers import read_tokenizer
+from simcot_latent.interop.tensor_names import plain_names, unwrapped
+from simcot_latent.paths import HUB_ID, expanded
+from simcot_latent.weights import read_tensors
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
-HUB_ID = re.compile(r"\w[\w.-]*(?:/[\w.-]+)?")  # no `./folder`; old ones have no owner: gpt2
 NO_WEIGHTS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.md", "*.py", "*.png", "optimizer*", "rng_state*")
 """What of a repository is not downloaded where its weights may have any name."""
 FILE_NAME = re.compile(r"(?!\.)[^/\\\x00:]+")
@@ -81,7 +80,7 @@ def read_published(source: str | Path, key: str = "source") -> Published:
     """
     path = expanded(source, key)
     if path.is_file() and path.suffix == ".gguf":
-        from simcot_latent.gguf_file import read_gguf  # it reads `Published`
+        from simcot_latent.interop.gguf_file import read_gguf  # it reads `Published`
 
         return read_gguf(path)
     if path.is_dir():

@@ -20,10 +20,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from simcot_latent.errors import UserError
-from simcot_latent.losses import CrossEntropy, Labelled, cross_entropy
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, GPTConfig, Transformer, output_logits
 from simcot_latent.model.linear import Embedding
+from simcot_latent.model.losses import CrossEntropy, Labelled, cross_entropy
 from simcot_latent.model.packing import Packing
 
 

@@ -15,9 +15,9 @@ from simcot_latent.config import RunConfig
 from simcot_latent.data.format import Example, TaggedIds, concatenate, encode_problem
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.losses import Labelled, Targets, at_least_tiny, cross_entropy, share
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
+from simcot_latent.model.losses import Labelled, Targets, at_least_tiny, cross_entropy, share
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat

@@ -23,9 +23,9 @@ from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunCon
 from simcot_latent.data.format import Example, TaggedIds, align_steps, concatenate, join, lines, untagged
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.losses import Labelled, Targets, at_least_tiny, cross_entropy, share
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
+from simcot_latent.model.losses import Labelled, Targets, at_least_tiny, cross_entropy, share
 from simcot_latent.model.packing import Packing, take
 from simcot_latent.model.step_decoder import PackedSteps, StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat, go_on, pack_texts, passes, think

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import write_json
 from simcot_latent.data.problem import Problem
 from simcot_latent.distributed import Ranks
+from simcot_latent.files import write_json
 
 LOOK_EVERY = 100
 """Steps at most between two looks at a device's numbers; each makes it finish what it was given."""

@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import (
-    CONFIG,
-    STATE_JSON,
-    STATE_TENSORS,
-    Checkpoint,
-    TrainerState,
-    load_checkpoint,
-    load_trainer_state,
-    progress,
-    setting,
-)
+from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, load_trainer_state, progress, setting
+from simcot_latent.checkpoint_folders import CONFIG, STATE_JSON, STATE_TENSORS
 from simcot_latent.config import RunConfig
 from simcot_latent.errors import UserError
 from simcot_latent.logs import warn

@@ -13,16 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from simcot_latent.checkpoint import (
-    LATEST,
-    checkpoints_of_training,
-    find_checkpoint,
-    place_of_real_latest,
-    read_json,
-    write_json,
-)
+from simcot_latent.checkpoint import read_json
+from simcot_latent.checkpoint_folders import LATEST, checkpoints_of_training, find_checkpoint, place_of_real_latest
 from simcot_latent.config import RunConfig
 from simcot_latent.errors import UserError, file_errors
+from simcot_latent.files import write_json
 from simcot_latent.logs import warn
 
 try:

@@ -20,8 +20,8 @@ from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.distributed import Ranks
 from simcot_latent.generate import generate
-from simcot_latent.losses import add_up
 from simcot_latent.metrics import wilson_interval
+from simcot_latent.model.losses import add_up
 from simcot_latent.model.thoughts import geometry
 from simcot_latent.objectives.base import Objective
 from simcot_latent.probe import latents_of, v_information

@@ -17,15 +17,15 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from simcot_latent.data.patterns import LLAMA3_PATTERN, QWEN2_PATTERN
-from simcot_latent.data.published_tokenizers import (
+from simcot_latent.data.sources.arithmetic import Arithmetic
+from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.errors import UserError
+from simcot_latent.interop.published_tokenizers import (
     LLAMA3_SPECIAL_TOKENS,
     read_tokenizer,
     tokenizer_of_tokens,
     write_tokenizer,
 )
-from simcot_latent.data.sources.arithmetic import Arithmetic
-from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.errors import UserError
 
 Layout = tuple[Path, tokenizers.Tokenizer]
 """A folder that holds a tokenizer, and Hugging Face's own tokenizer with its ids."""

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, read_json, save_checkpoint
+from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, read_json
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.generate import generate_all
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.training.saving import save_checkpoint
 
 EXPORT = "simcot_latent.export"
 
@@ -292,7 +293,7 @@ def test_a_checkpoint_that_is_broken(make_run_folder: Callable[..., Any], tmp_pa
 
 def test_the_exported_folder_comes_back(make_run_folder: Callable[..., Any], tmp_path: Path) -> None:
     """`init_from=` takes what was exported."""
-    from simcot_latent.pretrained import load_pretrained
+    from simcot_latent.interop.pretrained import load_pretrained
 
     folder, _ = make_run_folder("qwen2")
     export(folder).ok()

@@ -27,8 +27,8 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.logs import RunLog
-from simcot_latent.memory import out_of_memory
 from simcot_latent.objectives.weighted import WeightedObjective
+from simcot_latent.training.memory import out_of_memory
 
 WEIGHTED = (*TINY, *ARITHMETIC, "mode=weighted", "num_iterations=12", "checkpoint_every=4", "eval_every=6")
 

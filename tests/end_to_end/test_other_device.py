@@ -20,7 +20,7 @@ from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
 from simcot_latent.objectives.base import Objective
 from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
 from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
-from simcot_latent.optimizer import make_optimizers, update
+from simcot_latent.training.optimizer import make_optimizers, update
 
 SHORT = ("num_iterations=4", "eval_every=2", "max_new_tokens=3", "eval_examples=6", "checkpoint_every=2")
 

@@ -34,15 +34,16 @@ from hostile import CALL, HOSTILE, PWNED, WRITE, tampered
 from safetensors.torch import load_file, save_file
 
 import simcot_latent as sl
-from simcot_latent.checkpoint import DTYPES, fingerprint, save_tensors
 from simcot_latent.data.patterns import GPT2_PATTERN, KNOWN_PATTERNS, pieces
-from simcot_latent.data.published_tokenizers import read_tokenizer, write_tokenizer
 from simcot_latent.data.sources import SPLITS, Split, load_first
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.export import export_hf
-from simcot_latent.pretrained import load_pretrained
+from simcot_latent.folders import fingerprint
+from simcot_latent.interop.pretrained import load_pretrained
+from simcot_latent.interop.published_tokenizers import read_tokenizer, write_tokenizer
+from simcot_latent.weights import DTYPES, save_tensors
 
 EVAL = "evals.arithmetic"
 SECRET = {"SECRET": "s3cr3t-value"}

@@ -26,17 +26,17 @@ from simcot_latent.checkpoint import (
 )
 from simcot_latent.data import problem
 from simcot_latent.data.patterns import PATTERN
-from simcot_latent.data.published_tokenizers import read_tokenizer, write_tokenizer
 from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.sources.gsm8k_aug import GSM8KAug
 from simcot_latent.data.tokenizer import SPECIAL_TOKENS, Tokenizer, write_ranks
 from simcot_latent.errors import UserError
 from simcot_latent.export import export_hf
+from simcot_latent.interop.pretrained import load_pretrained
+from simcot_latent.interop.published import read_tensor_file
+from simcot_latent.interop.published_tokenizers import read_tokenizer, write_tokenizer
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.pretrained import load_pretrained
-from simcot_latent.published import read_tensor_file
 
 SAMPLE = "Tom has 3 pens,  and finds <<3+4=7>>7 more \u00e9\n\n#### 7"
 

@@ -14,7 +14,7 @@ from simcot_latent.model.gpt import GPT, set_block_options
 from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.optimizer import orthogonalise
+from simcot_latent.training.optimizer import orthogonalise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

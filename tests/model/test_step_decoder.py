@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, TrainerState, save_checkpoint
+from simcot_latent.checkpoint import Checkpoint, TrainerState
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
@@ -22,6 +22,7 @@ from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing, take
 from simcot_latent.model.step_decoder import PackedSteps, StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.training.saving import save_checkpoint
 
 MakeDecoder = Callable[..., StepDecoder]
 

@@ -154,7 +154,7 @@ MUTANTS = [
         ("ctx.calls.clear()", "pass"),
     ),
     *of(
-        "losses.py",
+        "model/losses.py",
         "test_losses.py",
         ("label_log_prob_P >= log_probs_PV.amax(-1)", "label_log_prob_P > log_probs_PV.amax(-1)"),
         ("nll_M[labels] = -label_log_prob_P", "nll_M[labels] = label_log_prob_P"),
@@ -350,7 +350,7 @@ MUTANTS = [
         ("enumerate(probe.groups, start=1) if g.gold", "enumerate(probe.groups, start=0) if g.gold"),
     ),
     *of(
-        "validation.py",
+        "training/validation.py",
         "test_validation.py",
         ("same_number(g.answer, p.answer)",
          'same_number(__import__("simcot_latent.data.problem").data.problem.last_number(g.text), p.answer)'),
@@ -370,7 +370,7 @@ MUTANTS = [
         ("geometry(everyones", "geometry(0.5 * everyones"),
     ),
     *of(
-        "optimizer.py",
+        "training/optimizer.py",
         "test_optimizer.py",
         ("return gradient.lerp(average, momentum)", "return average"),
         ("return gradient.lerp(average, momentum)", "return gradient"),

@@ -22,8 +22,8 @@ from simcot_latent.config import RunConfig
 from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.packing import Packing, tight_rectangles
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives import base as base_module

@@ -1,0 +1,66 @@
+"""A run's checkpoints as training writes them: `out_dir/step_NNNNNNN`, `latest`, and the deletion of old ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simcot_latent.checkpoint import Checkpoint, TrainerState, write_checkpoint
+from simcot_latent.checkpoint_folders import (
+    LATEST,
+    STEP_FOLDER,
+    checkpoints_of_training,
+    is_checkpoint_of_training,
+    place_of_real_latest,
+    remove_checkpoint,
+)
+from simcot_latent.folders import move_aside, remove_empty, remove_partial_folder, sync_folder, written_beside
+
+
+def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, keep: int) -> Path:
+    """Writes `out_dir/step_NNNNNNN`, points `out_dir/latest` at it and deletes all but the newest `keep` checkpoints.
+
+    Whatever else has one of these names moves aside, with a line that says so, and the save goes on. Killed at any
+    moment, it leaves `latest` at a complete checkpoint. Later steps than this one, which a run that went back left
+    behind, are not counted: they are replaced when training gets there.
+    """
+    name = f"step_{checkpoint.step:07d}"
+    folder, latest = out_dir / name, out_dir / LATEST
+    if is_checkpoint_of_training(folder) and latest.resolve() == folder.resolve():
+        return folder  # the same step of the same run: replacing it would leave `latest` at nothing for a moment
+    with written_beside(folder, _make_room) as partial:
+        write_checkpoint(checkpoint, partial, state)
+    sync_folder(out_dir)
+    if aside := place_of_real_latest(out_dir):
+        latest.rename(aside)
+    link = out_dir / f".{LATEST}.partial"
+    _remove_link(link)
+    link.symlink_to(name)
+    link.replace(latest)
+    sync_folder(out_dir)
+    earlier = [old for old in checkpoints_of_training(out_dir) if int(old.name[5:]) <= checkpoint.step]
+    for old in earlier[:-keep]:
+        remove_checkpoint(old)
+    return folder
+
+
+def _make_room(folder: Path) -> None:
+    """Frees the name of a folder that is to be renamed to it; only checkpoints of ours, and what is empty, go."""
+    if is_checkpoint_of_training(folder):
+        remove_checkpoint(folder)
+    remove_empty(folder)
+
+
+def _remove_link(link: Path) -> None:
+    """Removes a link that was not yet renamed to `latest`; what else has its name moves aside."""
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        move_aside(link)
+
+
+def remove_partial(out_dir: Path) -> None:
+    """Removes what saves that were killed left half-written."""
+    for path in out_dir.glob(".step_*.partial"):
+        if STEP_FOLDER.fullmatch(path.name[1 : -len(".partial")]):
+            remove_partial_folder(path)
+    _remove_link(out_dir / f".{LATEST}.partial")
