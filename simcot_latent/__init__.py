@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from simcot_latent.model.gpt import GPT, GPTConfig
     from simcot_latent.model.step_decoder import StepDecoder
     from simcot_latent.model.thoughts import ThoughtFormat, Thoughts
-    from simcot_latent.probe import decode_steps, probe_problems, probe_questions, think
+    from simcot_latent.probing.steps import probe_problems, probe_questions
+    from simcot_latent.probing.thoughts import decode_steps, think
 
 _MODULE_OF = {
     "Checkpoint": "checkpoint",
@@ -32,11 +33,11 @@ _MODULE_OF = {
     "StepDecoder": "model.step_decoder",
     "ThoughtFormat": "model.thoughts",
     "Thoughts": "model.thoughts",
-    "decode_steps": "probe",
-    "load_pretrained": "pretrained",
-    "probe_problems": "probe",
-    "probe_questions": "probe",
-    "think": "probe",
+    "decode_steps": "probing.thoughts",
+    "load_pretrained": "interop.pretrained",
+    "probe_problems": "probing.steps",
+    "probe_questions": "probing.steps",
+    "think": "probing.thoughts",
 }
 
 __all__ = [
@@ -60,12 +61,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        try:
-            return version("simcot-latent")
-        except PackageNotFoundError:  # a checkout that is not installed
-            return "0+unknown"
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+if not TYPE_CHECKING:  # so that a type checker knows what there is, and what not
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            try:
+                return version("simcot-latent")
+            except PackageNotFoundError:  # a checkout that is not installed
+                return "0+unknown"
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,58 +14,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simcot_latent.checkpoint import Checkpoint, load_checkpoint
+from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.config import RunConfig, as_plain, instantiate, parse
 from simcot_latent.data.batch import BatchOrder, Prefetch, micro_batches, pin, to_device
 from simcot_latent.data.format import Example
 from simcot_latent.data.lazy import Lazily
 from simcot_latent.data.problem import Problem
-from simcot_latent.data.sources import LoadedSplit, Source, Split
-from simcot_latent.data.sources.files import UNREAD
+from simcot_latent.data.sources import Source
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
 from simcot_latent.errors import UserError, file_errors
-from simcot_latent.evals import eval_names, module_of
-from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens, with_projector
-from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
-from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
+from simcot_latent.logs import RunLog, make_console, make_progress, warn
+from simcot_latent.model.gpt import GPT, set_block_options
 from simcot_latent.model.losses import add_up
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.base import Objective
-from simcot_latent.probe import probe_problems, probe_table
 from simcot_latent.profiling import PROFILED, SKIPPED, WARMUP, StepProfile, part
 from simcot_latent.training.memory import out_of_memory
 from simcot_latent.training.nonfinite import NonFinite, save_batch
-from simcot_latent.training.optimizer import make_optimizers, update
+from simcot_latent.training.optimizer import lr_multiplier, make_optimizers, update
+from simcot_latent.training.reporting import Interval, Reporter
 from simcot_latent.training.resume import restore, trainer_state
 from simcot_latent.training.run_folder import RunFolder
-from simcot_latent.training.saving import remove_partial, save_checkpoint
+from simcot_latent.training.saving import make_room, save_checkpoint
+from simcot_latent.training.setup import Job, encode_all, load_split, make_model
 from simcot_latent.training.stopping import StopSignal
-from simcot_latent.training.validation import HeldOut, collapse, validate, validation_table
+from simcot_latent.training.validation import HeldOut, collapse, validate
 from simcot_latent.weights import broken_weights
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-
-@dataclass
-class Job:
-    """All that stays the same during a run."""
-
-    run: RunConfig
-    raw: dict[str, Any]
-    out_dir: Path
-    start: Path | None
-    """The checkpoint that training goes on from."""
-    device: torch.device
-    dtype: torch.dtype
-    ranks: Ranks
-    console: Console
-    stop: StopSignal
 
 
 @dataclass
@@ -205,7 +184,7 @@ class Trainer:
             objective, run.compile, run.activation_checkpointing, run.compile_thoughts, run.later_attention
         )
         self.module = self.wrap(self.thoughts_now())
-        self.warned_weights = False
+        self.reporter = Reporter(job, objective, self.num_steps)
 
     def wrap(self, thoughts: ThoughtFormat) -> nn.Module:
         """The objective as it is called in a stage: under DDP where there are ranks."""
@@ -232,10 +211,10 @@ class Trainer:
         if self.step == self.num_steps:
             self.console.print(f"{job.out_dir} is trained to its end, {self.num_steps} steps")
             return 0
-        self.ranks.on_main(self.make_room)
+        self.ranks.on_main(partial(make_room, job.out_dir, self.objective, run.optimizer))
         log = RunLog(job.out_dir, self.ranks.is_main, self.step, run.run, run.wandb_project, job.raw, self.console)
         stop.listen()
-        self.announce()
+        self.reporter.announce(self.examples, len(self.held_out.examples))
         began, began_step = time.perf_counter(), self.step
         prefetch = Prefetch(self.prepare, self.num_steps)
         profiler = StepProfile(job.out_dir / "profile", self.console) if run.profile and self.ranks.is_main else None
@@ -249,7 +228,9 @@ class Trainer:
             while self.step < self.num_steps:
                 with part("data"):
                     prepared = prefetch.get(self.step)
-                with out_of_memory(partial(self.sizes, prepared), job.device, self.less_memory()):
+                with out_of_memory(
+                    partial(self.reporter.sizes, self.step + 1, prepared), job.device, self.reporter.less_memory()
+                ):
                     shares, totals, grad_norm, stopping = self.train_step(prepared)
                 self.step += 1
                 if profiler is not None:
@@ -263,7 +244,16 @@ class Trainer:
                 if logging or validating or saving or stopping or self.nonfinite.is_due:
                     self.look_for_nonfinite()
                 if logging:
-                    self.log_step(log, shares, totals, grad_norm, interval)
+                    self.reporter.step(
+                        log,
+                        self.step,
+                        shares,
+                        totals,
+                        grad_norm,
+                        interval,
+                        self.thoughts_now().n_latents,
+                        self.nonfinite.total,
+                    )
                     interval = Interval()
                 if stopping and not last:
                     self.owes_validation = validating
@@ -286,39 +276,9 @@ class Trainer:
             return status
         if self.ranks.is_main:
             self.console.print(f"{self.step - began_step} steps in {seconds:.0f} s; checkpoint {folder}")
-            self.report(metrics)
+            self.reporter.finished(self.as_checkpoint(), metrics, self.held_out.problems)
         self.ranks.barrier()
         return 0
-
-    def sizes(self, prepared: PreparedStep) -> str:
-        """What a step computes with, for who has not the memory for it."""
-        tokens = prepared.totals["positions"].item() / len(prepared.batches)
-        rows = min(self.run.device_batch_size, math.ceil(self.run.target_examples_per_step / self.ranks.world))
-        return (
-            f"at step {self.step + 1}, in passes over {rows} problems, about {tokens:,.0f} tokens, of a model of "
-            f"{count_parameters(self.objective):,} parameters"
-        )
-
-    def less_memory(self) -> str:
-        """The two settings that take less memory for the same training."""
-        checkpointing = "" if self.run.activation_checkpointing else " or set activation_checkpointing=true"
-        return f"lower device_batch_size (now {self.run.device_batch_size}){checkpointing}"
-
-    def make_room(self) -> None:
-        """Removes what killed saves left behind.
-
-        Raises:
-            UserError: the disk has no room for a checkpoint, which would only show at the first one.
-        """
-        remove_partial(self.job.out_dir)
-        moments = 2 if self.run.optimizer == "adamw" else 1  # at least; Muon has one per matrix
-        needed = 4 * count_parameters(self.objective) * (1 + moments)
-        free = shutil.disk_usage(self.job.out_dir).free
-        if free < needed:
-            raise UserError(
-                f"out_dir={self.job.out_dir}: {free / 1e9:.1f} GB are free there, a checkpoint takes "
-                f"{needed / 1e9:.1f} GB; make room, or give another folder"
-            )
 
     def prepare(self, step: int) -> PreparedStep:
         """The batches of a step; a function of nothing but its number."""
@@ -378,17 +338,9 @@ class Trainer:
         if run.on_nonfinite == "error" or self.nonfinite.in_a_row > run.max_nonfinite:
             skipped = "on_nonfinite=skip skips such steps" if run.on_nonfinite == "error" else (
                 f"these are more than max_nonfinite={run.max_nonfinite} steps in a row")  # fmt: skip
-            raise UserError(f"{what}: {self.unstable()}; {skipped}")
+            raise UserError(f"{what}: {self.reporter.unstable()}; {skipped}")
         warn(self.console, f"{what}: no update ({self.nonfinite.total} such steps so far)")
         return True
-
-    def unstable(self) -> str:
-        """What helps against diverging."""
-        run = self.run
-        return (
-            f"training is unstable; lower learning_rate (now {run.learning_rate:g}) or max_grad_norm (now "
-            f"{run.max_grad_norm}), or raise warmup_ratio"
-        )
 
     def begin_stage(self, thoughts: ThoughtFormat) -> None:
         """A step before the first of a stage."""
@@ -397,43 +349,6 @@ class Trainer:
         self.module = self.wrap(thoughts)
         if self.objective.resets_optimizer:
             self.optimizers = make_optimizers(self.objective, self.run)
-
-    def log_step(
-        self, log: RunLog, shares: dict[str, Tensor], totals: dict[str, Tensor], grad_norm: Tensor, interval: Interval
-    ) -> None:
-        """Writes a step's metrics, over all ranks, and its line on the console."""
-        run = self.run
-        values = {key: value.item() for key, value in self.ranks.sum(shares).items()}
-        lrm = lr_multiplier(run, self.step - 1, self.num_steps)
-        metrics = values | {
-            "num_tokens": totals["tokens"].item(),
-            "weighted_tokens": totals["weights"].item(),
-            "lrm": lrm,
-            "lr": run.learning_rate * lrm,
-            "grad_norm": grad_norm.item(),
-            "tokens_per_s": interval.tokens_per_s(),
-            "data_wait": interval.data_wait(),
-            "padding": 1 - (totals["positions"] / totals["slots"]).item(),
-            "n_latents": self.thoughts_now().n_latents,
-        }
-        if run.on_nonfinite == "skip":
-            metrics["nonfinite_steps"] = self.nonfinite.total
-        log.write(self.step, metrics)
-        parts = [f"step {self.step:05d}/{self.num_steps:05d}", f"loss {values['loss']:.3f}"]
-        parts += [
-            f"{name.removesuffix('_loss')} {values[name]:.3f}" for name in sorted(values) if name.endswith("_loss")
-        ]
-        parts += [f"lrm {lrm:.2f}", f"tokens {metrics['num_tokens']:.0f}", f"weighted {metrics['weighted_tokens']:.1f}"]
-        if "step_accuracy" in values:
-            parts.append(f"step_acc {values['step_accuracy']:.2f}")
-        parts += [f"grad {metrics['grad_norm']:.2f}", f"tok/s {metrics['tokens_per_s']:.0f}"]
-        self.console.print(" | ".join(parts))
-        same = metrics["num_tokens"] == metrics["weighted_tokens"]
-        written = self.thoughts_now().n_latents == 0 and run.rationale != "none"
-        if written and same and run.step_weight_multiplier != 1.0 and not self.warned_weights:
-            self.warned_weights = True
-            warn(self.console, f"step_weight_multiplier={run.step_weight_multiplier} but no token of this step was "
-                 "weighed: the solutions hold no <<..>> steps, so this is plain fine-tuning")  # fmt: skip
 
     def validate(self, log: RunLog, show: bool) -> dict[str, float]:
         """Evaluates the stage that training is in; `show` prints it."""
@@ -448,26 +363,8 @@ class Trainer:
         if (collapsed := collapse(metrics)) is not None:
             warn(self.console, collapsed)
         if show:
-            text = " | ".join(f"{key} {value:.3f}" for key, value in metrics.items())
-            self.console.print(f"step {self.step:05d}/{self.num_steps:05d} | {text}")
+            self.reporter.validated(self.step, metrics)
         return metrics
-
-    def announce(self) -> None:
-        """What is about to be trained, on what."""
-        run, job = self.run, self.job
-        model, decoder = self.objective.model, self.objective.step_decoder
-        size = f"{count_parameters(model):,} parameters"
-        if decoder is not None:
-            size += f" + decoder {count_parameters(decoder) - model.embedding.weight.numel():,}"
-        self.console.print(
-            f"mode={run.mode} | {size} | {len(self.examples)} problems, {len(self.held_out.examples)} held out | "
-            f"{self.num_steps} steps of {run.target_examples_per_step} | {job.device}, {job.dtype}, "
-            f"{job.ranks.world} rank(s), {torch.get_num_threads()} threads | {job.out_dir}".replace("torch.", "")
-        )
-        encoded = self.examples.made() if isinstance(self.examples, Lazily) else self.examples
-        if not any(example.steps for example in encoded):
-            warn(self.console, "no <<expression=result>> step in the training data: step losses, weights and "
-                 "accuracies will be empty")  # fmt: skip
 
     def as_checkpoint(self) -> Checkpoint:
         """The run as it stands."""
@@ -495,7 +392,7 @@ class Trainer:
         if broken := broken_weights(self.objective.named_parameters()):
             raise UserError(
                 f"not saved at step {self.step}: {broken[0]} and {len(broken) - 1} more weights hold numbers that are "
-                f"not finite, or over 1e19; checkpoints before it are as they were; {self.unstable()}"
+                f"not finite, or over 1e19; checkpoints before it are as they were; {self.reporter.unstable()}"
             )
         total, in_a_row = self.nonfinite.state
         state = trainer_state(
@@ -509,158 +406,6 @@ class Trainer:
         )
         with file_errors(f"out_dir={self.job.out_dir}"):
             return save_checkpoint(self.as_checkpoint(), self.job.out_dir, state, self.run.keep_checkpoints)
-
-    def report(self, metrics: dict[str, float]) -> None:
-        """The last validation, and what the thoughts say about five of its problems."""
-        checkpoint = self.as_checkpoint()
-        self.console.print(validation_table(metrics, len(self.held_out.problems)))
-        probes = checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents > 0
-        if probes:
-            self.objective.eval()
-            with torch.no_grad(), autocast(self.job.device, self.job.dtype):
-                self.console.print(probe_table(probe_problems(checkpoint, self.held_out.problems[:5])))
-        source, ckpt = source_name(self.job.raw), shlex.quote(f"ckpt={self.job.out_dir}")
-        next_steps: list[str] = []
-        if source in eval_names():
-            next_steps.append(f"python -m {module_of(source)} {ckpt}")
-        if probes:
-            next_steps.append(f'python -m simcot_latent.probe {ckpt} question="..."')
-        for command in next_steps:
-            self.console.print(f"next: {command}")
-
-
-class Interval:
-    """What the steps since it was made came to."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.tokens = 0.0
-        self.waited = 0.0
-
-    def add(self, totals: dict[str, Tensor], prefetch: Prefetch[PreparedStep]) -> None:
-        """Counts a step."""
-        self.tokens += totals["positions"].item()
-        self.waited += prefetch.waited
-        prefetch.waited = 0.0
-
-    def tokens_per_s(self) -> float:
-        """Tokens a second, those of all ranks."""
-        return self.tokens / (time.perf_counter() - self.began)
-
-    def data_wait(self) -> float:
-        """Share of the time in which this rank waited for its data."""
-        return self.waited / (time.perf_counter() - self.began)
-
-
-def lr_multiplier(run: RunConfig, step: int, num_steps: int) -> float:
-    """What the learning rate is multiplied by at a step (0-based): linear warm-up, then decay to `final_lr_ratio`."""
-    warmup = round(run.warmup_ratio * num_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    left = (num_steps - step) / max(1, num_steps - warmup)
-    if run.lr_schedule == "constant":
-        left = 1.0
-    elif run.lr_schedule == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * (1 - left)))
-    return run.final_lr_ratio + (1 - run.final_lr_ratio) * left
-
-
-def make_model(job: Job, raw: DictConfig) -> tuple[GPT, Tokenizer]:
-    """The GPT that is to be trained and its tokenizer: new, or those of `init_from`.
-
-    Raises:
-        UserError: the shape is impossible, or the command line asks for another than that of `init_from`.
-    """
-    run = job.run
-    if run.init_from is None:
-        tokenizer: Tokenizer = instantiate(raw.tokenizer, "tokenizer")
-        try:
-            return GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **run.model)), tokenizer
-        except TypeError as error:
-            raise UserError(f"model: {error}") from error
-    if job.start is not None:  # what it began from need not be there any more
-        saved = load_checkpoint(job.start, key="out_dir", verify=run.verify)
-        return saved.model.train(), saved.tokenizer
-    published = load_pretrained(run.init_from, key="init_from", verify=run.verify)
-    saved = with_latent_tokens(published, str(run.new_token_init))
-    from simcot_latent import cli  # hydra, which training from Python does without
-
-    asked = cli.overridden("tokenizer")
-    if asked and instantiate(raw.tokenizer, "tokenizer") != saved.tokenizer:
-        raise UserError(
-            f"tokenizer={asked[0]}: init_from={run.init_from} brings its own, {saved.tokenizer.name}; leave it out"
-        )
-    model, config = saved.model, asdict(saved.model.config)
-    asked = cli.overridden("model")
-    for key in run.model if "model" in asked else [name.removeprefix("model.") for name in asked]:
-        if key == "projector_width" and config[key] is None:
-            model = with_projector(model, run.model[key])
-        elif run.model.get(key) != config.get(key):
-            raise UserError(
-                f"model.{key}={run.model.get(key)}: init_from={run.init_from} brings its own model, in which it is "
-                f"{config.get(key)}; leave it out"
-            )
-    return model.train(), saved.tokenizer
-
-
-def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:
-    """A split of the data, and what was noticed while reading it."""
-    loaded = source.load(split)
-    for note, count in sorted(loaded.notes.items()):
-        if split == "train" or not note.startswith(UNREAD):  # which is the same for all splits of a folder
-            console.print(f"{split}: {count} x {note}")
-    return loaded
-
-
-def encode_all(
-    objective: Objective, problems: Sequence[Problem], split: str, job: Job
-) -> tuple[Sequence[Problem], Sequence[Example]]:
-    """Problems in token ids; those beyond the model's context end the run, or are dropped, counted and reported.
-
-    Of train, only those that the run comes to are encoded (and made, where a source makes them), unless which ones are
-    left depends on the length of all.
-
-    Raises:
-        UserError: a problem is too long (on_too_long=error), or none is left.
-    """
-    run = job.run
-    limit = objective.model.config.context_length - objective.extra_length
-
-    def encode(index: int) -> Example:
-        example = objective.encode(problems[index])
-        if example.length > limit and run.on_too_long == "error":
-            raise UserError(
-                f"{split} problem {index + 1} ({problems[index].question[:40]!r}...) has {example.length} tokens: "
-                f"at most {limit} fit; "
-                "raise model.context_length, or set on_too_long=drop"
-            )
-        return example
-
-    if not problems:
-        raise UserError(f"{split}: the data hold no problem")
-    examples = Lazily(len(problems), encode)
-    indices: Sequence[int] = range(len(problems))
-    if split == "train" and run.num_iterations != -1 and run.on_too_long == "error":
-        indices = BatchOrder(indices, run.target_examples_per_step, run.seed).read_by(run.num_iterations)
-    for index in track(indices, f"encoding {split}", job.console):
-        examples[index]
-    if run.on_too_long == "error":
-        return problems, examples
-    kept = [i for i, example in enumerate(examples) if example.length <= limit]
-    if dropped := len(problems) - len(kept):
-        warn(job.console, f"{split}: dropped {dropped} of {len(problems)} problems of more than {limit} tokens")
-    if not kept:
-        raise UserError(f"{split}: no problem of at most {limit} tokens; raise model.context_length")
-    return [problems[i] for i in kept], [examples[i] for i in kept]
-
-
-def source_name(raw: dict[str, Any]) -> str:
-    """The name of the run's data source, that of its module; its eval, if there is one, has the same."""
-    return raw["data"]["_target_"].split(".")[-2]
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 if __name__ == "__main__":

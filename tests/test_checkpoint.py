@@ -35,7 +35,7 @@ from simcot_latent.generate import generate_all
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.probe import decode_steps, think
+from simcot_latent.probing.thoughts import decode_steps, think
 from simcot_latent.training.saving import save_checkpoint
 from simcot_latent.weights import read_tensors
 

@@ -28,10 +28,11 @@ from simcot_latent.data.format import encode_problem
 from simcot_latent.data.problem import Problem, parse_steps
 from simcot_latent.errors import UserError
 from simcot_latent.generate import encode_prompts, generate_all, think_about
-from simcot_latent.import_checkpoint import KINDS, import_checkpoint
+from simcot_latent.interop.imported import KINDS, import_checkpoint
 from simcot_latent.model.step_decoder import PackedSteps
 from simcot_latent.model.thoughts import go_on, pack_texts
-from simcot_latent.probe import decode_steps, gold_groups, think
+from simcot_latent.probing.steps import gold_groups
+from simcot_latent.probing.thoughts import decode_steps, think
 
 QUESTIONS = [
     "Ann has 3 bags of 4 pears and eats 2. How many are left?",

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import simcot_latent as sl
-from simcot_latent import probe as probe_module
 from simcot_latent.checkpoint import Checkpoint, TrainerState
 from simcot_latent.config import DecoderConfig, LatentConfig, RunConfig
 from simcot_latent.data.problem import Problem
@@ -26,20 +25,19 @@ from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
-from simcot_latent.probe import (
+from simcot_latent.probing import information, thoughts
+from simcot_latent.probing import steps as steps_module
+from simcot_latent.probing.information import _v_information, text_entropy
+from simcot_latent.probing.steps import (
     GroupProbe,
     QuestionProbe,
-    _v_information,  # pyright: ignore[reportPrivateUsage]
-    decode_groups,
     gold_groups,
     probe_problems,
     probe_questions,
-    probe_table,
-    summarise,
-    summary_table,
     teacher_forced,
-    text_entropy,
 )
+from simcot_latent.probing.summary import probe_table, summarise, summary_table
+from simcot_latent.probing.thoughts import decode_groups
 from simcot_latent.training.saving import save_checkpoint
 
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -79,7 +77,7 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) 
 @pytest.fixture(autouse=True)
 def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random decoders seldom end: the limit is reached early."""
-    monkeypatch.setattr(probe_module, "MAX_STEP_TOKENS", 8)
+    monkeypatch.setattr(thoughts, "MAX_STEP_TOKENS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +327,7 @@ def test_donors_are_few_and_the_same_in_any_order(
 ) -> None:
     """With two donors: the own problem and one other, which depends on neither the order nor the batches."""
     checkpoint = make_checkpoint()
-    monkeypatch.setattr(probe_module, "DONORS", 2)
+    monkeypatch.setattr(information, "DONORS", 2)
     forwards = probe_problems(checkpoint, problems)
     assert {bound for _, bound in found_in(forwards).values()} == {1.0}
     backwards = probe_problems(checkpoint, problems[::-1], batch_size=3)[::-1]
@@ -421,7 +419,7 @@ def test_probing_problems(
     def always(checkpoint: Checkpoint, latents_BKD: torch.Tensor) -> list[list[tuple[str, float]]]:
         return [[("<<3*4=12>>", 0.5)] * GROUPS for _ in latents_BKD]
 
-    monkeypatch.setattr(probe_module, "decode_groups", always)
+    monkeypatch.setattr(steps_module, "decode_groups", always)
     checkpoint = make_checkpoint(surplus="merge", missing="mask")
     probes = probe_problems(checkpoint, problems)
     answers = sl.answer(checkpoint, [problem.question for problem in problems])

@@ -20,7 +20,8 @@ from simcot_latent.distributed import Ranks
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.probe import probe_problems, summarise
+from simcot_latent.probing.steps import probe_problems
+from simcot_latent.probing.summary import summarise
 from simcot_latent.training.validation import thought_v_information
 
 

@@ -7,6 +7,7 @@ lack it, and one matrix at a time.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -133,3 +134,16 @@ def update(
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def lr_multiplier(run: RunConfig, step: int, num_steps: int) -> float:
+    """What the learning rate is multiplied by at a step (0-based): linear warm-up, then decay to `final_lr_ratio`."""
+    warmup = round(run.warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (num_steps - step) / max(1, num_steps - warmup)
+    if run.lr_schedule == "constant":
+        left = 1.0
+    elif run.lr_schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    return run.final_lr_ratio + (1 - run.final_lr_ratio) * left

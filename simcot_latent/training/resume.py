@@ -20,7 +20,7 @@ from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.objectives.base import Objective
 
 if TYPE_CHECKING:
-    from simcot_latent.train import Job
+    from simcot_latent.training.setup import Job
 
 ABOUT_THE_COMMAND = {"resume", "resume_with_changes", "out_dir", "max_minutes"}
 """Options that say nothing about the run itself."""

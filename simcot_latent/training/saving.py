@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+
+from torch import nn
 
 from simcot_latent.checkpoint import Checkpoint, TrainerState, write_checkpoint
 from simcot_latent.checkpoint_folders import (
@@ -13,6 +16,7 @@ from simcot_latent.checkpoint_folders import (
     place_of_real_latest,
     remove_checkpoint,
 )
+from simcot_latent.errors import UserError
 from simcot_latent.folders import move_aside, remove_empty, remove_partial_folder, sync_folder, written_beside
 
 
@@ -64,3 +68,24 @@ def remove_partial(out_dir: Path) -> None:
         if STEP_FOLDER.fullmatch(path.name[1 : -len(".partial")]):
             remove_partial_folder(path)
     _remove_link(out_dir / f".{LATEST}.partial")
+
+
+def make_room(out_dir: Path, trained: nn.Module, optimizer: str) -> None:
+    """Removes what killed saves left half-written, and makes sure that a checkpoint fits.
+
+    Args:
+        trained: all that a checkpoint keeps the weights of.
+        optimizer: the run's option of that name.
+
+    Raises:
+        UserError: the disk has no room for a checkpoint, which would only show at the first one.
+    """
+    remove_partial(out_dir)
+    moments = 2 if optimizer == "adamw" else 1  # at least; Muon has one per matrix
+    needed = 4 * sum(parameter.numel() for parameter in trained.parameters()) * (1 + moments)
+    free = shutil.disk_usage(out_dir).free
+    if free < needed:
+        raise UserError(
+            f"out_dir={out_dir}: {free / 1e9:.1f} GB are free there, a checkpoint takes {needed / 1e9:.1f} GB; make "
+            "room, or give another folder"
+        )

@@ -24,7 +24,8 @@ from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.losses import add_up
 from simcot_latent.model.thoughts import geometry
 from simcot_latent.objectives.base import Objective
-from simcot_latent.probe import latents_of, v_information
+from simcot_latent.probing.information import v_information
+from simcot_latent.probing.thoughts import latents_of
 
 # Thoughts count as collapsed when they lie this much closer together than they are long. Published distances: 28 in a
 # healthy model, 4 in a collapsed one, where the norm is of the order of the former (SIM-CoT, section 3.1).

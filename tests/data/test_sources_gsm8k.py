@@ -23,7 +23,7 @@ from simcot_latent.data.sources.gsm8k_aug import GSM8KAug
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.logs import make_console
-from simcot_latent.train import load_split
+from simcot_latent.training.setup import load_split
 
 REPOSITORY = Path(__file__).parents[2]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import simcot_latent as sl
-from simcot_latent.import_checkpoint import import_checkpoint
+from simcot_latent.interop.imported import import_checkpoint
 
 IMPORT = "simcot_latent.import_checkpoint"
 END = "<|endoftext|>"

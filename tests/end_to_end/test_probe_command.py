@@ -10,7 +10,7 @@ import pytest
 from commands import PROBE, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, run, strict_json
 
 import simcot_latent as sl
-from simcot_latent.probe import GroupProbe, QuestionProbe, gold_groups
+from simcot_latent.probing.steps import GroupProbe, QuestionProbe, gold_groups
 
 AWKWARD = [
     "John's 3 apples, his 4 pears: how many are $5 = 5?",

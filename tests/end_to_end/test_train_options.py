@@ -24,7 +24,7 @@ from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.model.gpt import Block, Transformer
 from simcot_latent.objectives.base import Objective, WrittenBatch
 from simcot_latent.objectives.latent import LatentBatch
-from simcot_latent.train import lr_multiplier
+from simcot_latent.training.optimizer import lr_multiplier
 
 # --- the schedule in closed form -------------------------------------------------------------------------------------
 

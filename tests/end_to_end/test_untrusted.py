@@ -39,8 +39,8 @@ from simcot_latent.data.sources import SPLITS, Split, load_first
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.export import export_hf
 from simcot_latent.folders import fingerprint
+from simcot_latent.interop.exported import export_hf
 from simcot_latent.interop.pretrained import load_pretrained
 from simcot_latent.interop.published_tokenizers import read_tokenizer, write_tokenizer
 from simcot_latent.weights import DTYPES, save_tensors

@@ -30,7 +30,7 @@ from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.sources.gsm8k_aug import GSM8KAug
 from simcot_latent.data.tokenizer import SPECIAL_TOKENS, Tokenizer, write_ranks
 from simcot_latent.errors import UserError
-from simcot_latent.export import export_hf
+from simcot_latent.interop.exported import export_hf
 from simcot_latent.interop.pretrained import load_pretrained
 from simcot_latent.interop.published import read_tensor_file
 from simcot_latent.interop.published_tokenizers import read_tokenizer, write_tokenizer
