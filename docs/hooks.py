@@ -1,4 +1,4 @@
-"""What MkDocs builds besides the pages of this folder: the options page, and pages that stand elsewhere in the repository.
+"""What MkDocs builds besides the pages of this folder: the options page, and pages from elsewhere in the repository.
 
 MkDocs calls `on_files` and `on_page_markdown` (https://www.mkdocs.org/user-guide/configuration/#hooks). Nothing is
 fetched from a network.

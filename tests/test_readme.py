@@ -6,12 +6,13 @@ What can run in seconds is run by `end_to_end/test_documentation.py`.
 from __future__ import annotations
 
 import io
+import json
 import re
 import runpy
 import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
@@ -98,7 +99,7 @@ def check_hydra(config: str, arguments: list[str]) -> Any:
 def help_of(target: str) -> str:
     """What a program prints for `--help`."""
     out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), suppress(SystemExit):
         patch.setattr(sys, "argv", [target, "--help"])
         if target.endswith(".py"):
             patch.syspath_prepend(str((REPOSITORY / target).parent))
@@ -189,7 +190,7 @@ def is_setting(code: str) -> bool:
 def is_key(raw: Any, name: str) -> bool:
     """Whether a configuration has a key, whatever its value."""
     section, _, key = name.rpartition(".")
-    return key in (OmegaConf.select(raw, section) if section else raw)
+    return key in ((OmegaConf.select(raw, section) or {}) if section else raw)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -239,10 +240,8 @@ def test_figures_of_the_readme_are_in_the_log() -> None:
 
 def test_the_drawing_of_a_packed_batch() -> None:
     page = (REPOSITORY / "docs/reading-the-code.md").read_text(encoding="utf-8")
-    sections = [
-        list(map(int, part.split(", "))) for part in re.findall(r"\[([\d, ]+)\]", page.split("Packing.of(")[1])[:2]
-    ]
-    packing = Packing.of(*sections, tight=True)
+    (call,) = re.findall(r"Packing\.of\((.+), tight=True\)", page)
+    packing = Packing.of(*json.loads(f"[{call}]"), tight=True)
     for name in ("row_P", "offset_P", "slot_P", "length_B"):
         (drawn,) = re.findall(rf"^{name} +([\d ]+)$", page, re.MULTILINE)
         assert list(map(int, drawn.split())) == getattr(packing, name).tolist(), name
