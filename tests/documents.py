@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -45,6 +48,16 @@ class Command:
     def arguments(self) -> list[str]:
         """What follows the module, or the file."""
         return list(self.words[self.words.index(self.module) + 1 :] if self.module else self.words[2:])
+
+
+def load_hooks() -> Any:
+    """`docs/hooks.py` as MkDocs loads it: by its place, as other packages may be called `docs`."""
+    spec = spec_from_file_location("docs_hooks", REPOSITORY / "docs/hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def blocks(page: Path, language: str) -> list[str]:

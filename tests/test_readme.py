@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import BLOCK, PAGES, REPOSITORY, Command, blocks, commands, settings
+from documents import BLOCK, PAGES, REPOSITORY, Command, blocks, commands, load_hooks, settings
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from docs import hooks
 from simcot_latent.cli import quote_text
 from simcot_latent.config import (
     DecoderConfig,
@@ -47,6 +46,8 @@ from simcot_latent.export import ExportConfig
 from simcot_latent.import_checkpoint import ImportConfig
 from simcot_latent.model.packing import Packing
 from simcot_latent.probe import ProbeConfig
+
+hooks = load_hooks()
 
 CONFIGS = {"eval": EvalConfig, "probe": ProbeConfig, "export": ExportConfig, "import": ImportConfig}
 

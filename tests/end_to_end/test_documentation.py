@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from ast import literal_eval
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from commands import ARITHMETIC, REPOSITORY, TINY, TRAIN, Trained, read_lines, run, run_process, strict_json
-
-sys.path.insert(0, str(REPOSITORY / "tests"))
 from documents import BLOCK, PAGES, Command, blocks, commands
 
 DATA = "data.path=path/to/gsm8k"
