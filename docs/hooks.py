@@ -109,45 +109,50 @@ def _lines() -> Iterator[str]:
     for title, (command, name, cls) in COMMANDS.items():
         yield from ("", f"## {title}", "", f"`{command}`", "", *table(options_of(name, get_class(cls))))
         if name == "train":
-            yield from _groups()
+            yield from (*_modes(), *_sources(), *_models(), *_tokenizers(), *_presets())
 
 
-def _groups() -> Iterator[str]:
+def _modes() -> Iterator[str]:
+    run_keys = {field.name for field in dataclasses.fields(get_class(COMMANDS["Training"][2]))} - NOT_KEYS - {"mode"}
     for mode in choices("mode"):
         raw = composed("train", f"mode={mode}")
-        run_keys = {field.name for field in dataclasses.fields(get_class(COMMANDS["Training"][2]))}
-        sets = {key: value for key, value in read_yaml("mode", mode).items() if key in run_keys - NOT_KEYS - {"mode"}}
+        sets = {key: value for key, value in read_yaml("mode", mode).items() if key in run_keys}
         yield from ("", f"### Keys of mode={mode}", "", comment("mode", mode))
         if sets:
             yield "It sets " + ", ".join(f"`{key}={text_of(value)}`" for key, value in sets.items()) + "."
         sections = get_type_hints(get_class(raw["objective"]).Config)
         options = [o for key, cls in sections.items() for o in options_in(cls, raw[key], f"{key}.")]
         yield from ("", *(table(options) if options else ["It has no further keys."]))
+
+
+def _sources() -> Iterator[str]:
     yield from ("", "### Data keys")
     for source in choices("data"):
         values = composed("train", f"data={source}")["data"]
         yield from ("", f"`data={source}`", "", *table(options_in(get_class(values["_target_"]), values, "data.")))
+
+
+def _models() -> Iterator[str]:
     yield from ("", "### Model keys", "")
     yield "They shape a model that starts from random weights; `init_from` brings a shape of its own."
-    presets = sorted(choices("model"), key=lambda name: composed("train", f"model={name}")["model"]["n_embd"])
-    values = {name: composed("train", f"model={name}")["model"] for name in presets}
-    columns = {name: options_in(get_class(MODEL), values[name], "model.") for name in presets}
-    yield from ("", "| key | " + " | ".join(f"`{name}`" for name in presets) + " | meaning |")
-    yield "|" + "---|" * (len(presets) + 2)
-    for options in zip(*columns.values(), strict=True):
+    values = {name: composed("train", f"model={name}")["model"] for name in choices("model")}
+    presets = sorted(values, key=lambda name: values[name]["n_embd"])
+    yield from ("", row(["key", *(f"`{name}`" for name in presets), "meaning"]), "|" + "---|" * (len(presets) + 2))
+    for options in zip(*(options_in(get_class(MODEL), values[name], "model.") for name in presets), strict=True):
         yield row([f"`{options[0].key}`", *(f"`{option.default}`" for option in options), options[0].meaning])
-    yield ""
-    yield from (f"- `model={name}`: {comment('model', name)}" for name in presets)
+    yield from ("", *(f"- `model={name}`: {comment('model', name)}" for name in presets))
+
+
+def _tokenizers() -> Iterator[str]:
     yield from ("", "### Tokenizer keys")
     for name in choices("tokenizer"):
         values = composed("train", f"tokenizer={name}")["tokenizer"]
         options = options_in(get_object(values["_target_"]), values, "tokenizer.")
-        yield from (
-            "",
-            f"`tokenizer={name}`" + ("" if options else " has no keys."),
-            "",
-            *(table(options) if options else []),
-        )
+        yield from ("", f"`tokenizer={name}`" + ("" if options else " has no keys."))
+        yield from ("", *table(options)) if options else ()
+
+
+def _presets() -> Iterator[str]:
     yield from ("", "### Presets", "")
     yield from (f"- `experiment={name}`: {comment('experiment', name)}" for name in choices("experiment"))
 
