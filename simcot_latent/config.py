@@ -42,18 +42,18 @@ class LatentConfig:
     """How thoughts stand for steps.
 
     Attributes:
-        n_latents: the thoughts of a question, all of which the model reads.
-        latents_per_step: c, the thoughts of one step group.
+        n_latents: K, the thoughts per question, all of which the model reads.
+        latents_per_step: c, the thoughts per step group; a question has K / c groups.
         surplus: what becomes of steps beyond the last group, `merge` (into the last group) or `drop`.
-        missing: what a group without a step is taught, `mask` (nothing) or `answer` (the answer string).
+        missing: the decoder's target for a group without a step: `mask` (none) or `answer` (the answer string).
         warmup: share of training on written steps, before any thought.
         stages: after the warm-up, the share of training in which thoughts replace one step more at a time (1, 2, .. all
-            but one, equally long), or a list of stages of one's own (`steps`: how many steps thoughts replace, `share`:
-            of training). What is left of training replaces all steps. As in Coconut,
-            https://arxiv.org/abs/2412.06769, section 3.
+            but one, equally long), or a list of stages, such as `[{steps: 1, share: 0.1}, {steps: 2, share: 0.1}]`
+            (`steps`: how many steps thoughts replace, `share`: of training). In the rest of training thoughts replace
+            all steps. As in Coconut, https://arxiv.org/abs/2412.06769, section 3.
         reset_optimizer: forget the optimizer's moments when a stage begins (Coconut does).
         feeds_last: whether the model reads the last state that its thoughts come to (Coconut), or only the decoder does
-            (SIM-CoT on CODI): it has one step more to say than there are thoughts then.
+            (SIM-CoT on CODI): the decoder then has one step more to decode than there are thoughts.
     """
 
     n_latents: int = 4
@@ -110,7 +110,13 @@ class LatentConfig:
 
 @dataclass
 class DecoderConfig:
-    """The auxiliary decoder: how many blocks (None: as many as the base), started `random` or as the `base`'s first."""
+    """The auxiliary decoder, which turns the thoughts of a group into its step.
+
+    Attributes:
+        n_layer: its blocks, each of the base model's shape; None: as many as the base has, as in the published code.
+        init: how it starts: `random`, or `base`, a copy of the base's first blocks (at most as many as it has), made at
+            the start and once more when thoughts begin.
+    """
 
     n_layer: int | None = 1
     init: str = "random"
@@ -126,6 +132,8 @@ class LossConfig:
     """loss = answer_weight * L_ans + step_weight * L_step.
 
     Attributes:
+        answer_weight: weight of L_ans, the loss on what follows the thoughts.
+        step_weight: weight of L_step, the auxiliary decoder's loss; 0: no step supervision, as in Coconut.
         step_reduction: how L_step averages: `token` (over all step tokens of the optimizer step), `coconut` (a sum over
             a step's tokens, mean over problems, mean over groups) or `codi` (token mean in each group, mean over
             groups), as in the two flavours of the published code.
@@ -143,7 +151,67 @@ class LossConfig:
 
 @dataclass
 class RunConfig:
-    """Everything about a training run that all objectives share. The README's table says what each key does."""
+    """Everything about a training run that all objectives share.
+
+    Attributes:
+        objective: the class that trains; each file in `configs/mode/` names one.
+        mode: how to train: `latent`, `weighted`, or the name of another file in `configs/mode/`.
+        model: the shape of a model that starts from random weights: `tiny`, `small` or `gpt2`.
+        data: where problems come from: `arithmetic`, `gsm8k` or `gsm8k_aug`.
+        tokenizer: `default` (2,048 tokens, shipped) or `gpt2`.
+        rationale: what `mode=weighted` writes: `natural` (whole solutions), `equations` (steps only) or `none` (the
+            answer only). `mode=latent` allows `equations` only.
+        on_too_long: what to do with problems that do not fit the context: `error`, or `drop` (they are counted and
+            reported).
+        step_weight_multiplier: loss weight of the tokens of written steps; 1 is plain fine-tuning. In `mode=latent` it
+            applies to the warm-up and to steps that thoughts have not replaced yet.
+        track_step_accuracy: log `step_accuracy`.
+        num_epochs: passes over the training problems, where `num_iterations` is -1.
+        num_iterations: optimizer steps; -1: as many as `num_epochs` takes.
+        device_batch_size: problems per forward pass and rank; the rest of an optimizer step is accumulated.
+        target_examples_per_step: problems per optimizer step, over all ranks.
+        optimizer: `muon` (Muon, https://kellerjordan.github.io/posts/muon/, for matrices; AdamW for embeddings, output
+            head, norms and biases) or `adamw` (for everything).
+        learning_rate: AdamW's, at its peak.
+        matrix_lr: Muon's, at its peak.
+        betas: AdamW's.
+        weight_decay: decoupled weight decay; not applied to norms and biases.
+        warmup_ratio: share of training in which the learning rate rises; not to be confused with `latent.warmup`.
+        lr_schedule: shape of the learning rate after that: `linear`, `cosine` or `constant`.
+        final_lr_ratio: what the learning rate ends at, as a share of its peak.
+        max_grad_norm: gradients are clipped to this norm; None: no clipping.
+        seed: of the weights and of the order of problems; `data=arithmetic` has a seed of its own.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` is the GPU if there is one.
+        dtype: number format of matrix products: `float32`, `bfloat16`, or `auto`, which is bfloat16 where the hardware
+            has it. Weights stay float32.
+        compile: apply `torch.compile` to the parts of a block before and after attention, in passes over many tokens.
+        compile_thoughts: apply `torch.compile(mode="reduce-overhead")` to passes over few tokens too; meant for GPUs.
+        later_attention: how passes after the first compute attention: `products`, or `sdpa`, PyTorch's fused kernel;
+            meant for GPUs.
+        activation_checkpointing: compute activations a second time in the backward pass: less memory, more time.
+        profile: profile three steps; the trace and a table go to `out_dir/profile`.
+        out_dir: the run's folder; None: `runs/<mode>`, or `runs/<mode>-2`, ... where that exists.
+        init_from: a model to start from, which brings its shape and tokenizer: a Hugging Face folder or hub id, a GGUF
+            file, a nanochat folder, or a checkpoint.
+        new_token_init: how rows of tokens start that `init_from` lacks: `mean` (the mean of its rows), or as the row of
+            a token, such as `"<<"`.
+        resume: go on with the run in `out_dir`: `true`, `false`, or `auto` (if there is one, else start).
+        resume_with_changes: let `resume=auto` go on although other options have changed.
+        max_minutes: save and end after so many minutes of wall-clock time; None: no limit.
+        on_nonfinite: what to do when a loss or gradient is not finite: `error`, or `skip` (that step's update is left
+            out).
+        max_nonfinite: how many steps in a row may be skipped; one more is an error.
+        verify: compare the files of checkpoints that are read (`resume`, `init_from`) with their manifest.
+        log_every: optimizer steps between two logged steps.
+        eval_every: optimizer steps between two evaluations on the validation split; -1: only at the end.
+        eval_examples: validation problems, for losses and answers.
+        eval_batch_size: problems per batch of an evaluation.
+        checkpoint_every: optimizer steps between two checkpoints; -1: only at the end.
+        keep_checkpoints: how many checkpoints are kept, the newest ones; older ones are deleted.
+        max_new_tokens: most tokens of an answer, thoughts not counted.
+        run: name of the wandb run; empty: wandb is not started.
+        wandb_project: the wandb project.
+    """
 
     objective: str
     mode: str

@@ -40,7 +40,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvalConfig:
-    """Keys of `configs/eval.yaml`."""
+    """Keys of `configs/eval.yaml`.
+
+    Attributes:
+        data: another source of problems than the one that the eval is named after.
+        ckpt: a checkpoint folder, or a run's `out_dir` (its `latest` is taken then); required.
+        verify: compare the checkpoint's files with its manifest first.
+        split: `train`, `validation` or `test`.
+        limit: answer the first so many problems only; None: all.
+        batch_size: questions per batch.
+        max_new_tokens: most tokens of an answer, thoughts not counted; None: as in training.
+        temperature: of sampling; 0: greedy.
+        top_k: draw among the k most likely tokens; None: among all.
+        seed: of sampling.
+        tolerance: how far an answer may be from gold and still count as right, as a share of gold: `1e-6` for golds
+            such as 0.6666666667.
+        device: as in training.
+        cuda_graphs: on a GPU, replay a thought, and a written token, as one CUDA graph.
+        dtype: `auto`, `float32` or `bfloat16`. With float32, answers are the same at any batch size.
+        out: a folder for the results; None: `evals/` in the checkpoint.
+    """
 
     data: dict[str, Any] = field(default_factory=dict)
     ckpt: str | None = None

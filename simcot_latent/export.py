@@ -18,7 +18,16 @@ from simcot_latent.logs import make_console
 
 @dataclass
 class ExportConfig:
-    """Keys of `configs/export.yaml`."""
+    """Keys of `configs/export.yaml`.
+
+    Attributes:
+        ckpt: a checkpoint folder, or a run's `out_dir` (its `latest` is taken then); required.
+        verify: compare the checkpoint's files with its manifest first.
+        out: the folder to write; new, or empty; required.
+        format: `hf`, which `transformers` loads.
+        dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        max_shard_gb: weights beyond this size (in 10^9 bytes) go into further files.
+    """
 
     ckpt: str | None = None
     verify: bool = True

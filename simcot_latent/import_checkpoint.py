@@ -24,7 +24,19 @@ LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 @dataclass
 class ImportConfig:
-    """Keys of `configs/import.yaml`."""
+    """Keys of `configs/import.yaml`.
+
+    Attributes:
+        data: the source that evals and the probe take for this checkpoint's training data.
+        source: what was published: a file of tensors (`.safetensors`, `.bin`, `.pt`, or one without suffix), a folder
+            that holds one or its shards, or a hub id; required.
+        kind: `coconut`, `simcot_coconut`, `codi` or `simcot_codi`; required.
+        base: the model that it was made from, for its shape and tokenizer: whatever `init_from` takes; required.
+        out: the checkpoint folder to write; new, or empty; required.
+        n_latents: thoughts; None: as published, 10 (Coconut) or 6 (CODI).
+        latents_per_step: thoughts per step; None: as published, 2 (Coconut) or 1 (CODI).
+        lora_alpha: CODI's LoRA update is scaled by `lora_alpha` / rank.
+    """
 
     data: dict[str, Any] = field(default_factory=dict)
     source: str | None = None

@@ -26,7 +26,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class ProbeConfig:
-    """Keys of `configs/probe.yaml`."""
+    """Keys of `configs/probe.yaml`.
+
+    Attributes:
+        data: a source of problems to probe; give either this or `question`.
+        ckpt: a checkpoint folder, or a run's `out_dir` (its `latest` is taken then); required.
+            It must be one of `mode=latent`.
+        verify: compare the checkpoint's files with its manifest first.
+        question: one question to think about; give either this or `data`.
+        split: of `data`: `train`, `validation` or `test`.
+        limit: how many problems of `data`.
+        batch_size: questions per batch.
+        format: `table` or `json`.
+        device: as in training.
+        dtype: `auto`, `float32` or `bfloat16`, as in an eval.
+        out: a folder for `probe.json`, which holds what `format=json` prints; None: nothing is written.
+    """
 
     data: dict[str, Any] | None = None
     ckpt: str | None = None

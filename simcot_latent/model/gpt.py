@@ -32,15 +32,22 @@ class GPTConfig:
 
     Attributes:
         vocab_size: rows of the embedding table.
-        context_length: positions the model may be given.
+        context_length: positions the model may be given, thoughts included.
+        n_layer: blocks.
+        n_head: query heads.
         n_kv_head: key/value heads, each shared by n_head / n_kv_head query heads (grouped-query attention,
             https://arxiv.org/abs/2305.13245). None: as many as n_head.
+        n_embd: width.
         ffn_width: hidden width of the feed-forward part. None: 4 * n_embd.
-        positions: a learned table (GPT-2) or rotary (https://arxiv.org/abs/2104.09864, half-split layout).
-        rope_scaling: see `RopeScaling`. None: none.
+        positions: `learned`, a table (GPT-2), or `rotary` (https://arxiv.org/abs/2104.09864, half-split layout).
+        rope_base: base of the rotary frequencies.
+        rope_scaling: Llama 3's scaling of rotary frequencies, such as `{factor: 32, low_freq_factor: 1,
+            high_freq_factor: 4, original_context: 8192}`; see `RopeScaling`. None: none.
         embedding_norm: whether input embeddings are normalised before the first block (nanochat).
-        activation: `gelu_tanh` is GPT-2's; `swiglu` has a gate of its own (https://arxiv.org/abs/2002.05202);
-            `relu2` is the square of relu (https://arxiv.org/abs/2109.08668).
+        norm: `layernorm` or `rmsnorm`.
+        norm_eps: what a norm adds to the variance.
+        activation: `gelu`, `gelu_tanh` (GPT-2's), `swiglu` (which has a gate of its own,
+            https://arxiv.org/abs/2002.05202) or `relu2` (the square of relu, https://arxiv.org/abs/2109.08668).
         bias: biases in norms and in all linear layers of the blocks.
         qkv_bias: biases of the query/key/value projection. None: as `bias`.
         norm_scale: whether norms carry a learned scale.
@@ -48,7 +55,7 @@ class GPTConfig:
         logit_softcap: c in c * tanh(logits / c). None: none.
         tie_head: the output head is the embedding table.
         projector_width: hidden width of the projector between a hidden state and the thought that it becomes (CODI).
-            None: the hidden state is the thought (Coconut).
+            None: no projector, the hidden state is the thought (Coconut).
     """
 
     vocab_size: int

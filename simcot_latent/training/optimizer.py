@@ -1,7 +1,7 @@
 """What turns gradients into updates: AdamW, or Muon for the matrices with AdamW for the rest.
 
 Muon learns the embedded problems in far fewer steps than AdamW: 88% against 68% right after the same 2250
-(README, "What was measured so far"). It is our own because PyTorch's computes in bfloat16, which is slow on CPUs that
+(`results/LOG.md`, 2026-11-25). It is our own because PyTorch's computes in bfloat16, which is slow on CPUs that
 lack it, and one matrix at a time.
 """
 

@@ -190,7 +190,7 @@ def test_chains_of_one_step_are_split_by_that_step() -> None:
 
 
 def test_every_step_of_test_is_one_of_training(splits: dict[str, list[Problem]]) -> None:
-    """What is new in a test problem by default is the chain, not its single steps. Said so in the README."""
+    """What is new in a test problem by default is the chain, not its single steps, as `docs/data.md` tells."""
     known = {step.text for problem in splits["train"] for step in problem.steps}
     for split in ("validation", "test"):
         assert known.issuperset(step.text for problem in splits[split] for step in problem.steps)

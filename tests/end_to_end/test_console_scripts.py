@@ -86,8 +86,9 @@ COMPLETED = {
 
 
 def test_bash_completes_their_arguments(scripts: dict[str, str], tmp_path: Path) -> None:
-    """What the README's line defines is called as bash calls it when somebody presses TAB."""
-    (line,) = re.findall(r"^for c in .*simcot-train.*-sc install=bash.*$", (REPOSITORY / "README.md").read_text(), re.M)
+    """What the line in `docs/running.md` defines is called as bash calls it when somebody presses TAB."""
+    page = (REPOSITORY / "docs/running.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^for c in .*simcot-train.*-sc install=bash.*$", page, re.M)
     ask = "".join(
         f"COMP_LINE={typed!r}; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE); COMPREPLY=()\n"
         f"COMP_CWORD={len(typed.split()) - 1 + typed.endswith(' ')}\n"

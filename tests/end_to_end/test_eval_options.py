@@ -1,4 +1,4 @@
-"""Every option of evals and probe does what its line in the README says, seen from outside: by what the model is given
+"""Every option of evals and probe does what its description tells, seen from outside: by what the model is given
 to read, and by what comes out. An option that nobody reads fails here.
 """
 

@@ -116,7 +116,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("part", ["correct", "train", "generate", "profile"])
 def test_a_bare_machine_will_do(part: str, tmp_path: Path) -> None:
-    """Nothing is imported that the README does not list; `correct` says in one line that pytest is missing."""
+    """Nothing is imported that `docs/speed.md` does not list; `correct` says in one line that pytest is missing."""
     (tmp_path / "sitecustomize.py").write_text(BARE.format(absent=set(ABSENT)))
     program = f"import benchmarks.gpu.{part}, sys; print(sorted(sys.modules.keys() & {set(ABSENT)!r}))"
     env = environment({"PYTHONPATH": os.pathsep.join((str(tmp_path), str(REPOSITORY)))})

@@ -1,4 +1,4 @@
-"""Ranks that die, mistakes under torchrun, jobs that are requeued: what the README says to type, typed."""
+"""Ranks that die, mistakes under torchrun, jobs that are requeued: what `docs/running.md` tells to type, typed."""
 
 from __future__ import annotations
 
@@ -142,9 +142,9 @@ SLURM = re.compile(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", re.DOTALL)
 
 
 def test_the_script_for_slurm(tmp_path: Path) -> None:
-    """The README's, run as Slurm would: a notice before the time is over, then the job once more."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (script,) = SLURM.findall(readme)
+    """The one of `docs/running.md`, run as Slurm would: a notice before the time is over, then the job once more."""
+    page = (Path(__file__).parents[2] / "docs/running.md").read_text(encoding="utf-8")
+    (script,) = SLURM.findall(page)
     arguments = [*TINY, *ARITHMETIC, "mode=weighted", "num_iterations=60", "checkpoint_every=-1"]
     script = script.replace("mode=latent", " ".join(arguments)).replace("python -m", f"{sys.executable} -m")
     (tmp_path / "job.sh").write_text(script)

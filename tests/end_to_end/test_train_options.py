@@ -1,4 +1,4 @@
-"""Every option of a run does what its line in the README says, seen from outside: by what optimizers are given, what
+"""Every option of a run does what its description tells, seen from outside: by what optimizers are given, what
 is read in a pass, and what is left in the folder. An option that nobody reads fails here.
 """
 

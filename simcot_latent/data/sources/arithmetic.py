@@ -88,8 +88,9 @@ class Arithmetic:
             or taken away, as in "She buys 3 bags of 4 shells.": two of the problem's steps. (In version 2, a held-out
             split that has no new one left tells one without, unless the share is 1.)
         distractors: share of problems with a sentence whose number is not used.
-        version: how problems are told apart, 1 or 2 (see the top of the module). The default is what settings without
-            a version mean, those of checkpoints from before there were two; the yaml has 2.
+        version: how problems are split: 2 keeps held-out chains from beginning training chains, or going on from them;
+            1 keeps only whole chains apart. The class's default, 1, is what settings without a version mean, those of
+            checkpoints from before there were two.
         unseen_steps: share of the steps of test problems that training and validation are kept from. Where it is above
             0, a fifth of all calculations is kept from both; where it is 0, none is. The other steps of test problems
             are drawn as those of training are.

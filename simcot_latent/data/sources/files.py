@@ -88,9 +88,8 @@ class WrittenSolutions(ABC):
         path: a folder with a file for each split (`train.jsonl`, `gsm_test.json`, `test.parquet`, text also as
             `.jsonl.gz` or `.jsonl.zst`; or the hub's own layouts, `main/train-00000-of-00001.parquet` and
             `default/train/0000.parquet`), a folder that `save_to_disk` wrote, or a single file; None reads from the
-            hub. A single file is train
-            (and the validation split cut from it) and also test, whichever is asked for: evaluate on the file that a
-            model was trained on and you measure memory.
+            hub. A single file is train (and the validation split cut from it) and also test, whichever is asked for:
+            evaluate on the file that a model was trained on and you measure memory.
         hub_id: the data set's name on the hub.
         hub_config: its configuration there, also looked for as a subfolder of `path`; None where it has only one.
         validation_size: how many problems are held out of train for validation, where the data have no validation
