@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.model.cache import CacheView, KVCache, StaticCache
-from simcot_latent.model.linear import Embedding, Linear, gathered_again
+from simcot_latent.model.linear import Embedding, Linear, activated, gathered_again
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.rotary import RopeScaling, Rotary
 
@@ -209,6 +209,10 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, qkv_width, bias=qkv_bias)
         self.out = Linear(config.n_head * config.head_width, config.n_embd, bias=config.bias)
 
+    def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None = None) -> Tensor:
+        """What tokens (P, D) see of their rows, (M, D): of the last tokens alone, where only they are read out."""
+        return self.out(last(sight.attend(self.project(x_PD)), read_out))
+
     def project(self, x_PD: Tensor) -> Tensor:
         """Queries, keys and values (P, H + 2G, E), not rotated yet."""
         H, G = self.n_head, self.kv_heads
@@ -231,7 +235,21 @@ class MLP(nn.Module):
         self.down = Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x_PD: Tensor) -> Tensor:
-        return self.down(self.up(x_PD), self.activation)
+        return self.down(activated(self.up(x_PD), self.activation, self.down))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anybody has registered a hook on the module or on a part of it.
+
+    A block that is runs part by part, neither compiled nor checkpointed: compilers would not see hooks that come later,
+    and what is computed again would call them again.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    for part in module._modules.values():  # `modules()` takes three times as long, and this is asked at every pass
+        if part is not None and is_hooked(part):
+            return True
+    return False
 
 
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -254,8 +272,12 @@ class Block(nn.Module):
     def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None = None) -> Tensor:
         """(M, D): only what is to be read out is computed beyond keys and values."""
         compiled = self.compiled_few if len(x_PD) <= FEW else self.compiled
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
+        if (compiled is None and not checkpointing) or is_hooked(self):
+            change_MD = self.attention(self.attention_norm(x_PD), sight, read_out)
+            return self.feed_forward(last(x_PD, read_out) + change_MD)
         before, after = (self.before, self.after) if compiled is None else compiled
-        if self.checkpointing and torch.is_grad_enabled():
+        if checkpointing:
             again = partial(gathered_again, self)
             before, after = (partial(_checkpoint, part, context_fn=again) for part in (before, after))
         seen_PD = sight.attend(before(x_PD))
@@ -267,7 +289,10 @@ class Block(nn.Module):
 
     def after(self, x_MD: Tensor, seen_MD: Tensor) -> Tensor:
         """From what attention saw to the residual stream."""
-        x_MD = x_MD + self.attention.out(seen_MD)
+        return self.feed_forward(x_MD + self.attention.out(seen_MD))
+
+    def feed_forward(self, x_MD: Tensor) -> Tensor:
+        """From the residual stream after attention to the one that the next block reads."""
         return x_MD + self.mlp(self.mlp_norm(x_MD))
 
     def compile_parts(self) -> None:
@@ -381,7 +406,7 @@ class Projector(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(self.down(self.up(hidden), F.gelu))
+        return self.norm(self.down(activated(self.up(hidden), F.gelu, self.down)))
 
 
 class GPT(nn.Module):
