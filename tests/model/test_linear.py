@@ -122,9 +122,9 @@ def test_an_activation_on_the_way_in(activation: Callable[[Tensor], Tensor], ask
 def test_of_an_activation_only_the_input_is_kept(activation: Callable[[Tensor], Tensor]) -> None:
     layer, x_PI = layer_and_input(activation)
     kept = set[int]()
-    with gathered_gradients(layer):
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.add(x.data_ptr()), x)[1], lambda x: x):
-            found = layer(activated(x_PI, activation, layer))
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.add(x.data_ptr()), x)[1], lambda x: x)
+    with gathered_gradients(layer), keep:
+        found = layer(activated(x_PI, activation, layer))
     assert kept == {x_PI.data_ptr()}
     calls = 0
 
