@@ -175,11 +175,11 @@ def test_chosen_layers_at_chosen_tokens(model: GPT, assert_equal_gradients: Call
     """In the order that they were asked for, a token twice; the loss may count them and what the pass returns."""
     lengths = [4, 1, 6]
     ids_P, packing = random_ids(sum(lengths)), Packing.of(lengths)
-    all_of_it, some = everything(layers=[1, 0]), everything(layers=[1, 0], tokens=[7, 2, 2, 10])
+    all_of_it, some = everything(layers=[0, 1]), everything(layers=[1, 0], tokens=[7, 2, 2, 10])
     expected_PD = model(ids_P, packing, taps=all_of_it)
     found_PD = model(ids_P, packing, taps=some)
     assert torch.equal(found_PD, expected_PD)
-    picked = [getattr(all_of_it, kind)[:, [7, 2, 2, 10]] for kind in KINDS]
+    picked = [getattr(all_of_it, kind).flip(0)[:, [7, 2, 2, 10]] for kind in KINDS]
     found = [getattr(some, kind) for kind in KINDS]
     for ours, theirs in zip(found, picked, strict=True):
         assert torch.equal(ours, theirs)
