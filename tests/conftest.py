@@ -24,6 +24,9 @@ from simcot_latent.model.gpt import GPT, GPTConfig
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 """Reference data beside a checkout; tests that need them skip, and say so, where they are not there."""
 
+REFERENCE = Path(__file__).resolve().parent / "reference"
+"""Numbers of the public code of other methods, see its README.md; part of the repository."""
+
 # Between them these use every variant that GPTConfig offers.
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True},
@@ -143,6 +146,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no reference data: {SHARED} is not there")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of reference numbers; see its README.md."""
+    return REFERENCE
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,18 @@
 """Key/value cache of one pass after another over the same rows, in training and in generation.
 
-A row's keys and values lie in the columns of their positions, without gaps: whatever the lengths of the rows, column c
-holds position c, so who may see what is `column <= position`. Every pass writes its own columns in place and copies
+A row's keys and values lie in its columns in the order in which they were read, without gaps, so what a token sees is
+its own column and those before it. Columns can be hidden from all later passes. A token's position is another matter:
+if none is given, it is the one behind what the row has read. Every pass writes its own columns in place and copies
 nothing of what is there; autograd follows (see `KVCache.attend`).
+
+Jacobi iterations (https://arxiv.org/abs/2506.18582) read the same positions again, and hide what the last one read:
+
+    begin_B, position_P = cache.mark(), cache.positions(packing)
+    hidden_PD = model.transformer(thoughts_PD, packing, cache)
+    for _ in range(iterations):
+        cache.hide(begin_B)
+        thoughts_PD = ...
+        hidden_PD = model.transformer(thoughts_PD, packing, cache, position_P=position_P)
 
 Shapes: B rows, P new tokens, T new tokens of the longest row, C columns, H query heads, G key/value heads, R = H / G
 query heads a key/value head, E head width, S rows of a static cache.
@@ -27,13 +37,20 @@ class KVCache:
     """Keys and values of everything that a batch of rows has read so far.
 
     Args:
-        capacity: C, the sum over passes of what each one's longest row reads.
+        capacity: C, the sum over passes of what each one's longest row reads, hidden or not.
+
+    Attributes:
+        length_B: tokens that each row has read, which is the columns that it has filled.
+        next_B: the position behind what each row has read; None: as `length_B`.
+        hidden_BC: columns that no pass sees any more; None: none.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.longest = 0  # an upper bound that is known without asking the device
         self.length_B: Tensor | None = None
+        self.next_B: Tensor | None = None
+        self.hidden_BC: Tensor | None = None
         self._layers: list[_Layer] = []
         # What links the passes of each layer for autograd; apart from the layers, which the graph refers to.
         self._links: list[Tensor] = []
@@ -42,8 +59,8 @@ class KVCache:
     def is_empty(self) -> bool:
         return self.length_B is None
 
-    def positions(self, packing: Packing) -> Tensor:
-        """The positions (P,) of new tokens.
+    def place(self, packing: Packing) -> tuple[Tensor, Tensor]:
+        """The columns (P,) that new tokens go into, and the positions (P,) behind what their rows have read.
 
         Raises:
             ValueError: they are more than the cache has room for.
@@ -51,18 +68,58 @@ class KVCache:
         if self.longest + packing.longest > self.capacity:
             raise ValueError(f"a cache of {self.capacity} positions cannot hold {self.longest + packing.longest}")
         if self.length_B is None:
-            return packing.offset_P
-        return self.length_B[packing.row_P] + packing.offset_P
+            return packing.offset_P, packing.offset_P
+        column_P = self.length_B[packing.row_P] + packing.offset_P
+        return column_P, column_P if self.next_B is None else self.next_B[packing.row_P] + packing.offset_P
 
-    def advance(self, packing: Packing) -> None:
-        """Counts tokens that every layer has read."""
+    def positions(self, packing: Packing) -> Tensor:
+        """The positions (P,) of new tokens, if none are given."""
+        return self.place(packing)[1]
+
+    def advance(self, packing: Packing, position_P: Tensor | None = None) -> None:
+        """Counts tokens that every layer has read.
+
+        Args:
+            position_P: their positions; the next token of each row stands behind the highest. None: those of `place`.
+        """
+        if self.next_B is not None or position_P is not None:
+            self.next_B = self._next(packing, position_P)
         self.length_B = packing.length_B if self.length_B is None else self.length_B + packing.length_B
         self.longest += packing.longest
 
-    def slots(self, packing: Packing, position_P: Tensor, kv_heads: int) -> Tensor:
+    def _next(self, packing: Packing, position_P: Tensor | None) -> Tensor:
+        """The position behind what each row will have read."""
+        next_B = self.length_B if self.next_B is None else self.next_B
+        next_B = torch.zeros_like(packing.length_B) if next_B is None else next_B[: packing.rows]
+        if position_P is None:
+            return next_B + packing.length_B
+        return next_B.scatter_reduce(0, packing.row_P, position_P + 1, "amax", include_self=False)
+
+    def mark(self) -> Tensor | None:
+        """The column (B,) that each row will fill next, for `hide`."""
+        return None if self.length_B is None else self.length_B.clone()
+
+    def hide(self, begin_B: Tensor | None = None, end_B: Tensor | None = None) -> None:
+        """Hides columns from all passes to come; those that have seen them keep their gradients.
+
+        Positions go on behind what was hidden, unless they are given.
+
+        Args:
+            begin_B, end_B: the first column that is hidden in each row, and the first behind them that is not. None:
+                from the first, and up to the last that was read.
+        """
+        if self.length_B is None:
+            return
+        column_C = torch.arange(self.capacity, device=self.length_B.device)
+        hidden_BC = column_C < (self.length_B if end_B is None else end_B).unsqueeze(1)
+        if begin_B is not None:
+            hidden_BC &= column_C >= begin_B.unsqueeze(1)
+        self.hidden_BC = hidden_BC if self.hidden_BC is None else self.hidden_BC | hidden_BC
+
+    def slots(self, packing: Packing, column_P: Tensor, kv_heads: int) -> Tensor:
         """Where the keys, and the values, of new tokens lie in a layer's (B * G * C, E): (P * G,)."""
-        head_G = torch.arange(kv_heads, device=position_P.device)
-        slot_PG = (packing.row_P.unsqueeze(1) * kv_heads + head_G) * self.capacity + position_P.unsqueeze(1)
+        head_G = torch.arange(kv_heads, device=column_P.device)
+        slot_PG = (packing.row_P.unsqueeze(1) * kv_heads + head_G) * self.capacity + column_P.unsqueeze(1)
         return rearrange(slot_PG, "p g -> (p g)")
 
     def fill(self, k_PGE: Tensor, v_PGE: Tensor, rows: int, slot_N: Tensor) -> None:
@@ -101,6 +158,8 @@ class KVCache:
         """Keeps only the rows with these indices (N,), in their order. For generation: gradients end here."""
         assert self.length_B is not None
         self.length_B = self.length_B[rows_N]
+        self.next_B = None if self.next_B is None else self.next_B[rows_N]
+        self.hidden_BC = None if self.hidden_BC is None else self.hidden_BC[rows_N]
         self._layers = [_Layer(layer.kv[:, rows_N]) for layer in self._layers]
         self._links = [layer.new_link() for layer in self._layers]
 
@@ -122,8 +181,12 @@ class StaticCache(KVCache):
 
     def __init__(self, rows: int, capacity: int, context_length: int) -> None:
         super().__init__(capacity)
-        self.rows, self.last_position = rows, min(capacity, context_length) - 1
+        self.rows, self.context_length = rows, context_length
+        self.replays = True
+        """Whether passes of a token per row are replayed; a model with hooks has it off, for a graph runs no Python."""
         self._length_S: Tensor | None = None
+        self._next_S: Tensor | None = None
+        self._hidden_SC: Tensor | None = None
         self._x_SD: Tensor | None = None
         self._hidden_SD: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -133,18 +196,38 @@ class StaticCache(KVCache):
     def begin(self) -> None:
         """Forgets what was read, to be used for another batch."""
         self.length_B, self.longest, self._filled, self._links = None, 0, 0, []
+        self.next_B = None
+        if self._hidden_SC is not None:
+            self._hidden_SC.zero_()
 
-    def positions(self, packing: Packing) -> Tensor:
-        return super().positions(packing).clamp(max=self.last_position)
+    def place(self, packing: Packing) -> tuple[Tensor, Tensor]:
+        column_P, position_P = super().place(packing)
+        return column_P.clamp(max=self.capacity - 1), position_P.clamp(max=self.context_length - 1)
 
-    def advance(self, packing: Packing) -> None:
+    # What a replayed pass reads and writes stays where it is. What is new to it is not in its graph, which must go.
+
+    def advance(self, packing: Packing, position_P: Tensor | None = None) -> None:
         if self._length_S is None:
             self._length_S = packing.length_B.new_zeros(self.rows)
+        if self._next_S is None and position_P is not None:
+            self._next_S, self._graph = torch.zeros_like(self._length_S), None
+        next_B = None if self._next_S is None else self._next(packing, position_P)
         if self.length_B is None:
             self._length_S.zero_()
-        self._length_S[: packing.rows] += packing.length_B  # in place: a replayed pass finds it where it was
+        if self._next_S is not None and next_B is not None:
+            self._next_S[: packing.rows] = next_B
+            self.next_B = self._next_S
+        self._length_S[: packing.rows] += packing.length_B
         self.length_B = self._length_S
         self.longest += packing.longest
+
+    def hide(self, begin_B: Tensor | None = None, end_B: Tensor | None = None) -> None:
+        super().hide(begin_B, end_B)
+        if self.hidden_BC is None:
+            return
+        if self._hidden_SC is None:
+            self._hidden_SC, self._graph = torch.zeros_like(self.hidden_BC), None
+        self.hidden_BC = self._hidden_SC.copy_(self.hidden_BC)
 
     def _new_layer(self, zeros: Callable[..., Tensor], shape: tuple[int, ...]) -> _Layer:
         if self._filled == len(self._layers):
@@ -157,7 +240,7 @@ class StaticCache(KVCache):
 
     def can_replay(self, packing: Packing) -> bool:
         """Whether a pass is one that `replay` runs: a token of every row, after the first pass, without gradients."""
-        one_each = packing.is_grid and packing.longest == 1
+        one_each = packing.is_grid and packing.longest == 1 and self.replays
         return one_each and not (self._running or self.is_empty or torch.is_grad_enabled())
 
     def replay(self, run: Callable[[Tensor, Packing], Tensor], x_BD: Tensor) -> Tensor:
@@ -196,14 +279,15 @@ class StaticCache(KVCache):
 
     def _capture(self, run: Callable[[Tensor, Packing], Tensor]) -> torch.cuda.CUDAGraph:
         assert self._length_S is not None
-        length_S = self._length_S.clone()
+        counts = [(x, x.clone()) for x in (self._length_S, self._next_S) if x is not None]
         # Libraries allocate at their first calls, which a graph must not see; what these passes write is overwritten.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self._run(run)
-                self._length_S.copy_(length_S)
+                for now, before in counts:
+                    now.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # What autocast keeps of a weight it would keep inside the graph, where others must not look.
@@ -297,7 +381,7 @@ class CacheView:
     Args:
         cache: not empty.
         packing: the new tokens.
-        position_P: their positions.
+        column_P: the columns that they go into.
         rotary: their angles; None: no rotation.
         heads: H and G.
         fused: whether a fused kernel attends, rather than products and a softmax of our own.
@@ -307,22 +391,26 @@ class CacheView:
         self,
         cache: KVCache,
         packing: Packing,
-        position_P: Tensor,
+        column_P: Tensor,
         rotary: Rotary | None,
         heads: tuple[int, int],
         fused: bool = False,
     ) -> None:
         self.packing, self.rotary, self.heads, self.fused = packing, rotary, heads, fused
         self.sizes = {"b": packing.rows, "t": packing.longest, "r": heads[0] // heads[1]}  # none is told by a size of 0
-        (H, G), C, device = heads, cache.capacity, position_P.device
+        (H, G), C, device = heads, cache.capacity, column_P.device
         # Columns that nobody has reached yet are left out; in training the whole buffer is used, whose gradient
         # products want it contiguous.
         whole = torch.is_grad_enabled() or isinstance(cache, StaticCache)
         self.end = C if whole else cache.longest + packing.longest
-        self.slot_N = cache.slots(packing, position_P, G)
-        position_BT = packing.pad(position_P)
-        self.column = repeat(position_BT, "b t -> (half b g) 1 t", half=2, g=G)
-        hidden_BTC = torch.arange(self.end, device=device) > position_BT.unsqueeze(2)
+        self.slot_N = cache.slots(packing, column_P, G)
+        column_BT = packing.pad(column_P)
+        self.column = repeat(column_BT, "b t -> (half b g) 1 t", half=2, g=G)
+        hidden_BTC = torch.arange(self.end, device=device) > column_BT.unsqueeze(2)
+        if cache.hidden_BC is not None:
+            # Where there is no token, something must be seen still: the softmax of nothing is not a number.
+            is_token_BT = packing.pad(torch.ones_like(column_P)) > 0
+            hidden_BTC |= cache.hidden_BC[: packing.rows, None, : self.end] & is_token_BT.unsqueeze(2)
         bias_BTC = torch.zeros(hidden_BTC.shape, device=device).masked_fill_(hidden_BTC, -math.inf)
         self.bias = repeat(bias_BTC, "b t c -> (b g) (r t) c", g=G, r=H // G)
 

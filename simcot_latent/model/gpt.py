@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.model.cache import CacheView, KVCache, StaticCache
-from simcot_latent.model.linear import Embedding, Linear, gathered_again
+from simcot_latent.model.linear import Embedding, Linear, activated, gathered_again
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.rotary import RopeScaling, Rotary
+from simcot_latent.model.taps import Taps
 
 # Passes over no more tokens than this are not worth compiling.
 FEW = 64
@@ -146,21 +147,32 @@ class Sight:
         cache: what the rows have read before; None: nothing, and this pass is not to be remembered.
         config: for the shapes of its heads, and its positions.
         fused: whether a fused kernel attends in passes after the first.
+        position_P: where the tokens stand. None: behind what their rows have read.
+        taps: who wants to see queries, keys and values.
     """
 
-    def __init__(self, packing: Packing, cache: KVCache | None, config: GPTConfig, fused: bool = False) -> None:
-        self.packing, self.cache = packing, cache
+    def __init__(
+        self,
+        packing: Packing,
+        cache: KVCache | None,
+        config: GPTConfig,
+        fused: bool = False,
+        position_P: Tensor | None = None,
+        taps: Taps | None = None,
+    ) -> None:
+        self.packing, self.cache, self.taps = packing, cache, taps
         self.heads = H, G = config.n_head, config.kv_heads
-        self.position_P = packing.offset_P if cache is None else cache.positions(packing)
+        column_P, following_P = (packing.offset_P, packing.offset_P) if cache is None else cache.place(packing)
+        self.position_P = following_P if position_P is None else position_P
         self.rotary = None
         if config.positions == "rotary":
             self.rotary = Rotary.at(self.position_P, config.head_width, config.rope_base, config.rope_scaling)
         self.layer = 0  # layers attend one after the other
         self.view = self.slot_N = None
         if cache is not None and cache.is_empty:
-            self.slot_N = cache.slots(packing, self.position_P, G)
+            self.slot_N = cache.slots(packing, column_P, G)
         elif cache is not None:
-            self.view = CacheView(cache, packing, self.position_P, self.rotary, (H, G), fused)
+            self.view = CacheView(cache, packing, column_P, self.rotary, (H, G), fused)
         self.device = packing.row_P.device.type
         self.in_autocast = torch.is_autocast_enabled(self.device)
 
@@ -179,9 +191,11 @@ class Sight:
             return self._attend(qkv_PXE.float() if self.device == "cpu" else qkv_PXE)
 
     def _attend(self, qkv_PXE: Tensor) -> Tensor:
+        layer, self.layer = self.layer, self.layer + 1
+        if self.taps is not None:
+            self.taps.add_attention(layer, qkv_PXE, self.heads, self.rotary)
         if self.cache is not None and self.view is not None:
-            self.layer += 1
-            return self.cache.attend(self.layer - 1, qkv_PXE, self.view)
+            return self.cache.attend(layer, qkv_PXE, self.view)
         H, G = self.heads
         qk_PXE, v_PGE = qkv_PXE.split((H + G, G), dim=1)
         q_PHE, k_PGE = (qk_PXE if self.rotary is None else self.rotary(qk_PXE)).split((H, G), dim=1)
@@ -216,6 +230,10 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, qkv_width, bias=qkv_bias)
         self.out = Linear(config.n_head * config.head_width, config.n_embd, bias=config.bias)
 
+    def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None = None) -> Tensor:
+        """What tokens (P, D) see of their rows, (M, D): of the last tokens alone, where only they are read out."""
+        return self.out(last(sight.attend(self.project(x_PD)), read_out))
+
     def project(self, x_PD: Tensor) -> Tensor:
         """Queries, keys and values (P, H + 2G, E), not rotated yet."""
         H, G = self.n_head, self.kv_heads
@@ -238,7 +256,19 @@ class MLP(nn.Module):
         self.down = Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x_PD: Tensor) -> Tensor:
-        return self.down(self.up(x_PD), self.activation)
+        return self.down(activated(self.up(x_PD), self.activation, self.down))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anybody has registered a hook on the module or on a part of it.
+
+    A block that is runs part by part, neither compiled nor checkpointed: compilers would not see hooks that come later,
+    and what is computed again would call them again.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    # Not `modules()`, which takes twice as long: this is asked at every pass.
+    return any(is_hooked(part) for part in module._modules.values() if part is not None)
 
 
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -261,8 +291,12 @@ class Block(nn.Module):
     def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None = None) -> Tensor:
         """(M, D): only what is to be read out is computed beyond keys and values."""
         compiled = self.compiled_few if len(x_PD) <= FEW else self.compiled
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
+        if (compiled is None and not checkpointing) or is_hooked(self):
+            change_MD = self.attention(self.attention_norm(x_PD), sight, read_out)
+            return self.feed_forward(last(x_PD, read_out) + change_MD)
         before, after = (self.before, self.after) if compiled is None else compiled
-        if self.checkpointing and torch.is_grad_enabled():
+        if checkpointing:
             again = partial(gathered_again, self)
             before, after = (partial(_checkpoint, part, context_fn=again) for part in (before, after))
         seen_PD = sight.attend(before(x_PD))
@@ -274,7 +308,10 @@ class Block(nn.Module):
 
     def after(self, x_MD: Tensor, seen_MD: Tensor) -> Tensor:
         """From what attention saw to the residual stream."""
-        x_MD = x_MD + self.attention.out(seen_MD)
+        return self.feed_forward(x_MD + self.attention.out(seen_MD))
+
+    def feed_forward(self, x_MD: Tensor) -> Tensor:
+        """From the residual stream after attention to the one that the next block reads."""
         return x_MD + self.mlp(self.mlp_norm(x_MD))
 
     def compile_parts(self) -> None:
@@ -347,6 +384,8 @@ class Transformer(nn.Module):
         packing: Packing | None = None,
         cache: KVCache | None = None,
         read_out: int | None = None,
+        position_P: Tensor | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -356,6 +395,12 @@ class Transformer(nn.Module):
             cache: what the rows have read before; the new tokens are added to it.
             read_out: M, how many of the last tokens' hidden states are wanted: the last block computes no others. Only
                 with a packing. None: all.
+            position_P: the position of each token; (B, T) without a packing. None: behind what its row has read. What a
+                token sees goes by the order of reading, not by positions.
+            taps: to be filled with hidden states, keys and values on the way.
+
+        Raises:
+            ValueError: the cache has no room, `read_out` comes without a packing, or as `Taps` say.
 
         Returns:
             (M, D), or (B, T, D) for rows of equal length.
@@ -363,19 +408,33 @@ class Transformer(nn.Module):
         if packing is None:
             B, T, _ = x.shape
             grid = Packing.grid(B, T, x.device)
-            return rearrange(self.forward(rearrange(x, "b t d -> (b t) d"), grid, cache), "(b t) d -> b t d", b=B, t=T)
-        if isinstance(cache, StaticCache) and cache.can_replay(packing):
-            return cache.replay(lambda x_SD, every_row: self(x_SD, every_row, cache), x)
-        sight = Sight(packing, cache, self.config, self.later_attention == "sdpa")
+            if read_out is not None:
+                raise ValueError("read_out needs a packing: of rows of equal length all tokens are read out")
+            flat_P = None if position_P is None else position_P.flatten()
+            x_PD = self.forward(rearrange(x, "b t d -> (b t) d"), grid, cache, None, flat_P, taps)
+            return rearrange(x_PD, "(b t) d -> b t d", b=B, t=T)
+        if isinstance(cache, StaticCache):
+            if cache.is_empty:
+                cache.replays = not is_hooked(self)  # a graph runs no Python
+            if position_P is None and taps is None and cache.can_replay(packing):
+                return cache.replay(lambda x_SD, every_row: self(x_SD, every_row, cache), x)
+        if taps is not None:
+            taps.begin(len(self.blocks), len(packing), read_out, x.device)
+        sight = Sight(packing, cache, self.config, self.later_attention == "sdpa", position_P, taps)
         x_PD = x if self.positions is None else x + self.positions(sight.position_P)
         if self.embedding_norm is not None:
             x_PD = self.embedding_norm(x_PD)
-        for block in self.blocks[:-1]:
-            x_PD = block(x_PD, sight)
-        x_MD = self.blocks[-1](x_PD, sight, read_out)
+        for layer, block in enumerate(self.blocks):
+            if taps is not None:
+                taps.add_hidden(layer, x_PD)
+            x_PD = block(x_PD, sight, read_out if layer == len(self.blocks) - 1 else None)
         if cache is not None:
-            cache.advance(packing)
-        return self.norm(x_MD)
+            cache.advance(packing, position_P)
+        hidden_MD = self.norm(x_PD)
+        if taps is not None:
+            for state, x_MD in enumerate((x_PD, hidden_MD), start=len(self.blocks)):
+                taps.add_hidden(state, x_MD, left_out=True)
+        return hidden_MD
 
 
 class Projector(nn.Module):
@@ -388,7 +447,7 @@ class Projector(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(self.down(self.up(hidden), F.gelu))
+        return self.norm(self.down(activated(self.up(hidden), F.gelu, self.down)))
 
 
 class GPT(nn.Module):
@@ -417,12 +476,14 @@ class GPT(nn.Module):
         packing: Packing | None = None,
         cache: KVCache | None = None,
         read_out: int | None = None,
+        position_P: Tensor | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
         """Hidden states after the final norm for token ids, (P,) with a packing or (B, T); see `Transformer.forward`.
 
         What are no tokens, such as thoughts, goes into `transformer` as input embeddings.
         """
-        return self.transformer(self.embedding(ids), packing, cache, read_out)
+        return self.transformer(self.embedding(ids), packing, cache, read_out, position_P, taps)
 
     def thought(self, hidden: Tensor) -> Tensor:
         """The thought (..., D) that a hidden state (..., D) becomes: itself, or its projection."""

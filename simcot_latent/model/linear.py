@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,13 +36,15 @@ class Linear(nn.Linear):
     kept: tuple[Tensor, Tensor | None] | None = None
     """Weight and bias in another number format; see `keep_weights_in`."""
 
-    def forward(self, input: Tensor, activation: Activation | None = None) -> Tensor:
-        """x W^T + b, or activation(x) W^T + b: gathering keeps x alone then, and computes the activation again."""
+    def forward(self, input: Tensor) -> Tensor:
+        """x W^T + b."""
         # Compilers do not see gathering (and must not ask for it first, which would make them compile twice).
         if not torch.compiler.is_compiling() and self.gathering is not None:
-            return _Call.apply(input, self.gathering.anchor, self.gathering, activation)  # type: ignore[no-any-return]
-        if activation is not None:
-            input = activation(input)
+            origin = _Origin.of(input)
+            source, again = (None, None) if origin is None else (origin.x, origin.again)
+            return _Call.apply(  # type: ignore[no-any-return]
+                input, self.gathering.anchor, self.gathering, source, again
+            )
         if self.kept is not None and not torch.is_grad_enabled():
             return product(input.to(self.kept[0].dtype), *self.kept)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(input.device.type):
@@ -58,6 +61,81 @@ def product(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         y_OP = weight_OI @ x_IP if bias_O is None else torch.addmm(bias_O.unsqueeze(1), weight_OI, x_IP)
         return y_OP.T.contiguous()
     return F.linear(x_PI, weight_OI, bias_O)
+
+
+def activated(x: Tensor, activation: Activation, layer: nn.Module) -> Tensor:
+    """activation(x), for `layer` to multiply by its weight.
+
+    Where the layer gathers its gradients, x alone is kept for the way back, and the activation computed again. The
+    layer still receives what it multiplies, so what hooks see, and what replaces the layer (LoRA), is as usual.
+    """
+    gathers = not torch.compiler.is_compiling() and getattr(layer, "gathering", None) is not None
+    if not gathers or not x.requires_grad:
+        return activation(x)
+    again = _Again(activation)
+    active: Tensor = _Activate.apply(x, again)  # type: ignore[assignment]
+    _Origin(x.detach(), again, active._version).note_on(active)
+    return active
+
+
+class _Again:
+    """An activation whose output is computed again on the way back: once for both who need it there."""
+
+    def __init__(self, activation: Activation) -> None:
+        self.activation = activation
+        self._found: tuple[Tensor, Tensor] | None = None
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x as a leaf, and its activation, from which autograd finds the way back to it."""
+        if self._found is None:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                self._found = leaf, self.activation(leaf)
+        return self._found
+
+    def take(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, for the last who needs it."""
+        found, self._found = self.compute(x), None
+        return found
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, again: _Again) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.again = again
+        ctx.save_for_backward(x)
+        return again.activation(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if grad is None:
+            return None, None
+        leaf, active = ctx.again.take(*ctx.saved_tensors)
+        return torch.autograd.grad(active, leaf, grad)[0], None
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a tensor was made of, noted on it for the layer that it goes into.
+
+    Attributes:
+        x: what it is the activation of.
+        version: the tensor's own, by which one that a hook has changed in place is known.
+    """
+
+    x: Tensor
+    again: _Again
+    version: int
+
+    def note_on(self, active: Tensor) -> None:
+        active._origin = self  # type: ignore[attr-defined]
+
+    @staticmethod
+    def of(input: Tensor) -> _Origin | None:
+        """None for a tensor without, or one that is not what it was."""
+        origin: _Origin | None = getattr(input, "_origin", None)
+        return None if origin is None or input._version != origin.version else origin
 
 
 class Embedding(nn.Embedding):
@@ -206,34 +284,27 @@ class _Anchor(torch.autograd.Function):
 
 class _Call(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, anchor: Tensor, gathering: Gathering, activation: Activation | None) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, anchor: Tensor, gathering: Gathering, source: Tensor | None, again: _Again | None
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.gathering, ctx.activation = gathering, activation
+        ctx.gathering, ctx.again = gathering, again
         if input.dtype != gathering.weight.dtype:
             input = input.to(gathering.weight.dtype)
-        ctx.save_for_backward(input)
-        return product(input if activation is None else activation(input), gathering.weight, gathering.bias)
+        ctx.save_for_backward(input if source is None else source)
+        return product(input, gathering.weight, gathering.bias)
 
     @staticmethod
     def backward(ctx: Any, grad_PO: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_PO is None:
-            return None, None, None, None
-        (input,) = ctx.saved_tensors
-        gathering, activation = ctx.gathering, ctx.activation
-        if activation is None:
-            x_PI = active = input
-        else:
-            with torch.enable_grad():
-                input = input.detach().requires_grad_()
-                active = activation(input)
-            x_PI = active.detach()
+            return None, None, None, None, None
+        gathering, (x_PI,) = ctx.gathering, ctx.saved_tensors
         anchor = gathering.anchor.grad_fn
         if anchor is not None and torch._C._will_engine_execute_node(anchor):  # somebody asks for the weight's gradient
+            if ctx.again is not None:
+                x_PI = ctx.again.compute(x_PI)[1].detach().to(gathering.weight.dtype)
             gathering.left.add(x_PI, grad_PO)
-        grad = torch.mm(grad_PO, gathering.weight)
-        if activation is not None:
-            (grad,) = torch.autograd.grad(active, input, grad)
-        return grad, None, None, None  # in the input's format: autograd sees to it
+        return torch.mm(grad_PO, gathering.weight), None, None, None, None  # autograd sees to the input's format
 
 
 class GatheredTable:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simcot_latent.model import linear
-from simcot_latent.model.linear import Embedding, Linear, gathered_gradients, product
+from simcot_latent.model.linear import Embedding, Linear, activated, gathered_gradients, product
 
 IN, OUT = 6, 5
 
@@ -87,18 +87,78 @@ def test_gathered_equal_ordinary_gradients(bias: bool, sizes: list[int], seed: i
     assert_near(gradients(gathered, *wanted), gradients(ordinary, *wanted), 1e-4)
 
 
-@pytest.mark.parametrize("activation", [F.gelu, lambda x: F.silu(x[:, :4]) * x[:, 4:]], ids=["gelu", "gated"])
-def test_an_activation_on_the_way_in(activation: Callable[[Tensor], Tensor]) -> None:
-    """Its output is computed again; values and gradients are those of the two after each other."""
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gated": lambda x: F.silu(x[:, :4]) * x[:, 4:],
+    "relu2": lambda x: F.relu(x).square(),
+}
+activations = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+
+
+def layer_and_input(activation: Callable[[Tensor], Tensor]) -> tuple[Linear, Tensor]:
     (x_PI,) = inputs_of([9])
     wide_PI = torch.cat((x_PI, 2 * x_PI), dim=1)[:, :8].requires_grad_()
-    layer = Linear(activation(wide_PI).shape[1], 3)
-    expected = layer(activation(wide_PI))
-    assert torch.equal(layer(wide_PI, activation), expected)
+    torch.manual_seed(0)
+    return Linear(activation(wide_PI).shape[1], 3), wide_PI
+
+
+@activations
+@pytest.mark.parametrize("asks", ["all", "weight", "input"])
+def test_an_activation_on_the_way_in(activation: Callable[[Tensor], Tensor], asks: str) -> None:
+    """Values and gradients are those of the two after each other, whichever are asked for, and asked for again."""
+    layer, x_PI = layer_and_input(activation)
+    expected = layer(activation(x_PI))
+    assert torch.equal(layer(activated(x_PI, activation, layer)), expected)
     with gathered_gradients(layer):
-        found = layer(wide_PI, activation)
-    torch.testing.assert_close(found, expected)
-    wanted = (layer.weight, layer.bias, wide_PI)
+        found = layer(activated(x_PI, activation, layer))
+    assert torch.equal(found, expected)
+    wanted = {"all": (layer.weight, layer.bias, x_PI), "weight": (layer.weight,), "input": (x_PI,)}
+    for order in (asks, "all"):
+        theirs = torch.autograd.grad(expected.sin().sum(), wanted[order], retain_graph=True)
+        assert_near(torch.autograd.grad(found.sin().sum(), wanted[order], retain_graph=True), theirs)
+
+
+@activations
+def test_of_an_activation_only_the_input_is_kept(activation: Callable[[Tensor], Tensor]) -> None:
+    layer, x_PI = layer_and_input(activation)
+    kept = set[int]()
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.add(x.data_ptr()), x)[1], lambda x: x)
+    with gathered_gradients(layer), keep:
+        found = layer(activated(x_PI, activation, layer))
+    assert kept == {x_PI.data_ptr()}
+    calls = 0
+
+    def counted(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return activation(x)
+
+    with gathered_gradients(layer):
+        found = layer(activated(x_PI, counted, layer))
+    found.sum().backward()
+    assert calls == 2, "once on the way there, once on the way back"
+
+
+@pytest.mark.parametrize("change", ["in place", "in place, unseen by autograd", "another tensor"])
+def test_an_activation_that_is_changed_before_it_goes_in(change: str) -> None:
+    """As a hook may do: the layer counts with what it has received."""
+    layer, x_PI = layer_and_input(F.gelu)
+
+    def output() -> Tensor:
+        active = activated(x_PI, F.gelu, layer)
+        if change == "in place":
+            active[:, 2] = 7.0
+        elif change == "another tensor":
+            active = torch.cat((active[:, :2], torch.full_like(active[:, 2:3], 7.0), active[:, 3:]), dim=1)
+        else:
+            with torch.no_grad():
+                active[:, 2] = 7.0
+        return layer(active)
+
+    with gathered_gradients(layer):
+        found = output()
+    expected = output()
+    wanted = (layer.weight, layer.bias, x_PI)
     assert_near(gradients(found.sin().sum(), *wanted), gradients(expected.sin().sum(), *wanted))
 
 

@@ -1,4 +1,4 @@
-"""The numbers of the public Coconut, SIM-CoT and CODI code: `../shared/fixtures` beside the checkout, see README.md.
+"""The numbers of the public Coconut, SIM-CoT and CODI code, in `tests/reference` (its README.md says which).
 
 Tiny GPT-2s with random weights. Rows that are padded on the left there are packed here; what stands on padding is not
 compared.
@@ -57,9 +57,8 @@ class Fixtures:
 
 
 @pytest.fixture(scope="module")
-def fixtures(shared: Path) -> Fixtures:
-    folder = shared / "fixtures"
-    return Fixtures(folder, json.loads((folder / "fixtures.json").read_text(encoding="utf-8")))
+def fixtures(reference: Path) -> Fixtures:
+    return Fixtures(reference, json.loads((reference / "fixtures.json").read_text(encoding="utf-8")))
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:

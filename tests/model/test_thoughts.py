@@ -173,12 +173,11 @@ def test_more_text_than_room(model: GPT) -> None:
 
 
 def test_equals_the_published_coconut(
-    shared: Path, make_model: Callable[..., GPT], from_hf_gpt2: Callable[..., dict[str, Tensor]]
+    reference: Path, make_model: Callable[..., GPT], from_hf_gpt2: Callable[..., dict[str, Tensor]]
 ) -> None:
-    """Thoughts, logits, loss and all gradients as the public Coconut code computed them (its fixtures' README.md)."""
-    folder = shared / "fixtures"
-    expected = load_file(folder / "coconut_final_stage.safetensors")
-    weights = from_hf_gpt2(load_file(folder / "weights_base.safetensors"))
+    """Thoughts, logits, loss and all gradients as the public Coconut code computed them (tests/reference)."""
+    expected = load_file(reference / "coconut_final_stage.safetensors")
+    weights = from_hf_gpt2(load_file(reference / "weights_base.safetensors"))
     gradients = from_hf_gpt2(expected, prefix="grad.base.")
 
     ids_BT, mask_BT, labels_BT = expected["input_ids"], expected["attention_mask"].bool(), expected["labels"]
