@@ -19,8 +19,6 @@ from simcot_latent.folders import new_folder
 from simcot_latent.interop.imported import KINDS, import_checkpoint
 from simcot_latent.logs import make_console
 
-LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
-
 
 @dataclass
 class ImportConfig:

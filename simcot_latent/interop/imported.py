@@ -30,7 +30,6 @@ from torch import Tensor
 from simcot_latent.checkpoint import Checkpoint, read_json
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError, require_choice, some
-from simcot_latent.import_checkpoint import LORA_A, LORA_B
 from simcot_latent.interop.families import FAMILIES, Family, build, family_of
 from simcot_latent.interop.pretrained import with_projector
 from simcot_latent.interop.published import (
@@ -47,6 +46,8 @@ from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.paths import HUB_ID, expanded
 from simcot_latent.weights import require_finite
+
+LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Weights that others have trained, as a checkpoint of ours: `init_from=` of training, `sl.load_pretrained`.
 
 What a source is, its name tells: a folder of ours, a folder in Hugging Face's layout, a nanochat checkpoint folder, a
-GGUF file, or a hub id. Each kind of file is read in one place into the same thing (`Published`); `model/families.py`
-knows what the names in it mean, `data/published_tokenizers.py` what its tokenizer is.
+GGUF file, or a hub id. Each kind of file is read in one place into the same thing (`Published`); `families.py` knows
+what the names in it mean, `published_tokenizers.py` what its tokenizer is.
 
 Shapes: V rows of an embedding table, D width.
 """

@@ -20,7 +20,7 @@ from simcot_latent.data.batch import to_device
 from simcot_latent.data.problem import Problem
 from simcot_latent.logs import make_console, track
 from simcot_latent.model.step_decoder import PackedSteps
-from simcot_latent.probing.steps import gold_groups, holds_step
+from simcot_latent.probing.gold import gold_groups, holds_step
 from simcot_latent.probing.thoughts import group_prefix
 
 if TYPE_CHECKING:

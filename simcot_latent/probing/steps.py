@@ -17,12 +17,12 @@ from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, require_decoder, setting
 from simcot_latent.data.batch import to_device
-from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem
 from simcot_latent.generate import Generation, generate
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right
 from simcot_latent.model.step_decoder import PackedSteps
+from simcot_latent.probing.gold import gold_groups, holds_step
 from simcot_latent.probing.information import v_information
 from simcot_latent.probing.thoughts import decode_groups, group_prefix, latents_of, require_thoughts, think
 
@@ -147,27 +147,6 @@ def score_group(decoded: tuple[str, float], gold: str | None, forced: Forced | N
         forced_token_accuracy=forced.token_accuracy,
         gold_probability=math.exp(-forced.nats),
     )
-
-
-def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
-    """What each group of a problem was taught to say, as text."""
-    latent, groups = setting(checkpoint, "latent"), checkpoint.thoughts.groups
-    steps = [step.text for step in problem.steps]
-    if checkpoint.thoughts.n_latents < latent["n_latents"]:
-        steps = steps[:groups]  # in an early stage the later steps are still written
-    aligned = align_steps(
-        steps,
-        f"{checkpoint.thoughts.answer_mark} {problem.answer}",
-        groups,
-        surplus=latent["surplus"],
-        missing=latent["missing"],
-    )
-    return [None if group is None else "\n".join(group) for group in aligned]
-
-
-def holds_step(problem: Problem, group: int) -> bool:
-    """Whether a group (0, 1, ...) that is taught something is taught a step, not the answer for want of one."""
-    return group < len(problem.steps)
 
 
 class Forced(NamedTuple):

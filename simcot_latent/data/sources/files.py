@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 from simcot_latent.data.problem import Problem, parse_number, parse_steps, split_solution, trailer
 from simcot_latent.data.sources import SPLITS, LoadedSplit, Split
-from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.errors import UserError
 from simcot_latent.files import read_bytes, require_regular
+from simcot_latent.text import LONE_SURROGATE
 
 if TYPE_CHECKING:
     import datasets
