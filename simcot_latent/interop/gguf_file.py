@@ -18,7 +18,7 @@ from simcot_latent.data.patterns import DIGITS_PATTERN, GPT2_PATTERN, LLAMA3_PAT
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.files import require_regular
-from simcot_latent.interop.published_tokenizers import tokenizer_of_tokens
+from simcot_latent.interop.bpe import tokenizer_of_tokens
 from simcot_latent.model.rotary import RopeScaling
 
 # Keys of Hugging Face's configuration, and GGUF's without the architecture that they begin with.

@@ -19,7 +19,7 @@ from simcot_latent.checkpoint import Checkpoint, load_checkpoint
 from simcot_latent.checkpoint_folders import is_checkpoint, is_ours
 from simcot_latent.data.tokenizer import BOT, END, EOT, PAD, VOCABULARY_MULTIPLE, Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.interop.families import build
+from simcot_latent.interop.conversion import build
 from simcot_latent.interop.published import Published, read_published
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.thoughts import ThoughtFormat
