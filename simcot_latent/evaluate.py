@@ -31,7 +31,7 @@ from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.paths import check_writable, write_lines, write_text
-from simcot_latent.probing.steps import gold_groups, holds_step
+from simcot_latent.probing.gold import gold_groups, holds_step
 from simcot_latent.probing.thoughts import decode_taught, latents_of
 
 if TYPE_CHECKING:

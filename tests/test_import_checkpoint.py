@@ -31,7 +31,7 @@ from simcot_latent.generate import encode_prompts, generate_all, think_about
 from simcot_latent.interop.imported import KINDS, import_checkpoint
 from simcot_latent.model.step_decoder import PackedSteps
 from simcot_latent.model.thoughts import go_on, pack_texts
-from simcot_latent.probing.steps import gold_groups
+from simcot_latent.probing.gold import gold_groups
 from simcot_latent.probing.thoughts import decode_steps, think
 
 QUESTIONS = [

@@ -27,15 +27,9 @@ from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
 from simcot_latent.probing import information, thoughts
 from simcot_latent.probing import steps as steps_module
+from simcot_latent.probing.gold import gold_groups
 from simcot_latent.probing.information import _v_information, text_entropy
-from simcot_latent.probing.steps import (
-    GroupProbe,
-    QuestionProbe,
-    gold_groups,
-    probe_problems,
-    probe_questions,
-    teacher_forced,
-)
+from simcot_latent.probing.steps import GroupProbe, QuestionProbe, probe_problems, probe_questions, teacher_forced
 from simcot_latent.probing.summary import probe_table, summarise, summary_table
 from simcot_latent.probing.thoughts import decode_groups
 from simcot_latent.training.saving import save_checkpoint

@@ -10,7 +10,8 @@ import pytest
 from commands import PROBE, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, run, strict_json
 
 import simcot_latent as sl
-from simcot_latent.probing.steps import GroupProbe, QuestionProbe, gold_groups
+from simcot_latent.probing.gold import gold_groups
+from simcot_latent.probing.steps import GroupProbe, QuestionProbe
 
 AWKWARD = [
     "John's 3 apples, his 4 pears: how many are $5 = 5?",
