@@ -28,7 +28,11 @@ CARD = """---
 import simcot_latent as sl
 
 checkpoint = sl.Checkpoint.from_pretrained("{{ title }}")
-print(sl.answer(checkpoint, ["Mia has 14 shells. She finds 9 more shells. How many shells does Mia have now?"]))
+question = (
+    "Eva wins 6 marbles. She wins 3 more marbles. Then she buys 2 more marbles. "
+    "How many marbles does Eva have in the end?"
+)
+print(sl.answer(checkpoint, [question]))
 ```
 """
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from simcot_latent.data.tokenizer import valid_text
 from simcot_latent.errors import UserError
+from simcot_latent.text import valid_text
 
 HUB_ID = re.compile(r"\w[\w.-]*(?:/[\w.-]+)?")  # no `./folder`; old ones have no owner: gpt2
 """What may be the id of a repository on the Hugging Face hub."""

@@ -12,13 +12,13 @@ import torch
 from simcot_latent.checkpoint import load_checkpoint, require_decoder
 from simcot_latent.config import typed
 from simcot_latent.data.sources import SPLITS, load_first
-from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.logs import make_console
 from simcot_latent.paths import check_writable, write_text
 from simcot_latent.probing.steps import probe_problems, probe_questions
 from simcot_latent.probing.summary import probe_table, summarise, summary_table
+from simcot_latent.text import LONE_SURROGATE
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

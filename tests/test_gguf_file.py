@@ -19,7 +19,7 @@ import transformers
 from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.errors import UserError
 from simcot_latent.generate import generate_all
-from simcot_latent.interop.families import describe
+from simcot_latent.interop.conversion import describe
 from simcot_latent.interop.pretrained import load_pretrained
 
 TEXT = "Mia has 14 shells. She finds 1995 more!\n\n  <<14+9=23>> naïve 🙂\n"

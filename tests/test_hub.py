@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -18,13 +20,17 @@ import yaml
 
 import simcot_latent as sl
 from simcot_latent.checkpoint import Checkpoint, TrainerState
+from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.data.word_problems.situations import MEN, WOMEN
 from simcot_latent.errors import UserError
+from simcot_latent.hub import CARD
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.training.saving import save_checkpoint
 
+REPOSITORY = Path(__file__).parents[1]
 QUESTIONS = ["Ann has 3 pens and finds 4 more. How many is that?", "What is 12 * 3?"]
 FILES = {
     "README.md",
@@ -180,6 +186,27 @@ def test_what_is_pushed(decoder: bool, checkpoint: Checkpoint, tmp_path: Path, m
     assert f"{n_parameters:,} parameters" in text
     assert 'from_pretrained("me/name")' in text
     assert ("4 latent thoughts" in text, "auxiliary decoder" in text) == (decoder, decoder)
+
+
+def test_the_cards_question_is_of_the_kind_that_the_quick_start_trains_on() -> None:
+    """It is the README's, its sentences are some of the training data's, and its numbers no larger."""
+    (program,) = re.findall(r"```python\n(.*?)```", CARD, re.DOTALL)
+    texts = [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)]
+    (question,) = [text for text in texts if isinstance(text, str) and text.endswith("?")]
+    assert question in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+    names = "|".join(person["name"] for person in (*WOMEN, *MEN))
+
+    def sentences(text: str) -> set[str]:
+        """Without what differs: who, and how many."""
+        text = re.sub(r"\d+", "N", re.sub(rf"\b({names})\b", "NAME", text))
+        return set(re.split(r"(?<=[.?]) ", re.sub(r"\bHe\b", "She", re.sub(r"\bhe\b", "she", text))))
+
+    settings = yaml.safe_load((REPOSITORY / "configs/data/arithmetic.yaml").read_text(encoding="utf-8"))
+    del settings["_target_"]
+    source = Arithmetic(**settings)
+    assert sentences(question) <= set().union(*(sentences(source.problem("train", i).question) for i in range(3000)))
+    assert max(map(int, re.findall(r"\d+", question))) <= source.max_number
 
 
 @pytest.mark.parametrize("source", ["me/unknown", "./runs/unknown", "no name"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from simcot_latent.checkpoint import Checkpoint, write_checkpoint
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.interop.families import build
+from simcot_latent.interop.conversion import build
 from simcot_latent.interop.pretrained import load_pretrained
 from simcot_latent.interop.published import read_published
 from simcot_latent.model.gpt import GPT

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import BLOCK, PAGES, REPOSITORY, Command, blocks, commands, load_hooks, settings
+from documents import BLOCK, INLINE, PAGES, REPOSITORY, Command, blocks, commands, load_hooks, settings
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -237,6 +237,18 @@ def test_figures_of_the_readme_are_in_the_log() -> None:
     assert len(steps) == len(probabilities) == 8
     for step, probability in zip(steps, probabilities, strict=True):
         assert f"| `<<{step}>>` | {probability} |" in log
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_are_named_are_there(page: Path) -> None:
+    """By their place in the repository or in the package; tests by their names."""
+    named = {code for code in INLINE.findall(page.read_text(encoding="utf-8")) if re.fullmatch(r"[\w/]+\.py", code)}
+    places = (
+        REPOSITORY,
+        REPOSITORY / "simcot_latent",
+        *{test.parent for test in REPOSITORY.glob("tests/**/test_*.py")},
+    )
+    assert [name for name in named if not any((place / name).is_file() for place in places)] == []
 
 
 def test_the_drawing_of_a_packed_batch() -> None:

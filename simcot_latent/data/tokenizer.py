@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ import tiktoken
 from simcot_latent.data.patterns import KNOWN_PATTERNS, PATTERN, finds_nothing, pieces, require_pattern
 from simcot_latent.errors import UserError
 from simcot_latent.files import MAX_TEXT, read_bytes, read_json
+from simcot_latent.text import character_starts, valid_text
 
 BOT = "<|bot|>"  # the thoughts begin
 EOT = "<|eot|>"  # the thoughts end, the answer begins
@@ -53,8 +53,6 @@ _RANKS_FILE = "ranks.tiktoken"
 _CONFIG_FILE = "tokenizer.json"
 TOKENIZER_FILES = (_RANKS_FILE, _CONFIG_FILE)
 """What `Tokenizer.save` writes."""
-
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -246,7 +244,7 @@ class Tokenizer:
             IndexError: an id is not in the vocabulary.
         """
         tokens = self._token_bytes(ids)
-        starts = _character_starts(b"".join(tokens))
+        starts = character_starts(b"".join(tokens))
         spans: list[tuple[int, int]] = []
         begin = 0
         for token in tokens:
@@ -455,28 +453,6 @@ def write_ranks(file: str | Path, ranks: Mapping[bytes, int]) -> None:
     Path(file).write_bytes(b"".join(lines))
 
 
-def valid_text(text: str) -> str:
-    """`text` with U+FFFD for each lone surrogate: one character for one, so that offsets hold."""
-    return text if text.isascii() else LONE_SURROGATE.sub("\ufffd", text)
-
-
 def _after(ids: Iterable[int]) -> dict[str, int]:
     """The special tokens with the ids after the last of `ids`."""
     return {token: i for i, token in enumerate(SPECIAL_TOKENS, start=max(ids, default=-1) + 1)}
-
-
-def _character_starts(data: bytes) -> list[int]:
-    """The byte at which each character of `data.decode("utf-8", errors="replace")` starts."""
-    starts: list[int] = []
-    begin = 0
-    while begin < len(data):
-        try:
-            data[begin:].decode()
-            valid_end = bad_end = len(data)
-        except UnicodeDecodeError as error:  # bytes start to end are the ones that become one U+FFFD
-            valid_end, bad_end = begin + error.start, begin + error.end
-        starts += [i for i in range(begin, valid_end) if data[i] & 0xC0 != 0x80]  # not a continuation byte
-        if valid_end < bad_end:
-            starts.append(valid_end)
-        begin = bad_end
-    return starts

@@ -22,9 +22,10 @@ from simcot_latent.cli import print_whatever_comes
 from simcot_latent.data.sources import Source
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.sources.gsm8k import GSM8K
-from simcot_latent.data.tokenizer import PATTERN, SPECIAL_TOKENS, default_tokenizer, valid_text, write_ranks
+from simcot_latent.data.tokenizer import PATTERN, SPECIAL_TOKENS, default_tokenizer, write_ranks
 from simcot_latent.errors import UserError
 from simcot_latent.paths import expanded
+from simcot_latent.text import valid_text
 
 # Tokens whatever the corpus, since the pattern promises them as single tokens ("##" only on the way to "####").
 MARKS = (b"<<", b">>", b"##", b"####")

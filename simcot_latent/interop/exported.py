@@ -16,7 +16,7 @@ from simcot_latent.checkpoint_folders import CONFIG
 from simcot_latent.data.patterns import QWEN2_PATTERN
 from simcot_latent.files import write_json
 from simcot_latent.folders import new_folder
-from simcot_latent.interop.families import describe
+from simcot_latent.interop.conversion import describe
 from simcot_latent.interop.published_tokenizers import write_tokenizer
 from simcot_latent.paths import give_usual_permissions, writing
 

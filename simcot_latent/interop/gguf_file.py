@@ -6,7 +6,7 @@ Shapes: D width, H heads, E head width, F frequencies (E / 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from simcot_latent.data.patterns import DIGITS_PATTERN, GPT2_PATTERN, LLAMA3_PAT
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.files import require_regular
-from simcot_latent.interop.published import Published
-from simcot_latent.interop.published_tokenizers import tokenizer_of_tokens
+from simcot_latent.interop.bpe import tokenizer_of_tokens
 from simcot_latent.model.rotary import RopeScaling
 
 # Keys of Hugging Face's configuration, and GGUF's without the architecture that they begin with.
@@ -62,8 +61,8 @@ CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 """Token types that are special."""
 
 
-def read_gguf(path: Path) -> Published:
-    """A model from a GGUF file.
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Callable[[], Tokenizer]]:
+    """The configuration, weights and tokenizer of a model from a GGUF file, as `Published` has them.
 
     Raises:
         UserError: the `gguf` package is not installed, the file is broken, or it is of another architecture.
@@ -105,7 +104,7 @@ def read_gguf(path: Path) -> Published:
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     if "rope_freqs.weight" in tensors:
         config["rope_scaling"] = llama3_scaling(tensors.pop("rope_freqs.weight"), config["rope_theta"], path)
-    return Published(path, config, tensors, lambda: tokenizer_of(fields, path))
+    return config, tensors, lambda: tokenizer_of(fields, path)
 
 
 def _reader(path: Path) -> Any:

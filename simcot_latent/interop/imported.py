@@ -30,7 +30,8 @@ from torch import Tensor
 from simcot_latent.checkpoint import Checkpoint, read_json
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError, require_choice, some
-from simcot_latent.interop.families import FAMILIES, Family, build, family_of
+from simcot_latent.interop.conversion import build
+from simcot_latent.interop.families import FAMILIES, Family, family_of
 from simcot_latent.interop.pretrained import with_projector
 from simcot_latent.interop.published import (
     Published,

@@ -1,8 +1,8 @@
 """Weights that others have trained, as a checkpoint of ours: `init_from=` of training, `sl.load_pretrained`.
 
 What a source is, its name tells: a folder of ours, a folder in Hugging Face's layout, a nanochat checkpoint folder, a
-GGUF file, or a hub id. Each kind of file is read in one place into the same thing (`Published`); `model/families.py`
-knows what the names in it mean, `data/published_tokenizers.py` what its tokenizer is.
+GGUF file, or a hub id. Each kind of file is read in one place into the same thing (`Published`); `families.py` knows
+what the names in it mean, `published_tokenizers.py` what its tokenizer is.
 
 Shapes: V rows of an embedding table, D width.
 """
@@ -19,7 +19,7 @@ from simcot_latent.checkpoint import Checkpoint, load_checkpoint
 from simcot_latent.checkpoint_folders import is_checkpoint, is_ours
 from simcot_latent.data.tokenizer import BOT, END, EOT, PAD, VOCABULARY_MULTIPLE, Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.interop.families import build
+from simcot_latent.interop.conversion import build
 from simcot_latent.interop.published import Published, read_published
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.thoughts import ThoughtFormat

@@ -16,6 +16,7 @@ from simcot_latent.config import one_line
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError, some
 from simcot_latent.files import is_regular, read_json, require_regular
+from simcot_latent.interop.gguf_file import read_gguf
 from simcot_latent.interop.published_tokenizers import read_tokenizer
 from simcot_latent.interop.tensor_names import plain_names, unwrapped
 from simcot_latent.paths import HUB_ID, expanded
@@ -80,9 +81,7 @@ def read_published(source: str | Path, key: str = "source") -> Published:
     """
     path = expanded(source, key)
     if path.is_file() and path.suffix == ".gguf":
-        from simcot_latent.interop.gguf_file import read_gguf  # it reads `Published`
-
-        return read_gguf(path)
+        return Published(path, *read_gguf(path))
     if path.is_dir():
         if steps := nanochat_steps(path):
             return read_nanochat(path, steps[-1])

@@ -1,14 +1,7 @@
 """Tokenizers of published models: byte-level BPE, read into a tiktoken encoding with the ids of the original.
 
 Three layouts are read: Hugging Face's `tokenizer.json`, tiktoken's ranks (`tokenizer.model` of Llama 3), and GPT-2's
-`vocab.json` with `merges.txt`. One is written: `tokenizer.json`.
-
-The two libraries do BPE by different rules. Hugging Face's joins the pairs of a list, the earliest in the list first.
-tiktoken joins any two neighbours that make a token, the token of the lowest id first, and takes a piece that is a token
-as it is. They agree for every text if the list is in the order of its results' ids, and if a token's own bytes, under
-tiktoken's rule and with the tokens of lower ids only, end as a pair of the list: whatever stands around these bytes,
-nothing that is joined before the token crosses its borders, so no other pair that makes the token ever meets.
-`tokenizer_of_tokens` checks both; `write_tokenizer` finds the pairs of the list that way.
+`vocab.json` with `merges.txt`. One is written: `tokenizer.json`. How their BPE becomes tiktoken's is in `bpe.py`.
 
 One thing differs on purpose: text that spells a special token is ordinary text here (see `Tokenizer.encode`), where
 Hugging Face's library needs `split_special_tokens=True` for that. All added tokens count as special.
@@ -19,8 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from heapq import heappop, heappush
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +19,11 @@ from simcot_latent.data.patterns import (
     DIGITS_PATTERN,
     GPT2_PATTERN,
     LLAMA3_PATTERN,
-    leaves_out_text,
 )
 from simcot_latent.data.tokenizer import Tokenizer, read_ranks
 from simcot_latent.errors import UserError
 from simcot_latent.files import is_regular, read_json, read_text
+from simcot_latent.interop.bpe import AMBIGUOUS, byte_level, merges_of, tokenizer_of_tokens, unused
 
 TOKENIZER_JSON, TOKENIZER_CONFIG, TIKTOKEN_RANKS = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 VOCAB, MERGES = "vocab.json", "merges.txt"
@@ -49,16 +40,6 @@ LLAMA3_SPECIAL_TOKENS = (
     *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
 )
 
-# The characters that byte-level BPE writes bytes as: printable Latin-1 as itself, the others from U+0100 on
-# (`bytes_to_unicode` of GPT-2's encoder.py).
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
-_BYTE = {character: byte for byte, character in _CHARACTER.items()}
-
-# `x{1,3}+` is possessive in tiktoken's regular expressions, and `(x{1,3})+` in Hugging Face's.
-_AMBIGUOUS = re.compile(r"\{\d*,?\d*\}\+")
-
 # Options of Hugging Face's BPE that byte-level tokenizers do not use: what they may be, the default first.
 _MODEL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "type": ("BPE",),
@@ -66,9 +47,6 @@ _MODEL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
 }
-
-MAX_TOKEN = 1024
-"""Characters of the longest token that is read; the longest published ones are runs of 128 blanks."""
 
 # An added token of this look is a mark that is not ordinary text, whether it is flagged as special or not.
 _MARKUP = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
@@ -93,99 +71,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def tokenizer_of_tokens(
-    name: str,
-    tokens: Sequence[str],
-    merges: Sequence[str],
-    pattern: str,
-    special: Collection[int],
-    roles: Mapping[str, str],
-    *,
-    normal_form: str | None = None,
-    ignore_merges: bool = False,
-) -> Tokenizer:
-    """A byte-level BPE that joins pairs of a list (see the module's docstring), as a tiktoken encoding.
-
-    A token that no text can give stands for nothing here; it is called `<|unused_ID|>`.
-
-    Args:
-        name: the tokenizer's.
-        tokens: by id; bytes written in byte-level characters, special tokens as they are.
-        merges: the pairs, each joined by a blank, the most urgent first.
-        pattern: see `Tokenizer`.
-        special: the ids of tokens that are special.
-        roles, normal_form: see `Tokenizer`.
-        ignore_merges: whether a piece that is a token is taken as it is.
-
-    Raises:
-        UserError: the two rules do not agree, or see `Tokenizer`. The message names no file: the caller knows it.
-    """
-    if _AMBIGUOUS.search(pattern):
-        raise UserError(f"pattern {pattern!r}: a + after braces means another thing in tiktoken")
-    special_tokens = {tokens[i]: i for i in sorted(special)}
-    if longest := [token for token in tokens if len(token) > MAX_TOKEN]:
-        raise UserError(
-            f"token {longest[0][:20]!r}... has {len(longest[0]):,} characters; at most {MAX_TOKEN:,} are read"
-        )
-    id_of = {token: i for i, token in enumerate(tokens) if token not in special_tokens}
-    try:
-        bytes_of = {i: bytes(map(_BYTE.__getitem__, token)) for token, i in id_of.items()}
-    except KeyError as error:
-        raise UserError(f"its tokens are not byte-level: {error.args[0]!r} stands for no byte") from error
-    pairs: set[tuple[bytes, bytes]] = set()
-    results: list[int] = []
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= id_of.keys():
-            raise UserError(f"merge {merge!r} is not of tokens")
-        pairs.add((bytes_of[id_of[left]], bytes_of[id_of[right]]))
-        results.append(id_of[left + right])
-    for before, after in pairwise(results):
-        if before > after:
-            raise UserError(f"its merges are not in the order of ids: {tokens[after]!r} comes after {tokens[before]!r}")
-    ranks = {token: i for i, token in bytes_of.items() if len(token) == 1}
-    missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
-    every_token = set(bytes_of.values())
-    for i, token in sorted(bytes_of.items()):
-        if len(token) == 1:
-            continue
-        if tuple(_bpe(token, ranks)) in pairs:
-            ranks[token] = i
-            continue
-        splits = {(token[:n], token[n:]) for n in range(1, len(token))}
-        if ignore_merges and all(split in pairs for split in splits if every_token.issuperset(split)):
-            ranks[token] = i  # a whole piece, or whatever makes it: so Hugging Face writes what was tiktoken's
-        elif not ignore_merges and splits.isdisjoint(pairs):
-            special_tokens[_unused(i)] = i
-        else:
-            raise UserError(
-                f"its merges make {tokens[i]!r} in another way than tiktoken, which joins any two neighbours"
-            )
-    tokenizer = Tokenizer(name, pattern, ranks, special_tokens, roles, normal_form, missing)
-    if leaves_out_text(pattern):
-        raise UserError(f"pattern {pattern!r} leaves out text, which tiktoken would drop")
-    return tokenizer
-
-
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads with the same ids.
 
     Raises:
         UserError: Hugging Face's library reads the tokenizer's pattern otherwise.
     """
-    if _AMBIGUOUS.search(tokenizer.pattern):
+    if AMBIGUOUS.search(tokenizer.pattern):
         raise UserError(f"tokenizer {tokenizer.name}: in its pattern, a + after braces means another thing elsewhere")
-    ranks: dict[bytes, int] = {token: i for token, i in tokenizer.ranks.items() if len(token) == 1}
-    merges: list[str] = []
-    for token, i in sorted(tokenizer.ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            parts = _bpe(token, ranks)
-            pairs = [parts]
-            if len(parts) > 2:  # a whole piece, or made by tokens of higher ids: by any two that are tokens
-                splits = [(token[:n], token[n:]) for n in range(1, len(token))]
-                pairs = [split for split in splits if tokenizer.ranks.keys() >= set(split)]
-            merges += [" ".join(map(_byte_level, pair)) for pair in pairs]
-            ranks[token] = i
     special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content = {
@@ -213,8 +106,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             "byte_fallback": False,
             "ignore_merges": True,  # tiktoken's rule
             # Special tokens too: those that are not there get ids after all the others when they are read.
-            "vocab": {_byte_level(token): i for token, i in tokenizer.ranks.items()} | dict(special),
-            "merges": merges,
+            "vocab": {byte_level(token): i for token, i in tokenizer.ranks.items()} | dict(special),
+            "merges": merges_of(tokenizer.ranks),
         },
     }
     config = {
@@ -250,7 +143,7 @@ def _read_json(file: Path) -> Tokenizer:
     token_of = {i: token for token, i in (_checked_ids(file, vocab) | _checked_ids(file, special)).items()}
     if (most := max(token_of, default=-1)) >= 2 * len(token_of) + 1000:
         raise UserError(f"{file}: has {len(token_of):,} tokens, but one of id {most:,}; ids must have few holes")
-    tokens = [token_of.get(i, _unused(i)) for i in range(max(token_of, default=-1) + 1)]
+    tokens = [token_of.get(i, unused(i)) for i in range(max(token_of, default=-1) + 1)]
     holes = set(range(len(tokens))) - token_of.keys()
     tokenizer = _build(
         file,
@@ -415,45 +308,6 @@ def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _byte_level_step(use_regex: bool = True) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _bpe(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """What tiktoken's rule joins the bytes of a token to: of all neighbours that are a token together those of the
-    lowest rank, the first of them, again and again.
-    """
-    n = len(token)
-    ends = list(range(1, n + 1))  # where the part that starts at each byte ends
-    before = list(range(-1, n))  # where the part before it starts; at the end of the token, the last part's start
-    heap: list[tuple[int, int, int]] = []
-
-    def offer(start: int) -> None:
-        """The pair of the part at `start` and the next, if it is a token."""
-        middle = ends[start]
-        if start >= 0 and middle < n and (rank := ranks.get(token[start : ends[middle]])) is not None:
-            heappush(heap, (rank, start, ends[middle]))
-
-    is_part = [True] * n
-    for start in range(n):
-        offer(start)
-    while heap:
-        _, start, end = heappop(heap)
-        middle = ends[start]
-        if not is_part[start] or middle >= n or ends[middle] != end:
-            continue  # one of the two has been joined to another since
-        is_part[middle] = False
-        ends[start], before[end] = end, start
-        offer(start)
-        if start > 0:
-            offer(before[start])
-    return [token[start : ends[start]] for start in range(n) if is_part[start]]
-
-
-def _byte_level(token: bytes) -> str:
-    return "".join(map(_CHARACTER.__getitem__, token))
-
-
-def _unused(i: int) -> str:
-    return f"<|unused_{i}|>"
 
 
 def _name(file: Path) -> str:

@@ -30,6 +30,8 @@ class NonFinite:
 
     def __init__(self, ranks: Ranks, counted: tuple[int, int] = (0, 0)) -> None:
         self.ranks = ranks
+        self.total: int
+        self.in_a_row: int
         self.total, self.in_a_row = counted
         self._unseen: list[tuple[int, Tensor, Tensor]] = []
 

@@ -14,7 +14,7 @@ import yaml
 from simcot_latent.data.problem import Problem, operands_and_operator, parse_steps
 from simcot_latent.data.sources import LoadedSplit, Split
 from simcot_latent.data.sources.arithmetic import Arithmetic
-from simcot_latent.data.sources.situations import SITUATIONS
+from simcot_latent.data.word_problems.situations import SITUATIONS
 from simcot_latent.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("arithmetic")  # one worker, so that the default data are made once

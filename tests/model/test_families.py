@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from simcot_latent.errors import UserError
-from simcot_latent.interop.families import build, describe
+from simcot_latent.interop.conversion import build, describe
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.packing import Packing

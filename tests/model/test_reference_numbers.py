@@ -21,7 +21,7 @@ from torch import Tensor
 
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
 from simcot_latent.data.format import Example, untagged
-from simcot_latent.interop.families import build
+from simcot_latent.interop.conversion import build
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing, take
 from simcot_latent.model.step_decoder import StepDecoder

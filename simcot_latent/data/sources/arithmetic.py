@@ -1,7 +1,7 @@
 """`data=arithmetic`: GSM8K-like word problems, made here, so that nothing has to be downloaded.
 
-A problem is a chain of numbers and operations, drawn first, told in the sentences of `situations.py`. Each link of the
-chain works on the result of the one before:
+A problem is a chain of numbers and operations, drawn first, then told in sentences (`data/word_problems`). Each link
+of the chain works on the result of the one before:
 
     Mia has 8 shells. She finds 4 more shells. Ben has 3 times as many shells as Mia. How many shells does he have now?
     8+4=12, 3*12=36
@@ -23,28 +23,25 @@ and only `random.Random.random` is used, which Python promises not to change for
 import hashlib
 import math
 import random
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from typing import NamedTuple, TypeVar
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 from simcot_latent.data.lazy import Lazily
-from simcot_latent.data.problem import Problem, Step
+from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources import SPLITS, LoadedSplit, Split
-from simcot_latent.data.sources.situations import (
-    BOX_VERBS,
-    GROUP_WORKINGS,
-    MEN,
-    MONEY,
-    MONEY_WORDS,
-    SITUATIONS,
-    WOMEN,
-    Move,
-    Situation,
-    Words,
+from simcot_latent.data.word_problems.chains import (
+    Calculations,
+    Chain,
+    Link,
+    calculations_of,
+    divisors,
+    unordered,
 )
+from simcot_latent.data.word_problems.chance import Draw, between, pick, sample
+from simcot_latent.data.word_problems.stories import tell
 from simcot_latent.errors import UserError
 
 OPERATIONS = ("+", "-", "*", "/")
@@ -64,11 +61,6 @@ HELD_OUT_STEPS = 5
 
 NUMBERS_PER_PLAN = 10
 """Draws of numbers for the same operations, so that operations that seldom fit, as divisions, are not much rarer."""
-
-Draw = Callable[[], float]
-"""A source of random numbers in [0, 1)."""
-
-_T = TypeVar("_T")
 
 
 @dataclass
@@ -187,14 +179,14 @@ class Arithmetic:
 
     def _make(self, split: Split, index: int, held_out: "_HeldOut | None") -> Problem:
         draw = random.Random(f"{self.seed} {split} {index}").random
-        n_steps = _between(draw, self.min_steps, self.max_steps)
+        n_steps = between(draw, self.min_steps, self.max_steps)
         branching = n_steps > 1 and draw() < self.branching
         n_unseen = held_out.count_unseen(n_steps, self.unseen_steps) if held_out and split == "test" else 0
         chain = self._draw_chain(split, draw, _Kind(n_steps, branching, n_unseen), held_out)
         distractor = None
         if draw() < self.distractors:  # numbers that also do for a child's age
-            distractor = _between(draw, min(6, self.max_number), min(16, self.max_number))
-        return _tell(draw, chain, distractor)
+            distractor = between(draw, min(6, self.max_number), min(16, self.max_number))
+        return tell(draw, chain, distractor)
 
     def _draw_chain(self, split: Split, draw: Draw, kind: "_Kind", held_out: "_HeldOut | None") -> "Chain":
         """The first drawn chain of a kind that fits the settings and belongs to `split`.
@@ -205,14 +197,14 @@ class Arithmetic:
         if held_out is not None and kind in held_out.used_up and kind.branching and self.branching < 1:
             return self._draw_chain(split, draw, kind._replace(branching=False), held_out)
         for _ in range(MAX_DRAWS // NUMBERS_PER_PLAN):
-            plan = [_pick(draw, self.operations) for _ in range(kind.n_steps - kind.branching)]
+            plan = [pick(draw, self.operations) for _ in range(kind.n_steps - kind.branching)]
             branch_at = -1
             if kind.branching:
-                branch_at = _between(draw, 0, len(plan) - 1)
-                plan[branch_at] = _pick(draw, self._joining)
+                branch_at = between(draw, 0, len(plan) - 1)
+                plan[branch_at] = pick(draw, self._joining)
             unseen = None
             if self.unseen_steps > 0:
-                steps = _sample(draw, range(kind.n_steps), kind.n_unseen)
+                steps = sample(draw, range(kind.n_steps), kind.n_unseen)
                 unseen = [position in steps for position in range(kind.n_steps)]
             for _ in range(NUMBERS_PER_PLAN):
                 chain = self._draw_numbers(draw, plan, branch_at, unseen)
@@ -240,24 +232,24 @@ class Arithmetic:
         Args:
             unseen: whether each step must be one that is kept from training, or must not; None: all the same.
         """
-        start = value = _between(draw, 2, min(self.max_number, self.max_result))
+        start = value = between(draw, 2, min(self.max_number, self.max_result))
         links: list[Link] = []
         wanted = None if unseen is None else iter(unseen)
         for position, operation in enumerate(plan):
             # Only the last result may be 1: nothing can be taken from it, and multiplied it gives the number away.
             least = 1 if position == len(plan) - 1 else 2
             if position == branch_at:
-                link = Link(operation, _between(draw, 2, self.max_factor), _between(draw, 2, self.max_factor))
+                link = Link(operation, between(draw, 2, self.max_factor), between(draw, 2, self.max_factor))
                 if wanted is not None and any(kept_from_training(c) != next(wanted) for c in link.calculations(value)):
                     return None
             else:
                 numbers = self._numbers(operation, value, least)
                 if wanted is not None:
                     keep = next(wanted)
-                    numbers = [n for n in numbers if kept_from_training(_unordered(value, operation, n)) == keep]
+                    numbers = [n for n in numbers if kept_from_training(unordered(value, operation, n)) == keep]
                 if not numbers:
                     return None
-                link = Link(operation, _pick(draw, numbers))
+                link = Link(operation, pick(draw, numbers))
                 if links and link.undoes(links[-1]):
                     return None
             value = link.apply(value)
@@ -276,7 +268,7 @@ class Arithmetic:
             return range(2, min(self.max_number, value - least) + 1)
         if operation == "*":
             return range(2, min(self.max_factor, self.max_result // value) + 1)
-        return _divisors(value, min(self.max_factor, value // 2))
+        return divisors(value, min(self.max_factor, value // 2))
 
 
 def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -288,87 +280,6 @@ def _check_whole(name: str, value: object, least: int, most: int | None = None) 
 def _check_share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise UserError(f"data.{name} is {value!r}; it must be a number from 0 to 1")
-
-
-# --- chance ----------------------------------------------------------------------------------------------------------
-# Of `random`, only `Random.random` gives the same numbers in every version of Python; all draws are made of it.
-
-
-def _between(draw: Draw, low: int, high: int) -> int:
-    """A whole number from `low` to `high`, both included."""
-    return low + int(draw() * (high - low + 1))
-
-
-def _pick(draw: Draw, options: Sequence[_T]) -> _T:
-    return options[int(draw() * len(options))]
-
-
-def _sample(draw: Draw, options: Sequence[_T], count: int) -> list[_T]:
-    """`count` different options, in any order."""
-    pool = list(options)
-    for i in range(count):
-        j = _between(draw, i, len(pool) - 1)
-        pool[i], pool[j] = pool[j], pool[i]
-    return pool[:count]
-
-
-# --- numbers ---------------------------------------------------------------------------------------------------------
-
-
-class Link(NamedTuple):
-    """One link of a chain: an operation on the running quantity with `number`, or with `number * each`."""
-
-    operation: str
-    number: int
-    each: int = 0
-    """Size of the `number` groups of a second quantity; 0 where there is none."""
-
-    @property
-    def amount(self) -> int:
-        return self.number * self.each if self.each else self.number
-
-    def apply(self, value: int) -> int:
-        if self.operation == "+":
-            return value + self.amount
-        if self.operation == "-":
-            return value - self.amount
-        return value * self.amount if self.operation == "*" else value // self.amount
-
-    def calculations(self, value: int) -> list[str]:
-        """What is worked out, from the running quantity `value`; see `Calculations`."""
-        groups = [_unordered(self.number, "*", self.each)] if self.each else []
-        return [*groups, _unordered(value, self.operation, self.amount)]
-
-    def undoes(self, before: "Link") -> bool:
-        return self == Link(_INVERSE[before.operation], before.number, before.each)
-
-
-_INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
-
-
-Calculations = tuple[str, ...]
-"""The calculations of a chain in order, each with its larger operand first: 3*5 and 5*3 are the same."""
-
-
-class Chain(NamedTuple):
-    """The numbers and operations of a problem, without its words."""
-
-    start: int
-    links: tuple[Link, ...]
-
-    def calculations(self) -> Calculations:
-        found: list[str] = []
-        value = self.start
-        for link in self.links:
-            found += link.calculations(value)
-            value = link.apply(value)
-        return tuple(found)
-
-
-def calculations_of(problem: Problem) -> Calculations:
-    """The calculations of a problem that was made here."""
-    parts = (re.split(r"([-+*/])", step.expression) for step in problem.steps)
-    return tuple(_unordered(int(a), operation, int(b)) for a, operation, b in parts)
 
 
 def split_of(calculations: Calculations, version: int) -> Split:
@@ -427,154 +338,3 @@ class _HeldOut:
         """How many of the next problem's steps are to be unseen, so that of all steps so far `share` are."""
         before, self.steps = self.steps, self.steps + n_steps
         return math.floor(share * self.steps + 0.5) - math.floor(share * before + 0.5)
-
-
-def _unordered(a: int, operation: str, b: int) -> str:
-    return f"{a}{operation}{b}" if a > b else f"{b}{operation}{a}"
-
-
-@lru_cache(maxsize=1 << 16)
-def _divisors(value: int, largest: int) -> tuple[int, ...]:
-    """The divisors of `value` from 2 to `largest`."""
-    return tuple(n for n in range(2, largest + 1) if value % n == 0)
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
-def _tell(draw: Draw, chain: Chain, distractor: int | None) -> Problem:
-    """The chain as a word problem; with a sentence about the number `distractor`, unless it is None."""
-    branch = next((link.operation for link in chain.links if link.each), "")
-    situation = _pick(draw, _situations(len(chain.links), branch))
-    story = _Story(draw, situation, chain.start, n_holders=len(chain.links) + 1 if situation.family.hands_over else 2)
-    links = list(chain.links)
-    opening_moves = situation.family.opening_moves.get(links[0].operation)
-    if opening_moves and not links[0].each and draw() < 0.5:
-        story.open_with(links.pop(0), opening_moves)
-    else:
-        story.open()
-    aside_before = _between(draw, 0, len(links))  # of the sentence for which link; the last is the question
-    for position, link in enumerate(links):
-        if position == aside_before and distractor is not None:
-            story.digress(distractor)
-        if link.each:
-            story.join(link)
-        else:
-            story.move(link, may_pack=not any(later.each for later in links[position:]))
-    if aside_before == len(links) and distractor is not None:
-        story.digress(distractor)
-    story.ask(last=chain.links[-1].operation)
-    return story.problem()
-
-
-@cache
-def _situations(n_links: int, branch: str) -> tuple[Situation, ...]:
-    """The situations with enough holders for `n_links` moves, and with a sentence for a second quantity if need be."""
-    return tuple(
-        situation
-        for situation in SITUATIONS
-        if (not branch or branch in situation.family.groups)
-        and not (situation.family.hands_over and situation.holders and len(situation.holders) <= n_links)
-    )
-
-
-def _cast(draw: Draw, situation: Situation, count: int) -> tuple[Words, list[Words]]:
-    """Who acts first, and at most `count` holders of the quantity, in order.
-
-    Of people, women and men take turns, so that `she` or `he` is whoever was named last.
-    """
-    women, men = _sample(draw, WOMEN, (count + 1) // 2), _sample(draw, MEN, (count + 1) // 2)
-    pairs = zip(women, men, strict=True) if draw() < 0.5 else zip(men, women, strict=True)
-    people = [person for pair in pairs for person in pair][:count]
-    if situation.holders is None:
-        return people[0], people
-    if situation.in_order:
-        first = _between(draw, 0, len(situation.holders) - 1)
-        return people[0], [*situation.holders[first:], *situation.holders[:first]][:count]
-    return people[0], _sample(draw, situation.holders, min(count, len(situation.holders)))
-
-
-class _Story:
-    """A problem that is being told: the question and its solution grow sentence by sentence."""
-
-    def __init__(self, draw: Draw, situation: Situation, start: int, n_holders: int) -> None:
-        self.draw = draw
-        self.family = situation.family
-        self.asides = situation.asides
-        person, self.holders = _cast(draw, situation, n_holders)
-        self.slots: dict[str, object] = {**person, **situation.words, "start": start}
-        self._meet_holder()
-        self.value = start
-        self.told: set[Move] = set()
-        self.sentences: list[str] = []
-        self.lines: list[str] = []
-        self.steps: list[Step] = []
-        self.length = 0  # of the lines so far, each with its line break
-
-    def open(self) -> None:
-        self._say(_pick(self.draw, self.family.openings))
-
-    def open_with(self, link: Link, texts: Sequence[str]) -> None:
-        """The opening and the first move in one sentence."""
-        self._say(_pick(self.draw, texts), n=link.number)
-        self._work_out(link, f"{self.value}{link.operation}{link.number}")
-
-    def digress(self, number: int) -> None:
-        self._say(_pick(self.draw, self.asides), n=number)
-
-    def move(self, link: Link, may_pack: bool) -> None:
-        """The next move, told in a way that is possible here and, if there is one, not yet used in this problem."""
-        possible = [
-            move
-            for move in self.family.moves[link.operation]
-            if (move.then != "next" or len(self.holders) > 1)
-            and (move.then != "boxes" or (may_pack and "boxes" in self.slots))
-        ]
-        move = _pick(self.draw, [move for move in possible if move not in self.told] or possible)
-        self.told.add(move)
-        self._say(move.text, n=link.number)
-        if move.then == "next":
-            self.holders.pop(0)
-            self._meet_holder()
-        elif move.then == "boxes":
-            self.slots.update(BOX_VERBS, thing=self.slots.pop("box"), things=self.slots.pop("boxes"))
-        elif move.then == "money":
-            self.family = MONEY
-            self.slots.update(MONEY_WORDS)
-        operands = (link.number, self.value) if move.number_first else (self.value, link.number)
-        self._work_out(link, f"{operands[0]}{link.operation}{operands[1]}")
-
-    def join(self, link: Link) -> None:
-        """A second quantity, worked out in a step of its own, then added or taken away."""
-        self._say(_pick(self.draw, self.family.groups[link.operation]), n=link.number, each=link.each)
-        self._write(_pick(self.draw, GROUP_WORKINGS), f"{link.number}*{link.each}", link.amount)
-        self._work_out(link, f"{self.value}{link.operation}{link.amount}")
-
-    def ask(self, last: str) -> None:
-        """The question; `last` is the last operation."""
-        self._say(_pick(self.draw, self.family.questions + (self.family.questions_left if last == "-" else ())))
-
-    def problem(self) -> Problem:
-        return Problem(" ".join(self.sentences), tuple(self.steps), "\n".join(self.lines), str(self.value))
-
-    def _meet_holder(self) -> None:
-        self.slots.update(self.holders[0])
-        if len(self.holders) > 1:
-            self.slots.update(next=self.holders[1]["name"], Next=self.holders[1]["Name"])
-
-    def _say(self, text: str, **numbers: int) -> None:
-        self.sentences.append(text.format(**self.slots, **numbers))
-
-    def _work_out(self, link: Link, expression: str) -> None:
-        self.value = link.apply(self.value)
-        self._write(_pick(self.draw, self.family.workings[link.operation]), expression, self.value)
-
-    def _write(self, text: str, expression: str, result: int) -> None:
-        """A line of the solution, with its step."""
-        annotation = f"<<{expression}={result}>>"
-        count = self.slots["thing" if result == 1 else "things"]
-        line = text.format(**self.slots, calc=f"{expression}={annotation}{result}", count=count)
-        start = self.length + line.index(annotation)
-        self.steps.append(Step(expression, str(result), start, start + len(annotation)))
-        self.lines.append(line)
-        self.length += len(line) + 1

@@ -3,71 +3,31 @@
 A source of this kind is a subclass of `WrittenSolutions` that says which files it reads and what one row holds.
 """
 
-import gzip
 import hashlib
-import json
 import re
-import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from simcot_latent.data.problem import Problem, parse_number, parse_steps, split_solution, trailer
+from simcot_latent.data.rows import PACKED, Row, kind_of_file, rows_of_file, rows_of_table
 from simcot_latent.data.sources import SPLITS, LoadedSplit, Split
-from simcot_latent.data.tokenizer import LONE_SURROGATE
+from simcot_latent.data.split_files import SPLIT_OF_NAME, entries, local_path, looks_like_data, names_in, split_files
 from simcot_latent.errors import UserError
-from simcot_latent.files import read_bytes, require_regular
-
-if TYPE_CHECKING:
-    import datasets
+from simcot_latent.text import LONE_SURROGATE
 
 # The note on a step that is not well-formed. What becomes of it depends on what is written, which a source cannot know.
 MALFORMED = "malformed step: text where whole solutions are written, left out where steps alone are (or thoughts)"
 
-# The names that people give the splits, in file names and on the hub.
-_SPLIT_OF_NAME: dict[str, Split] = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
-# train.jsonl; a data set's name before it, gsm_train.json, as Coconut's code writes them; or the hub's own layout,
-# train-00000-of-00002.parquet, in which some have a digest behind the count.
-_SPLIT_FILE = re.compile(
-    r"(?:(?P<prefix>[\w.-]*)[_.-])?"
-    rf"(?P<name>{'|'.join(_SPLIT_OF_NAME)})"
-    r"(?:-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)(?:-[0-9a-f]{8,})?)?"
-    r"(?P<suffix>\.[a-z]+(?:\.(?:gz|zst))?)"
-)
-# The hub's conversion of every data set: default/train/0000.parquet, of large ones main/partial-train/0000.parquet.
-_SPLIT_FOLDER = re.compile(rf"(?P<partial>partial-)?(?P<name>{'|'.join(_SPLIT_OF_NAME)})")
-_CONVERTED = re.compile(r"(?P<number>[0-9]{4,})(?P<suffix>\.parquet)")
-_PACKED = (".gz", ".zst")
-# What is named where it is not read: files of these kinds, and whatever is packed in any way.
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
-_ARCHIVES = (*_PACKED, ".xz", ".bz2", ".zip", ".tgz", ".7z")
 UNREAD = "file that is not read"
 """How the note on such a file begins; it is the same for every split."""
-# How a text begins that is one value of several lines: what is broken in it is looked for in the whole.
-_LONG_VALUE = re.compile(r"\[|\{(?:[^\n]*[,\[{])?[ \t]*\n")
 _SAVED = ("dataset_dict.json", "state.json")
 """What `datasets`' `save_to_disk` writes of a set of splits, and of one table."""
-
-
 _HUB_ID, _HUB_CONFIG = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*"), re.compile(r"(?!\.)[^/\\\x00]+")
-
-
-class Row(NamedTuple):
-    """One row as it was read: an object (JSON, parquet, hub) or a line of text; and the place to name in a message."""
-
-    value: object
-    where: str
 
 
 class Solution(NamedTuple):
@@ -144,14 +104,14 @@ class WrittenSolutions(ABC):
         if split not in SPLITS:
             raise UserError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
         unread: list[str] = []  # notes
-        path = None if self.path is None else _local_path(self.path)
+        path = None if self.path is None else local_path(self.path)
         tables = self._hub_tables() if path is None else self._local_tables(path, unread)
         cut = split != "test" and "validation" not in tables
         table: Split = "train" if cut else split
         if table not in tables:
             holds = ""
             if path is not None and path.is_dir() and self.tells_names:
-                holds = f"; the folder holds {_names(path)}"
+                holds = f"; the folder holds {names_in(path)}"
             raise UserError(f"{self.path or self.hub_id} has no {table} split; it has: {', '.join(tables)}{holds}")
         solutions = [self._solution(row) for row in tables[table]()]
         if cut:
@@ -211,25 +171,25 @@ class WrittenSolutions(ABC):
         is not read, is added to `unread`."""
         kinds = ", ".join(self.suffixes)
         if path.is_file():
-            if _kind_of_file(path.name) not in self.suffixes:
+            if kind_of_file(path.name) not in self.suffixes:
                 raise UserError(
                     f"{path}: cannot tell what kind of file this is; data.path must end in one of {kinds} (text also "
-                    f"with {' or '.join(_PACKED)} behind it)"
+                    f"with {' or '.join(PACKED)} behind it)"
                 )
             files: dict[Split, list[Path]] = {"train": [path], "test": [path]}
         elif path.is_dir():
-            if any(entry.name in _SAVED for entry in _entries(path)):
+            if any(entry.name in _SAVED for entry in entries(path)):
                 return _saved_tables(path)
             folders = [path, *([path / self.hub_config] if self.hub_config else []), path / "default", path / "data"]
-            found = ((folder, _split_files(folder, self.suffixes)) for folder in folders if folder.is_dir())
+            found = ((folder, split_files(folder, self.suffixes)) for folder in folders if folder.is_dir())
             folder, files = next((pair for pair in found if pair[1]), (path, {}))
             read = {file for paths in files.values() for file in paths}
-            others = [file for file in _entries(folder) if file.is_file() and file not in read]
-            unread += [f"{UNREAD} ({file.name})" for file in others if _looks_like_data(file.name)]
+            others = [file for file in entries(folder) if file.is_file() and file not in read]
+            unread += [f"{UNREAD} ({file.name})" for file in others if looks_like_data(file.name)]
             if not files:
                 raise UserError(
                     f"{path}: no data in this folder; looked for train, validation and test with {kinds}"
-                    + (f"; it holds {_names(path)}" if self.tells_names else "")
+                    + (f"; it holds {names_in(path)}" if self.tells_names else "")
                 )
         else:
             raise UserError(
@@ -239,10 +199,7 @@ class WrittenSolutions(ABC):
 
     def _file_rows(self, files: Sequence[Path]) -> Iterator[Row]:
         for file in files:
-            rows = _READERS[_kind_of_file(file.name)](file, self.shape)
-            if not rows:
-                raise UserError(f"{file}: the file is empty; every row must be {self.shape}")
-            yield from rows
+            yield from rows_of_file(file, self.shape)
 
     def _hub_tables(self) -> dict[Split, Callable[[], Iterator[Row]]]:
         """For each split on the hub, what reads its rows."""
@@ -257,9 +214,9 @@ class WrittenSolutions(ABC):
             ) from error
         names = {str(name): table for name, table in cast(datasets.DatasetDict, tables).items()}
         return {
-            _SPLIT_OF_NAME[name]: partial(_hub_rows, table, f"{self.hub_id} {name}")
+            SPLIT_OF_NAME[name]: partial(rows_of_table, table, f"{self.hub_id} {name}")
             for name, table in names.items()
-            if name in _SPLIT_OF_NAME
+            if name in SPLIT_OF_NAME
         }
 
 
@@ -291,76 +248,6 @@ def _with_steps(solutions: Sequence[Solution]) -> LoadedSplit:
     return LoadedSplit(problems, +notes)  # the plus leaves out what was counted zero times
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _kind_of_file(name: str) -> str:
-    """A file's suffix, that of what is packed in it if it is packed."""
-    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
-
-
-def _looks_like_data(name: str) -> bool:
-    """Whether a file may hold data, by its name in whatever case: a split's, or that of a kind of data or archive."""
-    name = name.lower()
-    return name.endswith((*_DATA_SUFFIXES, *_ARCHIVES)) or _SPLIT_FILE.fullmatch(name) is not None
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder, in the order of names; hidden files are left out.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
-
-
-def _names(folder: Path, most: int = 8) -> str:
-    """The names of what lies in a folder, for a message."""
-    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in _entries(folder)]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more
-
-
-def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path]]:
-    """The files of each split that lie in `folder` itself, or in the subfolders of a conversion; shards in order.
-
-    Files without a data set's name before that of the split go before those with one.
-    """
-    found: dict[Split, dict[tuple[str, ...], dict[int, Path]]] = {}  # a split's files by what they share, by number
-    for entry in _entries(folder):
-        match = _SPLIT_FILE.fullmatch(entry.name)
-        if match and entry.is_file() and _kind_of_file(entry.name) in suffixes:
-            # The shards of one series may be packed differently.
-            suffix = _kind_of_file(entry.name) if match["count"] else match["suffix"]
-            series = (match["prefix"] or "", match["name"], match["count"] or "", suffix)
-            shards = found.setdefault(_SPLIT_OF_NAME[match["name"]], {}).setdefault(series, {})
-            number = int(match["number"] or 0)
-            if number in shards:
-                raise UserError(f"{folder}: {shards[number].name} and {entry.name} are the same shard; keep one")
-            shards[number] = entry
-        elif (match := _SPLIT_FOLDER.fullmatch(entry.name)) and entry.is_dir() and ".parquet" in suffixes:
-            converted = ((_CONVERTED.fullmatch(file.name), file) for file in _entries(entry))
-            shards = {int(number["number"]): file for number, file in converted if number}
-            if shards:
-                series = ("", match["name"], str(max(shards) + 1), ".parquet", match["partial"] or "")
-                found.setdefault(_SPLIT_OF_NAME[match["name"]], {})[series] = shards
-    files: dict[Split, list[Path]] = {}
-    for split, all_series in found.items():
-        plain = {series: shards for series, shards in all_series.items() if not series[0]} or all_series
-        names = ", ".join(str(file.relative_to(folder)) for shards in plain.values() for file in shards.values())
-        if len(plain) > 1:
-            raise UserError(f"{folder}: {names} are all {split} data; keep one, or name a single file as data.path")
-        [(series, shards)] = plain.items()
-        count = int(series[2] or 1)
-        if len(shards) != count:
-            raise UserError(f"{folder}: {len(shards)} of {count} {split} files are there ({names}); all are needed")
-        files[split] = [shards[number] for number in sorted(shards)]
-    return files
-
-
 def _saved_tables(folder: Path) -> dict[Split, Callable[[], Iterator[Row]]]:
     """For each split of a folder that `datasets`' `save_to_disk` wrote, what reads its rows.
 
@@ -375,125 +262,13 @@ def _saved_tables(folder: Path) -> dict[Split, Callable[[], Iterator[Row]]]:
         raise UserError(f"{folder}: not a whole folder of save_to_disk ({reason})") from error
     if not isinstance(saved, datasets.DatasetDict):
         name = str(saved.split)
-        splits: tuple[Split, ...] = (_SPLIT_OF_NAME[name],) if name in _SPLIT_OF_NAME else ("train", "test")
-        return {split: partial(_hub_rows, saved, str(folder)) for split in splits}
+        splits: tuple[Split, ...] = (SPLIT_OF_NAME[name],) if name in SPLIT_OF_NAME else ("train", "test")
+        return {split: partial(rows_of_table, saved, str(folder)) for split in splits}
     tables = {str(name): table for name, table in saved.items()}
-    known = {name: table for name, table in tables.items() if name in _SPLIT_OF_NAME}
+    known = {name: table for name, table in tables.items() if name in SPLIT_OF_NAME}
     if not known:
         raise UserError(f"{folder}: no train, validation or test split; it holds {', '.join(tables)}")
-    return {_SPLIT_OF_NAME[name]: partial(_hub_rows, table, f"{folder / name}") for name, table in known.items()}
-
-
-def _local_path(path: str) -> Path:
-    """`data.path` as a path that may be asked whether it is there."""
-    try:
-        expanded = Path(path).expanduser()
-        expanded.exists()  # raises where a name is too long, or holds what no name can
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"data.path={path[:100]}: is no path ({reason})") from error
-    return expanded
-
-
-def _lines(file: Path) -> list[str]:
-    """The lines of a text file, unpacked if it is packed; those at its end that are blank are left out.
-
-    Lines end at "\\n" only. `str.splitlines` also splits at characters such as U+2028, which stands inside a question
-    of GSM8K.
-    """
-    data = _unpacked(file)
-    try:
-        text = data.decode("utf-8-sig").rstrip()  # -sig: without the byte order mark that some editors put in front
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{line}: not UTF-8 text (byte {data[error.start]:#04x}); save it as UTF-8") from None
-    return [line.rstrip("\r") for line in text.split("\n")] if text else []
-
-
-def _unpacked(file: Path) -> bytes:
-    """A file's bytes; those that are packed in it where its name ends in `.gz` or `.zst`."""
-    try:
-        if file.suffix == ".gz":
-            return gzip.decompress(read_bytes(file))
-        if file.suffix == ".zst":
-            import pyarrow  # comes with `datasets`; the standard library reads zst from Python 3.14 on
-
-            require_regular(file)
-
-            with pyarrow.input_stream(str(file), compression="zstd") as stream:
-                return stream.read()
-        return read_bytes(file)
-    except OSError as error:
-        if file.suffix in _PACKED and error.errno is None:
-            raise UserError(f"{file}: not a whole {file.suffix} file ({str(error).splitlines()[0]})") from None
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
-    except (EOFError, zlib.error) as error:
-        raise UserError(f"{file}: not a whole {file.suffix} file ({error})") from None
-
-
-def _read_text(file: Path, shape: str) -> list[Row]:
-    return [Row(line, f"{file}:{number}") for number, line in _filled_lines(file)]
-
-
-def _read_jsonl(file: Path, shape: str) -> list[Row]:
-    return [Row(_json(line, file, number, shape), f"{file}:{number}") for number, line in _filled_lines(file)]
-
-
-def _filled_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines that hold something, with their numbers: blank ones part rows in some files, and are no rows."""
-    return ((number, line) for number, line in enumerate(_lines(file), start=1) if line.strip())
-
-
-def _read_json(file: Path, shape: str) -> list[Row]:
-    """One JSON value: a list of rows, that list under `data` beside whatever else is told, or a single row; or one row
-    per line, as some name their JSONL files `.json`."""
-    text = "\n".join(_lines(file))
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        if not _LONG_VALUE.match(text.lstrip()):
-            return _read_jsonl(file, shape)
-        value = _json(text, file, 1, shape)  # says where it is broken
-    if isinstance(value, dict) and "question" not in value and isinstance(value.get("data"), list):
-        value = value["data"]
-    values = value if isinstance(value, list) else [value]
-    return [Row(value, f"{file} row {number}") for number, value in enumerate(cast(list[object], values), start=1)]
-
-
-def _json(text: str, file: Path, first_line: int, shape: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where, what = f"{file}:{first_line + error.lineno - 1}", f"{error.msg}, column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
-        where, what = f"{file}:{first_line}", str(error)
-    raise UserError(f"{where}: not valid JSON ({what}); every row must be {shape}")
-
-
-def _read_parquet(file: Path, shape: str) -> list[Row]:
-    import pyarrow  # comes with `datasets`; only here, as it takes a while to import
-    import pyarrow.parquet
-
-    require_regular(file)
-    try:
-        values = pyarrow.parquet.read_table(file).to_pylist()
-    except Exception as error:  # broken bytes end in whatever they happen to mean to the library
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: not a parquet file that can be read ({reason}); every row must be {shape}") from None
-    return [Row(value, f"{file} row {number}") for number, value in enumerate(values, start=1)]
-
-
-def _hub_rows(table: "datasets.Dataset", where: str) -> Iterator[Row]:
-    for number, value in enumerate(table.to_list(), start=1):
-        yield Row(value, f"{where} row {number}")
-
-
-_READERS: dict[str, Callable[[Path, str], list[Row]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
+    return {SPLIT_OF_NAME[name]: partial(rows_of_table, table, f"{folder / name}") for name, table in known.items()}
 
 
 def _kind(value: object) -> str:
