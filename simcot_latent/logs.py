@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import secrets
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +43,51 @@ def make_progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def make_console(is_main: bool = True) -> Console:
-    """The console of a command; silent on other ranks than 0. Lines are not wrapped in a file or a pipe."""
+class LastingOutput:
+    """The standard output of a run that outlives it: once the terminal is closed, what is written goes nowhere.
+
+    Args:
+        reader_gone: called where a pipe lost its reader instead; it says whether the run still has something to do.
+            Else the write fails as any other.
+    """
+
+    def __init__(self, reader_gone: Callable[[], bool]) -> None:
+        self._stream, self._reader_gone = sys.stdout, reader_gone
+
+    def write(self, text: str) -> int:
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            terminal_gone = error.errno == errno.EIO
+            if not terminal_gone and not (error.errno == errno.EPIPE and self._reader_gone()):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # also for what is in a buffer, and written at the very end
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+def make_console(is_main: bool = True, reader_gone: Callable[[], bool] | None = None) -> Console:
+    """The console of a command; silent on other ranks than 0. Lines are not wrapped in a file or a pipe.
+
+    Args:
+        reader_gone: makes it a `LastingOutput`.
+    """
     # Questions, paths and what a model writes are no markup.
-    console = Console(quiet=not is_main, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    file: Any = None if reader_gone is None else LastingOutput(reader_gone)
+    console = Console(file=file, quiet=not is_main, highlight=False, markup=False, emoji=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 160
     return console

@@ -114,7 +114,7 @@ def train(
     device = pick_device(run.device)
 
     def train_on(ranks: Ranks) -> int:
-        console = make_console(ranks.is_main)
+        console = make_console(ranks.is_main, stop.reader_gone)
         with RunFolder(run, console) as folder:
             out_dir, start = ranks.on_main(folder.take)
             dtype = pick_dtype(run.dtype, device)

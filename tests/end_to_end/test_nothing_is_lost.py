@@ -453,14 +453,70 @@ def test_values_that_are_none(option: str, named: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
 @pytest.mark.parametrize("step", [4, 5])
-def test_sigusr1_saves_and_ends(step: int, once: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_ends(step: int, name: str, once: Path, tmp_path: Path) -> None:
     """Step 6 is to be validated: the run that stops there owes it, and the one that goes on pays."""
-    with stop_after(step, signal.SIGUSR1):
+    with stop_after(step, signal.Signals[name]):
         stopped = run(TRAIN, *WEIGHTED, "out_dir=run", folder=tmp_path)
-    assert stopped.status == 128 + signal.SIGUSR1
-    assert f"stopped by a signal, SIGUSR1, at step {step + 1}; go on with resume=true" in stopped.out
+    assert stopped.status == 128 + signal.Signals[name]
+    assert f"stopped by a signal, {name}, at step {step + 1}; go on with resume=true" in stopped.out
     assert (tmp_path / "run/latest").readlink() == Path(f"step_{step + 1:07d}")
+    run(TRAIN, *WEIGHTED, "out_dir=run", "resume=auto", folder=tmp_path).ok()
+    assert_as_if_uninterrupted(tmp_path / "run", once)
+
+
+# A process with a terminal of its own, as a shell gives it one.
+ON_ITS_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+def read_until(handle: int, text: bytes) -> None:
+    """Reads what a process prints until it has printed a text."""
+    printed = b""
+    while text not in printed:
+        printed += (piece := os.read(handle, 4096))
+        assert piece, printed.decode()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no such terminals here")
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed(nohup: bool, once: Path, tmp_path: Path) -> None:
+    """It sends SIGHUP, and nothing can be written to it any more; a run that ignores SIGHUP goes on to its end."""
+    ours, theirs = os.openpty()
+    # As nohup does, but that its process then writes to a file.
+    ignoring = ["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh"] if nohup else []
+    train = [sys.executable, "-m", TRAIN, *WEIGHTED, "out_dir=run"]
+    arguments = [sys.executable, "-c", ON_ITS_TERMINAL, *ignoring, *train]
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        read_until(ours, b"step 00002")
+        os.close(ours)
+        status = process.wait(60)
+    assert status == (0 if nohup else 128 + signal.SIGHUP)
+    assert not (tmp_path / "run/lock.json").exists()
+    if not nohup:
+        assert 2 <= sl.load_checkpoint(tmp_path / "run").step < 12
+        run(TRAIN, *WEIGHTED, "out_dir=run", "resume=auto", folder=tmp_path).ok()
+    assert_as_if_uninterrupted(tmp_path / "run", once)
+
+
+def test_a_pipe_that_is_closed(once: Path, tmp_path: Path) -> None:
+    """`... | head`, or `| tee` that ended: what was trained is saved."""
+    ours, theirs = os.pipe()
+    arguments = [sys.executable, "-m", TRAIN, *WEIGHTED, "out_dir=run"]
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment(), stdout=theirs, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.close(theirs)
+        read_until(ours, b"step 00002")
+        os.close(ours)
+        told = process.communicate(timeout=60)[1]
+    assert (process.returncode, told) == (128 + signal.SIGPIPE, "")
+    assert 2 <= sl.load_checkpoint(tmp_path / "run").step < 12
     run(TRAIN, *WEIGHTED, "out_dir=run", "resume=auto", folder=tmp_path).ok()
     assert_as_if_uninterrupted(tmp_path / "run", once)
 
