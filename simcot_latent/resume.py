@@ -61,8 +61,7 @@ def restore(
     """Puts a checkpoint's weights, moments and random state in place; the plain values beside them.
 
     Raises:
-        UserError: it is of another shape, it was to train for another number of steps, with another optimizer, or with
-            other options than `resume` allows.
+        UserError: it is damaged, or was trained with other options than `resume` allows, see `check_changes`.
     """
     run = job.run
     saved = load_checkpoint(folder, job.device, key="out_dir", verify=run.verify)
@@ -73,18 +72,8 @@ def restore(
             f"{folder / STATE_JSON}: says step={step}, but {folder / CONFIG} says step={saved.step}; they are not of "
             "one checkpoint"
         )
-    if planned != num_steps:
-        raise UserError(
-            f"resume: {folder} was training for {planned} steps, this run is for {num_steps}; "
-            "give the same num_iterations, num_epochs, data and target_examples_per_step"
-        )
-    if (before := setting(saved, "optimizer")) != run.optimizer:
-        raise UserError(
-            f"resume: {folder} was trained with optimizer={before}, whose moments are of no use "
-            f"to optimizer={run.optimizer}; give the same"
-        )
+    check_changes(saved, planned, num_steps, objective, job)
     copy_weights(saved, objective)
-    check_changes(folder, saved.config, objective, job)
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, parameter in objective.named_parameters():
         prefix = f"optimizer/{name}/"
@@ -105,34 +94,65 @@ def restore(
     return state.values
 
 
+def parts(objective: Objective | Checkpoint) -> dict[str, GPT | StepDecoder | None]:
+    """What has weights, by the section of the options that shapes it."""
+    return {"model": objective.model, "decoder": objective.step_decoder}
+
+
 def copy_weights(saved: Checkpoint, objective: Objective) -> None:
-    """A checkpoint's weights into the model, and the decoder, that are to be trained."""
-    pairs: tuple[tuple[GPT | StepDecoder | None, GPT | StepDecoder | None], ...] = (
-        (objective.model, saved.model),
-        (objective.step_decoder, saved.step_decoder),
-    )
-    for ours, theirs in pairs:
-        if (ours and ours.config) != (theirs and theirs.config):
-            raise UserError(f"{saved.path}: its model or decoder is not the one that this run is configured for")
-        if ours is not None and theirs is not None:
-            ours.load_state_dict(theirs.state_dict())
+    """A checkpoint's weights into the model, and the decoder, that are to be trained; of the same shapes."""
+    theirs = parts(saved)
+    for name, ours in parts(objective).items():
+        if ours is not None and (weights := theirs[name]) is not None:
+            ours.load_state_dict(weights.state_dict())
 
 
-def check_changes(folder: Path, before: dict[str, Any], objective: Objective, job: Job) -> None:
+def check_changes(saved: Checkpoint, planned: int, num_steps: int, objective: Objective, job: Job) -> None:
     """Says which options differ from those of the run so far.
 
+    Args:
+        planned: the steps that it was training for, where this run is for `num_steps`.
+
     Raises:
-        UserError: with resume=auto, one does that changes what is trained (but for `resume_with_changes=true`).
+        UserError: one does that can never change in a run; or, with resume=auto, one that changes what is trained (but
+            for `resume_with_changes=true`).
     """
-    changes = changed_options(with_defaults(before, objective), job.raw)
-    barred = [text for key, text in changes.items() if key.partition(".")[0] not in FREE]
+    changes = changed_options(with_defaults(saved.config, objective), job.raw)
+    barred = {key: text for key, text in changes.items() if key.partition(".")[0] not in FREE}
+    if never := never_changing(saved, planned, num_steps, objective, job.run):
+        others = f"; options that differ: {', '.join(barred.values())}" if barred else ""
+        raise UserError(
+            f"resume: {saved.path} cannot be gone on with: {', '.join(never)} may not change in a run; give the same, "
+            f"or another out_dir{others}"
+        )
     if barred and job.run.resume == "auto" and not job.run.resume_with_changes:
         raise UserError(
-            f"resume=auto: {folder} was trained with other options: {', '.join(barred)}; give the same, another "
-            "out_dir, or resume_with_changes=true"
+            f"resume=auto: {saved.path} was trained with other options: {', '.join(barred.values())}; give the same, "
+            "another out_dir, or resume_with_changes=true"
         )
     if changes:
         warn(job.console, f"resume: from here on other options than before: {', '.join(changes.values())}")
+
+
+def never_changing(saved: Checkpoint, planned: int, num_steps: int, objective: Objective, run: RunConfig) -> list[str]:
+    """What differs from the run so far and may not, whatever `resume_with_changes` says: weights or moments would not
+    fit, or the schedules of stages and learning rate would be others."""
+    found: list[str] = []
+    if planned != num_steps:
+        found.append(f"the number of steps (was {planned}, is {num_steps}; see num_iterations)")
+    if (before := setting(saved, "optimizer")) != run.optimizer:
+        found.append(f"optimizer (was {before}, is {run.optimizer})")
+    theirs, seen = parts(saved), set[str]()
+    for name, ours in parts(objective).items():
+        before, now = (None if part is None else dataclasses.asdict(part.config) for part in (theirs[name], ours))
+        if before is None or now is None:
+            if before != now:
+                found.append(f"{name} (there was {'none' if before is None else 'one'})")
+            continue
+        differ = [key for key in now if before[key] != now[key] and key not in seen]
+        seen.update(differ)  # the decoder has most of its shape from the model
+        found += [f"{name}.{key} (was {before[key]}, is {now[key]})" for key in differ]
+    return found
 
 
 def with_defaults(before: dict[str, Any], objective: Objective) -> dict[str, Any]:

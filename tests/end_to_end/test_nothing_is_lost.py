@@ -414,6 +414,25 @@ def test_auto_refuses_other_options_and_lists_them(once: Path, tmp_path: Path) -
     assert "seed (was 0, is 3)" in went_on.out
 
 
+@pytest.mark.parametrize("resume", ["resume=auto", "resume=true", "resume=auto resume_with_changes=true"])
+def test_what_may_never_change_is_named_and_the_rest_listed(resume: str, once: Path, tmp_path: Path) -> None:
+    """No option lets it: weights, moments and schedules would not fit."""
+    cut_back(once, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    others = ("model.n_embd=64", "model.norm=rmsnorm", "num_iterations=24", "optimizer=adamw", "seed=3", "log_every=2")
+    message = run(TRAIN, *WEIGHTED, *others, "out_dir=run", *resume.split(), folder=tmp_path).error
+    never, _, rest = message.partition(" may not change in a run; ")
+    assert (
+        "optimizer (was muon, is adamw), model.n_embd (was 32, is 64), model.norm (was layernorm, is rmsnorm)" in never
+    )
+    assert "the number of steps (was 12, is 24; see num_iterations)" in never
+    for word in ("model.n_embd (was 32, is 64)", "num_iterations (was 12, is 24)", "seed (was 0, is 3)"):
+        assert word in rest
+    assert "resume_with_changes" not in message
+    assert "log_every" not in message
+    assert contents(tmp_path / "run") == before
+
+
 def test_auto_lets_free_options_change(once: Path, tmp_path: Path) -> None:
     cut_back(once, tmp_path / "run")
     free = ("log_every=3", "checkpoint_every=2", "device_batch_size=8", "max_minutes=5", "eval_batch_size=2")
