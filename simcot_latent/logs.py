@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import sys
 import time
@@ -20,8 +21,8 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 from simcot_latent.errors import UserError
-from simcot_latent.files import require_regular
-from simcot_latent.paths import free_name, writing
+from simcot_latent.files import read_bytes, read_text, require_regular
+from simcot_latent.paths import free_name, write_text, writing
 
 T = TypeVar("T")
 
@@ -127,6 +128,9 @@ class RunLog:
         project: wandb project.
         config: what wandb stores beside the run.
         console: where to tell of lines that cannot be read.
+
+    Raises:
+        UserError: a file of the log cannot be read or written, or wandb cannot start.
     """
 
     def __init__(
@@ -147,13 +151,15 @@ class RunLog:
         console = console or make_console()
         if os.path.lexists(self.file):
             require_regular(self.file)
-        if from_step:
-            cut_back(self.file, from_step, console)
-        elif self.file.exists() and self.file.stat().st_size:
-            self.file.rename(aside := free_name(self.file))
-            warn(console, f"{self.file} is of an earlier run; it is now {aside.name}")
-        self.file.touch()
+        with writing(self.file):
+            if from_step:
+                cut_back(self.file, from_step, console)
+            elif self.file.exists() and self.file.stat().st_size:
+                self.file.rename(aside := free_name(self.file))
+                warn(console, f"{self.file} is of an earlier run; it is now {aside.name}")
+            self.file.touch()
         if run:
+            run_id = wandb_id(out_dir, new=from_step == 0)
             import wandb  # only here: it takes half a second to import
 
             try:
@@ -161,7 +167,7 @@ class RunLog:
                 self.wandb = wandb.init(
                     project=project,
                     name=run,
-                    id=wandb_id(out_dir, new=from_step == 0),
+                    id=run_id,
                     resume="allow",
                     config=config,
                     dir=out_dir,
@@ -220,7 +226,7 @@ def cut_back(file: Path, step: int, console: Console) -> None:
         return
     kept: list[bytes] = []
     strange: list[bytes] = []
-    for line in file.read_bytes().split(b"\n"):
+    for line in read_bytes(file).split(b"\n"):
         logged = logged_step(line)
         if logged is not None and logged <= step:
             kept.append(line)
@@ -228,10 +234,13 @@ def cut_back(file: Path, step: int, console: Console) -> None:
             strange.append(line)
     if strange:
         aside = file.with_name("metrics.unreadable")
+        if os.path.lexists(aside):
+            require_regular(aside)
         with aside.open("ab") as handle:
             handle.write(b"".join(line + b"\n" for line in strange))
         warn(console, f"{file}: {len(strange)} line(s) are no records of a step; they are now in {aside.name}")
     partial = file.with_name(f".{file.name}.partial")
+    partial.unlink(missing_ok=True)  # what else has the name, a fifo say, would be written into
     with partial.open("wb") as handle:
         handle.write(b"".join(line + b"\n" for line in kept))
         handle.flush()
@@ -248,13 +257,27 @@ def logged_step(line: bytes) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
+# What wandb allows, and no more than one line of it.
+_WANDB_ID = re.compile(r"[^/\\#?%:\s\x00-\x1f\x7f]{1,128}")
+
+
 def wandb_id(out_dir: Path, new: bool) -> str:
-    """The id under which wandb knows the run of a folder, kept in `out_dir/wandb_id`."""
+    """The id under which wandb knows the run of a folder, kept in `out_dir/wandb_id`.
+
+    Raises:
+        UserError: the file holds no id, is no file, or cannot be written; or the variable `WANDB_RUN_ID` is none.
+    """
     file = out_dir / "wandb_id"
-    if not new and file.exists() and (known := file.read_text(encoding="utf-8").strip()):
-        return known
+    if os.path.lexists(file):
+        require_regular(file)
+        if not new and (known := read_text(file).strip()):
+            if not _WANDB_ID.fullmatch(known):
+                raise UserError(f"{file}: holds no id of a wandb run; delete it to begin another run there")
+            return known
     known = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    file.write_text(known + "\n", encoding="utf-8")
+    if not _WANDB_ID.fullmatch(known):
+        raise UserError(f"WANDB_RUN_ID={known}: is no id of a wandb run, which has up to 128 letters and digits")
+    write_text(file, known + "\n")
     return known
 
 

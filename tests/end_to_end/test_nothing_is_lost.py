@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,22 @@ def test_metrics_that_are_no_file_are_refused(from_step: int, tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"metrics\.jsonl: is a folder, a device or the like; it must be a file"):
         RunLog(tmp_path, True, from_step, run="", project="", config={})
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+def test_names_of_half_written_files_that_are_taken(make: Callable[[Path], None], once: Path, tmp_path: Path) -> None:
+    """A fifo is out of the way at once, where writing to it would wait for ever; a folder is named."""
+    for name in (".lock.json.partial", ".metrics.jsonl.partial"):
+        folder = tmp_path / name[1:5]
+        folder.mkdir()
+        cut_back(once, folder / "run")
+        make(folder / "run" / name)
+        resumed = run(TRAIN, *WEIGHTED, "out_dir=run", "resume=true", folder=folder)
+        if make is os.mkfifo:
+            resumed.ok()
+            assert_as_if_uninterrupted(folder / "run", once)
+        else:
+            assert "run" in resumed.error
 
 
 @pytest.mark.parametrize("empty", ["", "' '"])
