@@ -34,7 +34,7 @@ from simcot_latent.errors import UserError, file_errors
 from simcot_latent.evals import eval_names, module_of
 from simcot_latent.logs import RunLog, make_console, make_progress, track, warn
 from simcot_latent.losses import add_up
-from simcot_latent.memory import out_of_memory
+from simcot_latent.memory import in_units, out_of_memory
 from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
 from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.nonfinite import NonFinite, save_batch
@@ -314,8 +314,8 @@ class Trainer:
         free = shutil.disk_usage(self.job.out_dir).free
         if free < needed:
             raise UserError(
-                f"out_dir={self.job.out_dir}: {free / 1e9:.1f} GB are free there, a checkpoint takes "
-                f"{needed / 1e9:.1f} GB; make room, or give another folder"
+                f"out_dir={self.job.out_dir}: {in_units(free)} are free there, a checkpoint takes "
+                f"{in_units(needed)}; make room, or give another folder"
             )
 
     def prepare(self, step: int) -> PreparedStep:

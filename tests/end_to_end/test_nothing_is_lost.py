@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -27,7 +28,7 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.logs import RunLog
-from simcot_latent.memory import out_of_memory
+from simcot_latent.memory import in_units, out_of_memory
 from simcot_latent.objectives.weighted import WeightedObjective
 
 WEIGHTED = (*TINY, *ARITHMETIC, "mode=weighted", "num_iterations=12", "checkpoint_every=4", "eval_every=6")
@@ -603,7 +604,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     message = run(TRAIN, *WEIGHTED, "out_dir=run", folder=tmp_path).error
-    assert "0.0 GB are free there, a checkpoint takes" in message
+    assert re.search(r"out_dir=run: 1\.0 kB are free there, a checkpoint takes \d\d\d kB; make room", message)
     assert not (tmp_path / "run").exists()
 
 
@@ -656,6 +657,15 @@ def test_out_of_memory_is_one_line_with_sizes_and_settings(tmp_path: Path) -> No
     for word in ("out of memory at step 1", "4096 problems", "tokens", "parameters", "device_batch_size (now 4096)",
                  "activation_checkpointing=true"):  # fmt: skip
         assert word in done.error
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (1, "1 bytes"), (999, "999 bytes"), (999.7, "1.0 kB"), (1000, "1.0 kB"), (9949, "9.9 kB"),
+     (9951, "10 kB"), (999_499, "999 kB"), (999_501, "1.0 MB"), (3e9, "3.0 GB"), (8.4e10, "84 GB"), (5e15, "5000 TB")],
+)  # fmt: skip
+def test_sizes_for_people(size: float, text: str) -> None:
+    assert in_units(size) == text
 
 
 def test_only_running_out_of_memory_is_called_that() -> None:
