@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -19,12 +19,14 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simcot_latent.checkpoint import CONFIG, Checkpoint, setting
 from simcot_latent.config import as_plain, config_dir, instantiate, literal, one_line
 from simcot_latent.data.sources import Source
 from simcot_latent.errors import UserError, did_you_mean
 from simcot_latent.files import is_plain
 from simcot_latent.paths import expanded
+
+if TYPE_CHECKING:  # torch takes seconds to import: too long for a shell that completes a word
+    from simcot_latent.checkpoint import Checkpoint
 
 PATH_KEYS = ("ckpt", "data.path", "out_dir", "init_from", "out", "source", "base", "tokenizer.ranks")
 """Keys whose value is a path: `~` is the home folder."""
@@ -142,6 +144,8 @@ def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dic
     Raises:
         UserError: the checkpoint says anything else, or the source refuses a value.
     """
+    from simcot_latent.checkpoint import CONFIG, setting
+
     settings, trained = as_plain(raw.data), setting(checkpoint, "data")
     file = f"{checkpoint.path}/{CONFIG}"
     remembered: dict[str, Any] = {}

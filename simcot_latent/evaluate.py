@@ -18,12 +18,12 @@ import torch
 from rich.table import Table
 
 from simcot_latent.checkpoint import find_checkpoint, load_checkpoint, setting
-from simcot_latent.config import typed
+from simcot_latent.config import require_choices, typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
-from simcot_latent.data.sources import SPLITS, load_first
+from simcot_latent.data.sources import load_first
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
-from simcot_latent.errors import UserError, require, require_choice
+from simcot_latent.errors import UserError, require
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
 from simcot_latent.logs import make_console, track, warn
 from simcot_latent.metrics import score_steps, wilson_interval
@@ -59,14 +59,13 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.ckpt is None:
             raise UserError("ckpt is missing; give ckpt=DIR, a folder that training wrote, such as runs/latent/latest")
-        require_choice("split", self.split, SPLITS)
+        require_choices(self, "eval")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null for all")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(
             self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1"
         )
         require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "a share of the gold answer, from 0 to below 1")
-        require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ from rich.text import Text
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder, setting
-from simcot_latent.config import typed
+from simcot_latent.config import require_choices, typed
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
-from simcot_latent.data.sources import SPLITS, load_first
+from simcot_latent.data.sources import load_first
 from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
-from simcot_latent.errors import UserError, require, require_choice
+from simcot_latent.errors import UserError, require
 from simcot_latent.generate import Generation, encode_prompts, generate, think_about
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right, wilson_interval
@@ -69,11 +69,9 @@ class ProbeConfig:
             raise UserError('give either question="..." or data=NAME (with data.path=, limit=)')
         if self.question is not None and (half := LONE_SURROGATE.search(self.question)):
             raise UserError(f"question: its character {half.start() + 1} is U+{ord(half[0]):04X}, which is no text")
-        require_choice("split", self.split, SPLITS)
+        require_choices(self, "probe")
         require(self.limit >= 1, "limit", self.limit, "at least 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require_choice("format", self.format, ("table", "json"))
-        require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
 MAX_STEP_TOKENS = 128
