@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,12 @@ from simcot_latent.checkpoint import (
     setting,
 )
 from simcot_latent.config import RunConfig
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, some
 from simcot_latent.logs import warn
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.objectives.base import Objective
+from simcot_latent.optimizer import Muon
 
 if TYPE_CHECKING:
     from simcot_latent.train import Job
@@ -43,11 +44,15 @@ FREE = {
 """Options that say where and in what pieces it is computed, what is reported and what kept: the same training."""
 
 
+PREFIX = "optimizer/"
+"""Of the names of what optimizers keep: `optimizer/<parameter>/<key>`."""
+
+
 def trainer_state(objective: Objective, optimizers: Sequence[torch.optim.Optimizer], **values: Any) -> TrainerState:
     """What it takes to go on with a run, beside its checkpoint."""
     names: dict[Tensor, str] = {p: name for name, p in objective.named_parameters()}
     tensors = {
-        f"optimizer/{names[parameter]}/{key}": value
+        f"{PREFIX}{names[parameter]}/{key}": value
         for optimizer in optimizers
         for parameter, moments in optimizer.state.items()
         for key, value in moments.items()
@@ -74,24 +79,56 @@ def restore(
         )
     check_changes(saved, planned, num_steps, objective, job)
     copy_weights(saved, objective)
-    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for name, parameter in objective.named_parameters():
-        prefix = f"optimizer/{name}/"
-        moments = {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
-        if wrong := [k for k, v in moments.items() if v.dim() and v.shape != parameter.shape]:
-            raise UserError(f"{folder / STATE_TENSORS}: {prefix}{wrong[0]} is not of the shape of its parameter")
-        if moments:
-            # Step counts stay on the CPU where the optimizer put them there.
-            owner[parameter].state[parameter] = {
-                key: value if key == "step" and job.device.type == "cpu" else value.to(parameter.device)
-                for key, value in moments.items()
-            }
+    restore_moments(state.tensors, objective, optimizers, folder / STATE_TENSORS)
     try:
         torch.set_rng_state(state.tensors["random/cpu"])
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder / STATE_TENSORS}: random/cpu is not the state of a random generator") from error
     job.console.print(f"going on from {folder}")
     return state.values
+
+
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    Muon: ("momentum",),
+}
+"""What an optimizer keeps of a parameter that has had a gradient."""
+
+
+def restore_moments(
+    tensors: Mapping[str, Tensor], objective: Objective, optimizers: Sequence[torch.optim.Optimizer], file: Path
+) -> None:
+    """Gives the optimizers what they kept of each parameter, see `trainer_state`.
+
+    Raises:
+        UserError: something is missing, left over, of another shape, or a number that moments cannot be.
+    """
+    left = {name for name in tensors if name.startswith(PREFIX)}
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, parameter in objective.named_parameters():
+        optimizer = owner[parameter]
+        keys = {key: f"{PREFIX}{name}/{key}" for key in MOMENTS[type(optimizer)]}
+        found = [full for full in keys.values() if full in tensors]
+        if not found:  # it has had no gradient yet
+            continue
+        if missing := [full for full in keys.values() if full not in tensors]:
+            raise UserError(f"{file}: lacks {missing[0]}")
+        for key, full in keys.items():
+            tensor, shape = tensors[full], torch.Size() if key == "step" else parameter.shape
+            if tensor.shape != shape or tensor.dtype != torch.float32:
+                raise UserError(f"{file}: {full} must be float32 numbers of shape {tuple(shape)}")
+            if not tensor.isfinite().all() or (key in ("step", "exp_avg_sq") and (tensor < 0).any()):
+                right = " and at least 0" if key in ("step", "exp_avg_sq") else ""
+                raise UserError(f"{file}: {full} holds numbers that no training leaves; they must be finite{right}")
+        # Step counts stay on the CPU where the optimizer put them there.
+        stays = parameter.device.type == "cpu"
+        optimizer.state[parameter] = {
+            key: tensors[full] if key == "step" and stays else tensors[full].to(parameter.device)
+            for key, full in keys.items()
+        }
+        left.difference_update(found)
+    if left:
+        raise UserError(f"{file}: holds {some(sorted(left))}, of which this run has no parameter")
 
 
 def parts(objective: Objective | Checkpoint) -> dict[str, GPT | StepDecoder | None]:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from commands import ARITHMETIC, TINY, TRAIN, contents, environment, read_lines, run, run_process
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import simcot_latent as sl
@@ -260,6 +260,37 @@ def test_a_model_that_is_not_finite_is_never_saved(once: Path, tmp_path: Path) -
     assert contents(out_dir / "step_0000008") == before
     assert all_finite(out_dir / "step_0000008")
     assert [path.name for path in out_dir.glob("step_*")] == ["step_0000008"]
+
+
+MOMENT = "optimizer/model.embedding.weight/exp_avg_sq"
+MATRIX = "optimizer/model.transformer.blocks.0.attention.out.weight/momentum"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t[MOMENT].view(-1)[3:4].fill_(math.nan), f"{MOMENT} holds numbers that no training leaves"),
+        (lambda t: t[MOMENT].view(-1)[3:4].fill_(-1.0), f"{MOMENT} holds numbers that no training leaves"),
+        (lambda t: t[MATRIX].view(-1)[3:4].fill_(math.inf), f"{MATRIX} holds numbers that no training leaves"),
+        (lambda t: t.pop(MOMENT), f"lacks {MOMENT}"),
+        (lambda t: t.update({MOMENT: t[MOMENT][:3].clone()}), f"{MOMENT} must be float32 numbers of shape"),
+        (lambda t: t.update({MOMENT: t[MOMENT][0, 0].clone()}), f"{MOMENT} must be float32 numbers of shape"),
+        (lambda t: t.update({MOMENT: t[MOMENT].to(torch.int32)}), f"{MOMENT} must be float32 numbers of shape"),
+        (lambda t: t.update({MOMENT + "2": t[MOMENT].clone()}), f"holds {MOMENT}2, of which this run has no parameter"),
+    ],
+    ids=["nan", "negative", "inf", "missing", "shape", "number", "dtype", "left over"],
+)
+def test_moments_that_no_training_leaves_are_refused(
+    change: Callable[[dict[str, Tensor]], object], named: str, once: Path, tmp_path: Path
+) -> None:
+    out_dir = cut_back(once, tmp_path / "run")
+    tensors = load_file(out_dir / "latest/trainer_state.safetensors")
+    change(tensors)
+    save_file(tensors, out_dir / "latest/trainer_state.safetensors")
+    before = contents(out_dir)
+    message = run(TRAIN, *WEIGHTED, "out_dir=run", "resume=true", "verify=false", folder=tmp_path).error
+    assert "trainer_state.safetensors: " + named in message
+    assert contents(out_dir) == before
 
 
 @contextmanager
