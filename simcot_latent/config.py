@@ -58,6 +58,11 @@ def require_choices(config: object, command: str, section: str = "") -> None:
             require_choice(key, getattr(config, name), choices)
 
 
+def require_tolerance(key: str, value: float | None) -> None:
+    """Refuses what is no tolerance of answers, see `same_number`; None is one: that which the data state."""
+    require(value is None or 0 <= value < 1, key, value, "a share of the gold answer, from 0 to below 1")
+
+
 def config_dir() -> Path:
     """The yaml files: inside an installed package, or beside it in a checkout."""
     packaged = Path(__file__).parent / "configs"

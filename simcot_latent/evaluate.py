@@ -18,14 +18,13 @@ import torch
 from rich.table import Table
 
 from simcot_latent.checkpoint import find_checkpoint, load_checkpoint, setting
-from simcot_latent.config import require_choices, typed
+from simcot_latent.config import require_choices, require_tolerance, typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
-from simcot_latent.data.sources import load_first
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
-from simcot_latent.logs import make_console, track, warn
+from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
@@ -50,7 +49,7 @@ class EvalConfig:
     temperature: float = 0.0
     top_k: int | None = None
     seed: int = 0
-    tolerance: float = 0.0
+    tolerance: float | None = None
     device: str = "auto"
     cuda_graphs: bool = False
     dtype: str = "float32"
@@ -65,7 +64,7 @@ class EvalConfig:
         require(
             self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1"
         )
-        require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "a share of the gold answer, from 0 to below 1")
+        require_tolerance("tolerance", self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -131,15 +130,8 @@ def evaluate(name: str, raw: DictConfig) -> None:
     files = report_files(Path(config.out or f"{config.ckpt}/evals"), name, config.split)
     check_writable(files, "give out=DIR, a folder for the results")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
-    source, data = cli.trained_source(raw, checkpoint)
-    for note in cli.data_notes(raw, checkpoint, data):
-        console.print(note)
-    for key, value, trained in other_settings(data, setting(checkpoint, "data")):
-        warn(console, f"data.{key}={value}, but {trained} in training: what is new to this model there is not known")
-    loaded = load_first(source, config.split, config.limit)  # type: ignore[arg-type]
-    problems = loaded.problems
-    for note, count in sorted(loaded.notes.items()):
-        console.print(f"{config.split}: {count} x {note}")
+    problems, source, data = cli.trained_problems(raw, checkpoint, config.split, config.limit, console)  # type: ignore[arg-type]
+    tolerance = cli.choose_tolerance(config.tolerance, source)
 
     torch.manual_seed(config.seed)
     sampling = Sampling(config.temperature, config.top_k)
@@ -174,7 +166,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
                 pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
                 decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):
-            predictions[i] = Prediction(problem, generation, said, wanted, config.tolerance)
+            predictions[i] = Prediction(problem, generation, said, wanted, tolerance)
 
     ordered = [predictions[i] for i in range(len(problems))]
     report = {
@@ -192,7 +184,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "temperature": config.temperature,
         "top_k": config.top_k,
         "seed": config.seed,
-        "tolerance": config.tolerance,
+        "tolerance": tolerance,
         "device": str(device),
         "cuda_graphs": config.cuda_graphs,
         "dtype": str(dtype).removeprefix("torch."),
@@ -203,16 +195,6 @@ def evaluate(name: str, raw: DictConfig) -> None:
     console.print(report_table(report))
     write_report(files, report, ordered)
     console.print(f"written to {files[0]}")
-
-
-def other_settings(data: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Settings of a source that decide which problems are held out and differ from training: name, here, then.
-
-    A model may have been trained on problems that such a test set holds.
-    """
-    if data.get("_target_") != trained.get("_target_"):
-        return []
-    return [(k, data[k], trained[k]) for k in ("version", "unseen_steps") if k in trained and data.get(k) != trained[k]]
 
 
 def written_steps(text: str, problem: Problem) -> tuple[list[str], list[str | None]]:

@@ -26,11 +26,10 @@ from rich.text import Text
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint, require_decoder, setting
-from simcot_latent.config import require_choices, typed
+from simcot_latent.config import require_choices, require_tolerance, typed
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.format import align_steps
 from simcot_latent.data.problem import Problem, same_number
-from simcot_latent.data.sources import load_first
 from simcot_latent.data.tokenizer import LONE_SURROGATE
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require
@@ -58,6 +57,7 @@ class ProbeConfig:
     limit: int = 20
     batch_size: int = 32
     format: str = "table"
+    tolerance: float | None = None
     device: str = "auto"
     dtype: str = "float32"
     out: str | None = None
@@ -70,6 +70,7 @@ class ProbeConfig:
         if self.question is not None and (half := LONE_SURROGATE.search(self.question)):
             raise UserError(f"question: its character {half.start() + 1} is U+{ord(half[0]):04X}, which is no text")
         require_choices(self, "probe")
+        require_tolerance("tolerance", self.tolerance)
         require(self.limit >= 1, "limit", self.limit, "at least 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
@@ -398,9 +399,12 @@ def text_entropy(texts: Sequence[str]) -> float:
     return sum(count / len(texts) * math.log2(len(texts) / count) for count in Counter(texts).values())
 
 
-def summarise(probes: Sequence[QuestionProbe]) -> dict[str, Any]:
+def summarise(probes: Sequence[QuestionProbe], tolerance: float = 0.0) -> dict[str, Any]:
     """Step scores over all groups with a step, and by step index (the first step is 1); groups that were taught the
     answer apart; answers alongside.
+
+    Args:
+        tolerance: of answers, see `same_number`. Steps are compared exactly.
     """
     taught = [(i, g) for probe in probes for i, g in enumerate(probe.groups, start=1) if g.gold is not None]
     scored = [(i, g) for i, g in taught if not g.taught_answer]
@@ -412,9 +416,10 @@ def summarise(probes: Sequence[QuestionProbe]) -> dict[str, Any]:
     summary["answer_groups"] = summarise_groups([g for _, g in taught if g.taught_answer])
     for key in ("operators", "operands", "result", "right", *VInformation._fields, "text_entropy"):
         summary["answer_groups"].pop(key, None)  # of steps
-    correct = sum(same_number(probe.answer, probe.gold_answer) for probe in probes)
+    correct = sum(same_number(probe.answer, probe.gold_answer, tolerance) for probe in probes)
     summary["accuracy"] = correct / len(probes)
     summary["ci95"] = list(wilson_interval(correct, len(probes)))
+    summary["tolerance"] = tolerance
     return summary
 
 
@@ -453,8 +458,8 @@ def show(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def probe_table(probes: Sequence[QuestionProbe]) -> Table:
-    """A row a step group, a block a question."""
+def probe_table(probes: Sequence[QuestionProbe], tolerance: float = 0.0) -> Table:
+    """A row a step group, a block a question; `tolerance` as in `summarise`."""
     with_gold = any(probe.gold_answer is not None for probe in probes)
     table = Table("question", "thought", "decoded step", "right", "probability", *(["gold"] if with_gold else []))
     table.columns[0].max_width = 60
@@ -463,7 +468,7 @@ def probe_table(probes: Sequence[QuestionProbe]) -> Table:
             right = {True: "yes", False: "no", None: "-"}[group.right]
             cells = [probe.question if i == 1 else "", str(i), show(group.decoded), right, f"{group.probability:.3f}"]
             table.add_row(*map(Text, cells + ([show(group.gold or "-")] if with_gold else [])))
-        right = "yes" if same_number(probe.answer, probe.gold_answer) else "no"
+        right = "yes" if same_number(probe.answer, probe.gold_answer, tolerance) else "no"
         gold = [f"#### {probe.gold_answer}"] if with_gold else []
         cells = ["", "answer", probe.answer or "(none)", right if with_gold else "", "", *gold]
         table.add_row(*map(Text, cells), end_section=True)
@@ -501,6 +506,7 @@ def main(raw: DictConfig) -> None:
     from simcot_latent import cli  # hydra, which probing from Python does without
 
     config = typed(ProbeConfig, raw)
+    tolerance = 0.0
     console = make_console()
     device = pick_device(config.device)
     file = None if config.out is None else Path(config.out) / "probe.json"
@@ -512,26 +518,26 @@ def main(raw: DictConfig) -> None:
         if config.question is not None:
             probes, summary = probe_questions(checkpoint, [config.question]), None
         else:
-            source, data = cli.trained_source(raw, checkpoint)
-            problems = load_first(source, config.split, config.limit).problems  # type: ignore[arg-type]
             quiet = make_console(is_main=config.format == "table")
-            for note in cli.data_notes(raw, checkpoint, data):
-                quiet.print(note)
+            problems, source, _ = cli.trained_problems(raw, checkpoint, config.split, config.limit, quiet)  # type: ignore[arg-type]
+            tolerance = cli.choose_tolerance(config.tolerance, source)
             probes = probe_problems(checkpoint, problems, config.batch_size, quiet)
-            summary = summarise(probes)
+            summary = summarise(probes, tolerance)
     text = json.dumps({"probes": [asdict(probe) for probe in probes], "summary": summary}, indent=2)
     if file is not None:
         write_text(file, text + "\n")
     if config.format == "json":
         print(text)
         return
-    console.print(probe_table(probes))
+    console.print(probe_table(probes, tolerance))
     if file is not None:
         console.print(f"written to {file}")
     if summary is not None:
         console.print(summary_table(summary))
         low, high = summary["ci95"]
-        console.print(f"answers: {summary['accuracy']:.1%} of {summary['n']} (95% interval {low:.1%} to {high:.1%})")
+        within = f", within {tolerance:g} of gold" if tolerance else ""
+        text = f"{summary['accuracy']:.1%} of {summary['n']} (95% interval {low:.1%} to {high:.1%})"
+        console.print(f"answers: {text}{within}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,7 @@ def check_changes(saved: Checkpoint, planned: int, num_steps: int, objective: Ob
         UserError: one does that can never change in a run; or, with resume=auto, one that changes what is trained (but
             for `resume_with_changes=true`).
     """
-    changes = changed_options(with_defaults(saved.config, objective), job.raw)
+    changes = changed_options(with_defaults(saved.config, objective, job.raw), job.raw)
     barred = {key: text for key, text in changes.items() if key.partition(".")[0] not in FREE}
     if never := never_changing(saved, planned, num_steps, objective, job.run):
         others = f"; options that differ: {', '.join(barred.values())}" if barred else ""
@@ -192,9 +193,18 @@ def never_changing(saved: Checkpoint, planned: int, num_steps: int, objective: O
     return found
 
 
-def with_defaults(before: dict[str, Any], objective: Objective) -> dict[str, Any]:
-    """A saved configuration, with the defaults of the options that came into being after it was saved."""
+def with_defaults(before: dict[str, Any], objective: Objective, now: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration, with the defaults of the options that came into being after it was saved.
+
+    Args:
+        now: the configuration of this run, which says what class its data source is.
+    """
     filled = defaults(RunConfig) | before
+    data, target = filled.get("data"), now["data"]["_target_"]
+    if isinstance(data, dict) and data.get("_target_") == target:
+        module, _, name = target.rpartition(".")
+        source: type = getattr(import_module(module), name)
+        filled["data"] = (defaults(source) if dataclasses.is_dataclass(source) else {}) | data
     for section in dataclasses.fields(objective.config) if dataclasses.is_dataclass(objective.config) else ():
         value = getattr(objective.config, section.name)
         if isinstance(filled.get(section.name), dict) and dataclasses.is_dataclass(value):

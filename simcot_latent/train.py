@@ -149,7 +149,8 @@ def make_trainer(
         objective = objective_class(model, tokenizer, run, sections)
         objective.to(job.device)
     problems, examples = encode_all(objective, train_split.problems, "train", job)
-    held_out = HeldOut(*encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job))
+    validation = encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job)
+    held_out = HeldOut(*validation, getattr(source, "tolerance", 0.0))
     with file_errors(f"out_dir={job.out_dir}"):
         return Trainer(job, objective, problems, examples, held_out)
 
@@ -512,16 +513,17 @@ class Trainer:
         """The last validation, and what the thoughts say about five of its problems."""
         checkpoint = self.as_checkpoint()
         self.console.print(validation_table(metrics, len(self.held_out.problems)))
-        probes = checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents > 0
-        if probes:
+        has_thoughts = checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents > 0
+        if has_thoughts:
             self.objective.eval()
             with torch.no_grad(), autocast(self.job.device, self.job.dtype):
-                self.console.print(probe_table(probe_problems(checkpoint, self.held_out.problems[:5])))
+                probes = probe_problems(checkpoint, self.held_out.problems[:5])
+            self.console.print(probe_table(probes, self.held_out.tolerance))
         source, ckpt = source_name(self.job.raw), shlex.quote(f"ckpt={self.job.out_dir}")
         next_steps: list[str] = []
         if source in eval_names():
             next_steps.append(f"python -m {module_of(source)} {ckpt}")
-        if probes:
+        if has_thoughts:
             next_steps.append(f'python -m simcot_latent.probe {ckpt} question="..."')
         for command in next_steps:
             self.console.print(f"next: {command}")

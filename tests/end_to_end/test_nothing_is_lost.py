@@ -495,6 +495,8 @@ def test_options_that_a_checkpoint_is_older_than_are_no_changes(once: Path, tmp_
     config = json.loads(file.read_text())
     for key in ("on_nonfinite", "max_nonfinite", "resume_with_changes", "max_minutes"):
         del config["run"][key]
+    for key in ("unseen_steps", "distractors"):
+        del config["run"]["data"][key]
     file.write_text(json.dumps(config))
     (out_dir / "latest/manifest.json").unlink(missing_ok=True)
     out = run(TRAIN, *WEIGHTED, "out_dir=run", "resume=auto", folder=tmp_path).ok().out

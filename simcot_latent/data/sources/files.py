@@ -97,6 +97,7 @@ class WrittenSolutions(ABC):
             split of their own; never more than a tenth of train. Which ones depends on the questions alone, not on
             their order or on a run's seed.
         train_limit: train on the first so many problems only, after validation is held out; None for all.
+        tolerance: how far an answer may be from gold and still be right, as a share of gold, see `same_number`.
 
     Raises:
         UserError: a field has an impossible value.
@@ -107,9 +108,11 @@ class WrittenSolutions(ABC):
     hub_config: str | None = None
     validation_size: int = 500
     train_limit: int | None = None
+    tolerance: float = 0.0
 
     tells_names: ClassVar[bool] = True
-    """Whether errors list what lies in the folder `path`; not where a checkpoint, maybe a stranger's, chose it."""
+    """Whether errors and notes name what lies in the folder `path`; not where a checkpoint, maybe a stranger's, chose
+    it."""
     suffixes: ClassVar[tuple[str, ...]]
     """The kinds of file that are read."""
     shape: ClassVar[str]
@@ -127,6 +130,12 @@ class WrittenSolutions(ABC):
             value = getattr(self, key)
             if not (type(value) is int and value >= 1) and not (optional and value is None):
                 raise UserError(f"data.{key}={value!r}: must be a whole number of at least 1{', or null' * optional}")
+        if (
+            isinstance(self.tolerance, bool)
+            or not isinstance(self.tolerance, int | float)
+            or not 0 <= self.tolerance < 1
+        ):
+            raise UserError(f"data.tolerance={self.tolerance!r}: must be a share of the gold answer, from 0 to below 1")
 
     @abstractmethod
     def read(self, row: Row) -> tuple[str, str]:
@@ -163,7 +172,7 @@ class WrittenSolutions(ABC):
                     f"{self.path or self.hub_id}: one question to train on, and validation takes it; give at least two"
                 )
         loaded = _with_steps(solutions[: self.train_limit] if split == "train" else solutions)
-        loaded.notes.update(dict.fromkeys(unread, 1))
+        loaded.notes.update(unread)
         return loaded
 
     def broken(self, row: Row, what: str) -> UserError:
@@ -222,11 +231,17 @@ class WrittenSolutions(ABC):
             if any(entry.name in _SAVED for entry in _entries(path)):
                 return _saved_tables(path)
             folders = [path, *([path / self.hub_config] if self.hub_config else []), path / "default", path / "data"]
-            found = ((folder, _split_files(folder, self.suffixes)) for folder in folders if folder.is_dir())
+            found = (
+                (folder, _split_files(folder, self.suffixes, self.tells_names)) for folder in folders if folder.is_dir()
+            )
             folder, files = next((pair for pair in found if pair[1]), (path, {}))
             read = {file for paths in files.values() for file in paths}
             others = [file for file in _entries(folder) if file.is_file() and file not in read]
-            unread += [f"{UNREAD} ({file.name})" for file in others if _looks_like_data(file.name)]
+            unread += [
+                f"{UNREAD} ({file.name})" if self.tells_names else f"{UNREAD}, beside those that are"
+                for file in others
+                if _looks_like_data(file.name)
+            ]
             if not files:
                 raise UserError(
                     f"{path}: no data in this folder; looked for train, validation and test with {kinds}"
@@ -325,10 +340,13 @@ def _names(folder: Path, most: int = 8) -> str:
     return (", ".join(names[:most]) or "nothing") + more
 
 
-def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path]]:
+def _split_files(folder: Path, suffixes: Sequence[str], tells_names: bool = True) -> dict[Split, list[Path]]:
     """The files of each split that lie in `folder` itself, or in the subfolders of a conversion; shards in order.
 
     Files without a data set's name before that of the split go before those with one.
+
+    Args:
+        tells_names: whether errors name the files.
     """
     found: dict[Split, dict[tuple[str, ...], dict[int, Path]]] = {}  # a split's files by what they share, by number
     for entry in _entries(folder):
@@ -340,7 +358,8 @@ def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path
             shards = found.setdefault(_SPLIT_OF_NAME[match["name"]], {}).setdefault(series, {})
             number = int(match["number"] or 0)
             if number in shards:
-                raise UserError(f"{folder}: {shards[number].name} and {entry.name} are the same shard; keep one")
+                names = f"{shards[number].name} and {entry.name}" if tells_names else "two files"
+                raise UserError(f"{folder}: {names} are the same shard; keep one")
             shards[number] = entry
         elif (match := _SPLIT_FOLDER.fullmatch(entry.name)) and entry.is_dir() and ".parquet" in suffixes:
             converted = ((_CONVERTED.fullmatch(file.name), file) for file in _entries(entry))
@@ -351,7 +370,8 @@ def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path
     files: dict[Split, list[Path]] = {}
     for split, all_series in found.items():
         plain = {series: shards for series, shards in all_series.items() if not series[0]} or all_series
-        names = ", ".join(str(file.relative_to(folder)) for shards in plain.values() for file in shards.values())
+        all_names = [str(file.relative_to(folder)) for shards in plain.values() for file in shards.values()]
+        names = ", ".join(all_names) if tells_names else f"{len(all_names)} files"
         if len(plain) > 1:
             raise UserError(f"{folder}: {names} are all {split} data; keep one, or name a single file as data.path")
         [(series, shards)] = plain.items()
