@@ -304,7 +304,8 @@ _UNSIGNED = rf"(?:{_SPACED}|{_AMOUNT}{_EXPONENT}?(?:/{_AMOUNT})?)(?:{_MORE})*"
 _SIGN = rf"(?:[-+] ?(?:{_CURRENCY} ?)?|{_CURRENCY} ?(?:[-+] ?)?)?"
 _MARKED = rf"\s*({_SIGN}{_UNSIGNED})"
 _SIGN_IN_TEXT = (
-    rf"(?:(?<![\w.)%$])-(?:{_CURRENCY} ?)?|{_CURRENCY} ?-|(?:\A|(?<=[#=:(])|(?<=[#=:(] ))- (?:{_CURRENCY} ?)?)?"
+    rf"(?:(?<![\w.)%$])-(?:{_CURRENCY} ?)?|{_CURRENCY} ?-|(?<![\w.)%]){_CURRENCY} ?- "
+    rf"|(?:\A|(?<=[#=:(])|(?<=[#=:(] ))- (?:{_CURRENCY} ?)?)?"
 )
 _ANY = re.compile(_SIGN_IN_TEXT + _UNSIGNED)
 _GROUPED = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"  # no comma but of thousands

@@ -498,6 +498,8 @@ def test_numbers_round_trip(scaled: int, decimals: int) -> None:
         ("#### - 5", "-5", "-5"),
         ("#### \u22125", "-5", "-5"),
         ("#### $ 5", "5", "5"),
+        ("#### $- 5", "-5", "-5"),
+        ("It costs 8$ - 5$", None, "5"),
         ("#### \u20ac5", "5", "5"),
         ("#### 5\u00b2", "5\u00b2", "5\u00b2"),
         ("#### 1_000", "1_000", "1_000"),
@@ -714,10 +716,11 @@ def test_gold_is_a_number_only_as_both_readings_of_an_output_read_it(
 ) -> None:
     """A line that is gold's, and the same line as an output: all three are one number, or gold is none."""
     line = f"{number[0]}{behind}".partition("\n")[0]
-    if not line.strip() or ANSWER_MARK in line:
+    try:
+        gold = split_solution(f"#### {line}")[1]
+    except ValueError:  # nothing that can be seen
         return
-    gold = split_solution(f"#### {line}")[1]
-    if parse_number(gold) is not None:
+    if parse_number(gold) is not None and ANSWER_MARK not in line:
         for space in ("", " "):
             assert same_number(strict_answer(f"so\n####{space}{line}\n"), gold)
         assert same_number(last_number(line), gold)
