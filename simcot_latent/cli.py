@@ -261,10 +261,12 @@ def quote_text(argument: str) -> str:
     key, equals, text = argument.partition("=")
     if not equals or key.lstrip("+") not in TEXT_KEYS or text in ("", "null") or QUOTED.fullmatch(text):
         return argument
-    if ("--multirun" in sys.argv or "-m" in sys.argv) and any(mark in text for mark in (",", "${", "(")):
-        return argument  # there a comma separates the runs of a sweep, and each may be named after its settings
-    # OmegaConf reads \${ as ${, and backslashes in front of it as half as many.
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    sweeps = "--multirun" in sys.argv or "-m" in sys.argv
+    if sweeps and any(mark in text for mark in (",", "(")):
+        return argument  # there a comma separates the runs
+    if not sweeps:  # where each run may be named after its settings
+        # OmegaConf reads \${ as ${, and backslashes in front of it as half as many.
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     # Hydra reads \\" inside double quotes, and a run of backslashes before a quote as half as many.
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
