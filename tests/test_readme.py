@@ -59,7 +59,7 @@ def test_tables_of_options_hold_the_defaults(heading: str, config: str, override
             "data.hub_config",
         ):
             continue
-        if key == "data.train_limit" or (key == "data" and config in ("probe", "import")):
+        if key in ("data.train_limit", "data.tolerance") or (key == "data" and config in ("probe", "import")):
             continue
         if key in named:
             assert documented == named[key]
