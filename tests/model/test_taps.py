@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from simcot_latent.interop.families import build
+from simcot_latent.interop.conversion import build
 from simcot_latent.model.cache import KVCache, StaticCache
 from simcot_latent.model.gpt import GPT, Block, set_block_options
 from simcot_latent.model.linear import gathered_gradients
