@@ -8,9 +8,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -19,13 +19,18 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simcot_latent.checkpoint import Checkpoint, setting
-from simcot_latent.checkpoint_folders import CONFIG
 from simcot_latent.config import as_plain, config_dir, instantiate, literal, one_line
-from simcot_latent.data.sources import Source
+from simcot_latent.data.problem import Problem
+from simcot_latent.data.sources import Source, Split, load_first
 from simcot_latent.errors import UserError, did_you_mean
 from simcot_latent.files import is_plain
+from simcot_latent.logs import warn
 from simcot_latent.paths import expanded
+
+if TYPE_CHECKING:  # torch takes seconds to import: too long for a shell that completes a word
+    from rich.console import Console
+
+    from simcot_latent.checkpoint import Checkpoint
 
 PATH_KEYS = ("ckpt", "data.path", "out_dir", "init_from", "out", "source", "base", "tokenizer.ranks")
 """Keys whose value is a path: `~` is the home folder."""
@@ -33,8 +38,8 @@ PATH_KEYS = ("ckpt", "data.path", "out_dir", "init_from", "out", "source", "base
 # Keys whose value is free text or a path: taken as it stands, whatever hydra's grammar makes of `?`, `,` or `'`.
 TEXT_KEYS = (*PATH_KEYS, "question", "run", "wandb_project", "new_token_init")
 
-MAX_HELD_OUT = 100_000
-"""The most held-out problems that a checkpoint may have an eval make; a command line may ask for more."""
+MAX_MADE = 100_000
+"""The most problems of a split that a checkpoint may have an eval make; a command line may ask for more."""
 
 # What is wrong with the machine, not with the program.
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EFBIG,
@@ -132,8 +137,31 @@ def overridden(section: str) -> list[str]:
     return [key for key in keys if key == section or key.startswith(f"{section}.")]
 
 
-def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dict[str, Any]]:
-    """The data source of an eval or a probe, and its settings.
+def trained_problems(
+    raw: DictConfig, checkpoint: Checkpoint, split: Split, limit: int | None, console: Console
+) -> tuple[Sequence[Problem], Source, dict[str, Any]]:
+    """The first `limit` problems (None: all) of a split of `trained_source`, which it also gives.
+
+    What is worth a line about the settings and the problems is printed.
+
+    Raises:
+        UserError: see `trained_source` and `load_first`.
+    """
+    source, data = trained_source(raw, checkpoint, split, limit)
+    for note in data_notes(raw, checkpoint, data):
+        console.print(note)
+    for key, value, trained in other_settings(data, checkpoint.config["data"]):
+        warn(console, f"data.{key}={value}, but {trained} in training: what is new to this model there is not known")
+    loaded = load_first(source, split, limit)
+    for note, count in sorted(loaded.notes.items()):
+        console.print(f"{split}: {count} x {note}")
+    return loaded.problems, source, data
+
+
+def trained_source(
+    raw: DictConfig, checkpoint: Checkpoint, split: Split, limit: int | None
+) -> tuple[Source, dict[str, Any]]:
+    """The data source of an eval or a probe of the first `limit` problems of a split, and its settings.
 
     Which source it is, the command line says. If it is the one that the model was trained on, it has its settings then,
     with this command's overrides: so an embedded test set has the difficulty that was trained for, and a local
@@ -143,6 +171,9 @@ def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dic
     Raises:
         UserError: the checkpoint says anything else, or the source refuses a value.
     """
+    from simcot_latent.checkpoint import setting
+    from simcot_latent.checkpoint_folders import CONFIG
+
     settings, trained = as_plain(raw.data), setting(checkpoint, "data")
     file = f"{checkpoint.path}/{CONFIG}"
     remembered: dict[str, Any] = {}
@@ -160,10 +191,13 @@ def trained_source(raw: DictConfig, checkpoint: Checkpoint) -> tuple[Source, dic
                     f"trust it, give data.{key}= yourself"
                 )
             makes = hasattr(source_class, "load_first")  # its problems, where others read as many as a file holds
-            if makes and key in ("validation_size", "test_size") and type(value) is int and value > MAX_HELD_OUT:
+            bounded = ["validation_size", "test_size"]
+            if split == "train" and (limit is None or limit > MAX_MADE):  # of which there may well be more in training
+                bounded.append("train_size")
+            if makes and key in bounded and type(value) is int and value > MAX_MADE:
                 raise UserError(
-                    f"{file}: run.data.{key}={value}: must be at most {MAX_HELD_OUT:,}; if you trust it, give "
-                    f"data.{key}= yourself"
+                    f"{file}: run.data.{key}={value}: must be at most {MAX_MADE:,}; if you trust it, give "
+                    f"data.{key}= yourself{', or give a limit=' if key == 'train_size' else ''}"
                 )
             remembered[key] = value
         # A setting that came into being later has the value that a source has without it: the class's default, which is
@@ -189,8 +223,24 @@ def data_notes(raw: DictConfig, checkpoint: Checkpoint, data: dict[str, Any]) ->
     trained = checkpoint.config["data"]["_target_"]
     if trained != data["_target_"]:
         yield f"trained on {trained[:100]!r}, not on {data['_target_']}: the settings are the command line's"
-    if data.get("path") != raw.data.get("path"):
-        yield f"data.path={data['path']}, as in training"
+    for key in ("path", "tolerance"):
+        if data.get(key) != raw.data.get(key):
+            yield f"data.{key}={data[key]}, as in training"
+
+
+def other_settings(data: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings of a source that decide which problems are held out and differ from training: name, here, then.
+
+    A model may have been trained on problems that such a test set holds.
+    """
+    if data.get("_target_") != trained.get("_target_"):
+        return []
+    return [(k, data[k], trained[k]) for k in ("version", "unseen_steps") if k in trained and data.get(k) != trained[k]]
+
+
+def choose_tolerance(given: float | None, source: Source) -> float:
+    """How far an answer may be from gold and still be right, see `same_number`: as given, or as the data state it."""
+    return getattr(source, "tolerance", 0.0) if given is None else given
 
 
 def fail(error: Exception, config_name: str | None = None) -> NoReturn:
@@ -212,10 +262,12 @@ def quote_text(argument: str) -> str:
     key, equals, text = argument.partition("=")
     if not equals or key.lstrip("+") not in TEXT_KEYS or text in ("", "null") or QUOTED.fullmatch(text):
         return argument
-    if ("--multirun" in sys.argv or "-m" in sys.argv) and any(mark in text for mark in (",", "${", "(")):
-        return argument  # there a comma separates the runs of a sweep, and each may be named after its settings
-    # OmegaConf reads \${ as ${, and backslashes in front of it as half as many.
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    sweeps = "--multirun" in sys.argv or "-m" in sys.argv
+    if sweeps and any(mark in text for mark in (",", "(")):
+        return argument  # there a comma separates the runs
+    if not sweeps:  # where each run may be named after its settings
+        # OmegaConf reads \${ as ${, and backslashes in front of it as half as many.
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     # Hydra reads \\" inside double quotes, and a run of backslashes before a quote as half as many.
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)

@@ -11,7 +11,10 @@ import os
 import runpy
 import sys
 
+from omegaconf import OmegaConf
+
 from simcot_latent import cli
+from simcot_latent.config import CHOICES, config_dir
 from simcot_latent.errors import UserError, did_you_mean
 from simcot_latent.evals import eval_names
 
@@ -60,7 +63,7 @@ def evaluate() -> None:
 
 def _run(module: str, config_name: str) -> None:
     if _completing():
-        cli.run(lambda raw: None, config_name)
+        _complete(config_name)
     else:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
@@ -80,4 +83,28 @@ def _complete_eval() -> None:
         command, name, *rest = words
         end = " " if line[-1].isspace() else ""
         os.environ["COMP_LINE"] = " ".join([command, f"data={name}", *rest]) + end
-    cli.run(lambda raw: None, "eval")
+    _complete("eval")
+
+
+def _complete(config_name: str) -> None:
+    """Completes a word of the command line: a value of few if that is what it begins, else what hydra knows."""
+    line = os.environ.get("COMP_LINE", "")
+    word = line.split()[-1] if line and not line[-1].isspace() else ""
+    key, equals, begun = word.partition("=")
+    values = _values(key.lstrip("+"), config_name) if equals else ()
+    if not values:
+        cli.run(lambda raw: None, config_name)
+        return
+    found = [f"{key}={value}" for value in values if value.startswith(begun)]
+    print(*found, sep="\n" if "query=fish" in sys.argv else " ")
+
+
+def _values(key: str, config_name: str) -> tuple[str, ...]:
+    """The values of a key that has few, hydra's groups left out; none of any other."""
+    few = CHOICES[config_name] | {"device": ("auto", "cpu", "cuda", "mps"), "resume": ("true", "false", "auto")}
+    if key in few:
+        return few[key]
+    for file in (config_name, "mode/latent") if config_name == "train" else (config_name,):
+        if isinstance(OmegaConf.select(OmegaConf.load(config_dir() / f"{file}.yaml"), key), bool):
+            return "true", "false"
+    return ()

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from simcot_latent.errors import UserError, did_you_mean, require, require_choice
 
@@ -21,6 +21,46 @@ if TYPE_CHECKING:  # hydra and omegaconf are imported where a command line is re
     from omegaconf import DictConfig
 
 T = TypeVar("T")
+
+_COMPUTED_IN = ("auto", "float32", "bfloat16")
+_SPLITS = ("train", "validation", "test")  # those of `data.sources`, which stands above this module
+CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "train": {
+        "rationale": ("natural", "equations", "none"),
+        "on_too_long": ("error", "drop"),
+        "optimizer": ("adamw", "muon"),
+        "lr_schedule": ("linear", "cosine", "constant"),
+        "dtype": _COMPUTED_IN,
+        "later_attention": ("products", "sdpa"),
+        "on_nonfinite": ("error", "skip"),
+        "latent.surplus": ("merge", "drop"),
+        "latent.missing": ("mask", "answer"),
+        "decoder.init": ("random", "base"),
+        "loss.step_reduction": ("token", "coconut", "codi"),
+    },
+    "eval": {"split": _SPLITS, "dtype": _COMPUTED_IN},
+    "probe": {"split": _SPLITS, "format": ("table", "json"), "dtype": _COMPUTED_IN},
+    "export": {"format": ("hf",), "dtype": ("float32", "bfloat16", "float16")},
+    "import": {"kind": ("coconut", "simcot_coconut", "codi", "simcot_codi")},
+}
+"""The keys of each command whose value is one of a few words; a shell completes them, too."""
+
+
+def require_choices(config: object, command: str, section: str = "") -> None:
+    """`require_choice` for all fields of a config dataclass that are in `CHOICES`.
+
+    Args:
+        section: what its keys stand under, such as `latent`.
+    """
+    for key, choices in CHOICES[command].items():
+        within, _, name = key.rpartition(".")
+        if within == section:
+            require_choice(key, getattr(config, name), choices)
+
+
+def require_tolerance(key: str, value: float | None) -> None:
+    """Refuses what is no tolerance of answers, see `same_number`; None is one: that which the data state."""
+    require(value is None or 0 <= value < 1, key, value, "a share of the gold answer, from 0 to below 1")
 
 
 def config_dir() -> Path:
@@ -71,8 +111,7 @@ class LatentConfig:
         multiple = "a multiple of" if self.feeds_last else "one less than a multiple of"
         right = f"{multiple} latent.latents_per_step={self.latents_per_step}"
         require(self.n_states % self.latents_per_step == 0, "latent.n_latents", self.n_latents, right)
-        require_choice("latent.surplus", self.surplus, ("merge", "drop"))
-        require_choice("latent.missing", self.missing, ("mask", "answer"))
+        require_choices(self, "train", "latent")
         require(0 <= self.warmup < 1, "latent.warmup", self.warmup, "a share of training, from 0 to below 1")
         right = "a share of training, from 0 to below 1, or a list of {steps: .., share: ..}"
         if isinstance(self.stages, list):
@@ -124,7 +163,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         right = "at least 1, or null for as many as the base has"
         require(self.n_layer is None or self.n_layer >= 1, "decoder.n_layer", self.n_layer, right)
-        require_choice("decoder.init", self.init, ("random", "base"))
+        require_choices(self, "train", "decoder")
 
 
 @dataclass
@@ -146,7 +185,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         require(self.answer_weight >= 0, "loss.answer_weight", self.answer_weight, "at least 0")
         require(self.step_weight >= 0, "loss.step_weight", self.step_weight, "at least 0")
-        require_choice("loss.step_reduction", self.step_reduction, ("token", "coconut", "codi"))
+        require_choices(self, "train", "loss")
 
 
 @dataclass
@@ -263,8 +302,7 @@ class RunConfig:
     wandb_project: str = "simcot_latent"
 
     def __post_init__(self) -> None:
-        require_choice("rationale", self.rationale, ("natural", "equations", "none"))
-        require_choice("on_too_long", self.on_too_long, ("error", "drop"))
+        require_choices(self, "train")
         require(0 <= self.step_weight_multiplier < math.inf, "step_weight_multiplier", self.step_weight_multiplier,
                 "at least 0, finite")  # fmt: skip
         require(self.num_iterations >= 1 or self.num_iterations == -1, "num_iterations", self.num_iterations,
@@ -275,7 +313,6 @@ class RunConfig:
         for key in ("eval_every", "checkpoint_every"):
             require(getattr(self, key) >= 1 or getattr(self, key) == -1, key, getattr(self, key),
                     "at least 1, or -1 for only at the end")  # fmt: skip
-        require_choice("optimizer", self.optimizer, ("adamw", "muon"))
         for key in ("learning_rate", "matrix_lr"):
             require(0 < getattr(self, key) < math.inf, key, getattr(self, key), "above 0, finite")
         require(
@@ -283,7 +320,6 @@ class RunConfig:
         )
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "a share of training, from 0 to 1")
-        require_choice("lr_schedule", self.lr_schedule, ("linear", "cosine", "constant"))
         require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", self.final_lr_ratio, "from 0 to 1")
         require(
             self.max_grad_norm is None or 0 < self.max_grad_norm < math.inf,
@@ -292,8 +328,6 @@ class RunConfig:
             "above 0, or null for no clipping",
         )
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
-        require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        require_choice("later_attention", self.later_attention, ("products", "sdpa"))
         require(
             self.resume is True or self.resume is False or self.resume == "auto",
             "resume",
@@ -319,7 +353,6 @@ class RunConfig:
             "above 0, or null for no limit",
         )
         require(self.new_token_init is not None, "new_token_init", "null", "mean, or a token")
-        require_choice("on_nonfinite", self.on_nonfinite, ("error", "skip"))
 
 
 def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
@@ -331,6 +364,9 @@ def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
     import hydra
 
     sections = dict(raw)
+    require(
+        isinstance(raw.objective, str), "objective", raw.objective, "where a class is, such as package.module.Class"
+    )
     try:
         objective = hydra.utils.get_class(raw.objective)
     except Exception as error:  # hydra raises whatever the import raised
@@ -359,19 +395,31 @@ def typed(cls: type[T], values: Any, section: str = "") -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+    prefix = f"{section}." if section else ""
+    if values is None:
+        raise UserError(f"{section}=null: must be a section of keys; leave it out for its defaults")
+    for key, kind in get_type_hints(cls).items():
+        if kind is not Any and type(None) not in get_args(kind) and values.get(key, "") is None:
+            words = _IN_WORDS.get(get_origin(kind) or kind, "a value")
+            raise UserError(f"{prefix}{key}=null: must be {words}; leave it out for its default")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        prefix = f"{section}." if section else ""
         reason = str(error.msg or error).split("\n")[0]
         if isinstance(error, ConfigKeyError):
             known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
             reason = f"no such key{did_you_mean(str(error.key), known)}"
         raise UserError(f"{prefix}{error.full_key or error.key}: {reason}") from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{section}: {str(error).splitlines()[0]}") from error  # a section that is null
+
+
+_IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "a section of keys",
+}
 
 
 def one_line(text: str) -> str:

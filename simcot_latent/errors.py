@@ -21,7 +21,7 @@ class UserError(ValueError):
 def require(ok: bool, key: str, value: object, right: str) -> None:
     """Raises a `UserError` that names the key, its value and what would be right, unless `ok`."""
     if not ok:
-        raise UserError(f"{key}={value}: must be {right}")
+        raise UserError(f"{key}={'null' if value is None else value}: must be {right}")
 
 
 def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:

@@ -19,14 +19,13 @@ from rich.table import Table
 
 from simcot_latent.checkpoint import load_checkpoint, setting
 from simcot_latent.checkpoint_folders import find_checkpoint
-from simcot_latent.config import typed
+from simcot_latent.config import require_choices, require_tolerance, typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
-from simcot_latent.data.sources import SPLITS, load_first
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
-from simcot_latent.errors import UserError, require, require_choice
+from simcot_latent.errors import UserError, require
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
-from simcot_latent.logs import make_console, track, warn
+from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
@@ -54,7 +53,7 @@ class EvalConfig:
         top_k: draw among the k most likely tokens; None: among all.
         seed: of sampling.
         tolerance: how far an answer may be from gold and still count as right, as a share of gold: `1e-6` for golds
-            such as 0.6666666667.
+            such as 0.6666666667; None: as the data state it (`data.tolerance`).
         device: as in training.
         cuda_graphs: on a GPU, replay a thought, and a written token, as one CUDA graph.
         dtype: `auto`, `float32` or `bfloat16`. With float32, answers are the same at any batch size.
@@ -71,7 +70,7 @@ class EvalConfig:
     temperature: float = 0.0
     top_k: int | None = None
     seed: int = 0
-    tolerance: float = 0.0
+    tolerance: float | None = None
     device: str = "auto"
     cuda_graphs: bool = False
     dtype: str = "float32"
@@ -80,14 +79,13 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.ckpt is None:
             raise UserError("ckpt is missing; give ckpt=DIR, a folder that training wrote, such as runs/latent/latest")
-        require_choice("split", self.split, SPLITS)
+        require_choices(self, "eval")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1, or null for all")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(
             self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1"
         )
-        require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "a share of the gold answer, from 0 to below 1")
-        require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require_tolerance("tolerance", self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -153,15 +151,8 @@ def evaluate(name: str, raw: DictConfig) -> None:
     files = report_files(Path(config.out or f"{config.ckpt}/evals"), name, config.split)
     check_writable(files, "give out=DIR, a folder for the results")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
-    source, data = cli.trained_source(raw, checkpoint)
-    for note in cli.data_notes(raw, checkpoint, data):
-        console.print(note)
-    for key, value, trained in other_settings(data, setting(checkpoint, "data")):
-        warn(console, f"data.{key}={value}, but {trained} in training: what is new to this model there is not known")
-    loaded = load_first(source, config.split, config.limit)  # type: ignore[arg-type]
-    problems = loaded.problems
-    for note, count in sorted(loaded.notes.items()):
-        console.print(f"{config.split}: {count} x {note}")
+    problems, source, data = cli.trained_problems(raw, checkpoint, config.split, config.limit, console)  # type: ignore[arg-type]
+    tolerance = cli.choose_tolerance(config.tolerance, source)
 
     torch.manual_seed(config.seed)
     sampling = Sampling(config.temperature, config.top_k)
@@ -196,7 +187,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
                 pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
                 decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):
-            predictions[i] = Prediction(problem, generation, said, wanted, config.tolerance)
+            predictions[i] = Prediction(problem, generation, said, wanted, tolerance)
 
     ordered = [predictions[i] for i in range(len(problems))]
     report = {
@@ -214,7 +205,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "temperature": config.temperature,
         "top_k": config.top_k,
         "seed": config.seed,
-        "tolerance": config.tolerance,
+        "tolerance": tolerance,
         "device": str(device),
         "cuda_graphs": config.cuda_graphs,
         "dtype": str(dtype).removeprefix("torch."),
@@ -225,16 +216,6 @@ def evaluate(name: str, raw: DictConfig) -> None:
     console.print(report_table(report))
     write_report(files, report, ordered)
     console.print(f"written to {files[0]}")
-
-
-def other_settings(data: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Settings of a source that decide which problems are held out and differ from training: name, here, then.
-
-    A model may have been trained on problems that such a test set holds.
-    """
-    if data.get("_target_") != trained.get("_target_"):
-        return []
-    return [(k, data[k], trained[k]) for k in ("version", "unseen_steps") if k in trained and data.get(k) != trained[k]]
 
 
 def written_steps(text: str, problem: Problem) -> tuple[list[str], list[str | None]]:

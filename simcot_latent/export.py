@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 
 from simcot_latent import cli
 from simcot_latent.checkpoint import load_checkpoint
-from simcot_latent.config import typed
-from simcot_latent.errors import UserError, require, require_choice
+from simcot_latent.config import require_choices, typed
+from simcot_latent.errors import UserError, require
 from simcot_latent.folders import check_new_folder
 from simcot_latent.interop.exported import DTYPES, export_hf, notes
 from simcot_latent.logs import make_console
@@ -41,8 +41,7 @@ class ExportConfig:
             raise UserError("ckpt is missing; give ckpt=DIR, a folder that training wrote, such as runs/latent/latest")
         if self.out is None:
             raise UserError("out is missing; give out=DIR, the folder to write")
-        require_choice("format", self.format, ("hf",))
-        require_choice("dtype", self.dtype, tuple(DTYPES))
+        require_choices(self, "export")
         require(0 < self.max_shard_gb < math.inf, "max_shard_gb", self.max_shard_gb, "above 0, finite")
 
 

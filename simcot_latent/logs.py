@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import secrets
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +21,8 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 from simcot_latent.errors import UserError
-from simcot_latent.files import require_regular
-from simcot_latent.paths import free_name, writing
+from simcot_latent.files import read_bytes, read_text, require_regular
+from simcot_latent.paths import free_name, write_text, writing
 
 T = TypeVar("T")
 
@@ -40,10 +44,51 @@ def make_progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def make_console(is_main: bool = True) -> Console:
-    """The console of a command; silent on other ranks than 0. Lines are not wrapped in a file or a pipe."""
+class LastingOutput:
+    """The standard output of a run that outlives it: once the terminal is closed, what is written goes nowhere.
+
+    Args:
+        reader_gone: called where a pipe lost its reader instead; it says whether the run still has something to do.
+            Else the write fails as any other.
+    """
+
+    def __init__(self, reader_gone: Callable[[], bool]) -> None:
+        self._stream, self._reader_gone = sys.stdout, reader_gone
+
+    def write(self, text: str) -> int:
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            terminal_gone = error.errno == errno.EIO
+            if not terminal_gone and not (error.errno == errno.EPIPE and self._reader_gone()):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # also for what is in a buffer, and written at the very end
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+def make_console(is_main: bool = True, reader_gone: Callable[[], bool] | None = None) -> Console:
+    """The console of a command; silent on other ranks than 0. Lines are not wrapped in a file or a pipe.
+
+    Args:
+        reader_gone: makes it a `LastingOutput`.
+    """
     # Questions, paths and what a model writes are no markup.
-    console = Console(quiet=not is_main, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    file: Any = None if reader_gone is None else LastingOutput(reader_gone)
+    console = Console(file=file, quiet=not is_main, highlight=False, markup=False, emoji=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 160
     return console
@@ -83,6 +128,9 @@ class RunLog:
         project: wandb project.
         config: what wandb stores beside the run.
         console: where to tell of lines that cannot be read.
+
+    Raises:
+        UserError: a file of the log cannot be read or written, or wandb cannot start.
     """
 
     def __init__(
@@ -103,13 +151,15 @@ class RunLog:
         console = console or make_console()
         if os.path.lexists(self.file):
             require_regular(self.file)
-        if from_step:
-            cut_back(self.file, from_step, console)
-        elif self.file.exists() and self.file.stat().st_size:
-            self.file.rename(aside := free_name(self.file))
-            warn(console, f"{self.file} is of an earlier run; it is now {aside.name}")
-        self.file.touch()
+        with writing(self.file):
+            if from_step:
+                cut_back(self.file, from_step, console)
+            elif self.file.exists() and self.file.stat().st_size:
+                self.file.rename(aside := free_name(self.file))
+                warn(console, f"{self.file} is of an earlier run; it is now {aside.name}")
+            self.file.touch()
         if run:
+            run_id = wandb_id(out_dir, new=from_step == 0)
             import wandb  # only here: it takes half a second to import
 
             try:
@@ -117,7 +167,7 @@ class RunLog:
                 self.wandb = wandb.init(
                     project=project,
                     name=run,
-                    id=wandb_id(out_dir, new=from_step == 0),
+                    id=run_id,
                     resume="allow",
                     config=config,
                     dir=out_dir,
@@ -176,7 +226,7 @@ def cut_back(file: Path, step: int, console: Console) -> None:
         return
     kept: list[bytes] = []
     strange: list[bytes] = []
-    for line in file.read_bytes().split(b"\n"):
+    for line in read_bytes(file).split(b"\n"):
         logged = logged_step(line)
         if logged is not None and logged <= step:
             kept.append(line)
@@ -184,10 +234,13 @@ def cut_back(file: Path, step: int, console: Console) -> None:
             strange.append(line)
     if strange:
         aside = file.with_name("metrics.unreadable")
+        if os.path.lexists(aside):
+            require_regular(aside)
         with aside.open("ab") as handle:
             handle.write(b"".join(line + b"\n" for line in strange))
         warn(console, f"{file}: {len(strange)} line(s) are no records of a step; they are now in {aside.name}")
     partial = file.with_name(f".{file.name}.partial")
+    partial.unlink(missing_ok=True)  # what else has the name, a fifo say, would be written into
     with partial.open("wb") as handle:
         handle.write(b"".join(line + b"\n" for line in kept))
         handle.flush()
@@ -204,13 +257,27 @@ def logged_step(line: bytes) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
+# What wandb allows, and no more than one line of it.
+_WANDB_ID = re.compile(r"[^/\\#?%:\s\x00-\x1f\x7f]{1,128}")
+
+
 def wandb_id(out_dir: Path, new: bool) -> str:
-    """The id under which wandb knows the run of a folder, kept in `out_dir/wandb_id`."""
+    """The id under which wandb knows the run of a folder, kept in `out_dir/wandb_id`.
+
+    Raises:
+        UserError: the file holds no id, is no file, or cannot be written; or the variable `WANDB_RUN_ID` is none.
+    """
     file = out_dir / "wandb_id"
-    if not new and file.exists() and (known := file.read_text(encoding="utf-8").strip()):
-        return known
+    if os.path.lexists(file):
+        require_regular(file)
+        if not new and (known := read_text(file).strip()):
+            if not _WANDB_ID.fullmatch(known):
+                raise UserError(f"{file}: holds no id of a wandb run; delete it to begin another run there")
+            return known
     known = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    file.write_text(known + "\n", encoding="utf-8")
+    if not _WANDB_ID.fullmatch(known):
+        raise UserError(f"WANDB_RUN_ID={known}: is no id of a wandb run, which has up to 128 letters and digits")
+    write_text(file, known + "\n")
     return known
 
 

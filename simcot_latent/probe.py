@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from simcot_latent.checkpoint import load_checkpoint, require_decoder
-from simcot_latent.config import typed
-from simcot_latent.data.sources import SPLITS, load_first
+from simcot_latent.config import require_choices, require_tolerance, typed
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
-from simcot_latent.errors import UserError, require, require_choice
+from simcot_latent.errors import UserError, require
 from simcot_latent.logs import make_console
 from simcot_latent.paths import check_writable, write_text
 from simcot_latent.probing.steps import probe_problems, probe_questions
@@ -38,6 +37,8 @@ class ProbeConfig:
         limit: how many problems of `data`.
         batch_size: questions per batch.
         format: `table` or `json`.
+        tolerance: how far an answer may be from gold and still count as right, as a share of gold, as in an eval; None:
+            as the data state it (`data.tolerance`).
         device: as in training.
         dtype: `auto`, `float32` or `bfloat16`, as in an eval.
         out: a folder for `probe.json`, which holds what `format=json` prints; None: nothing is written.
@@ -51,6 +52,7 @@ class ProbeConfig:
     limit: int = 20
     batch_size: int = 32
     format: str = "table"
+    tolerance: float | None = None
     device: str = "auto"
     dtype: str = "float32"
     out: str | None = None
@@ -62,11 +64,10 @@ class ProbeConfig:
             raise UserError('give either question="..." or data=NAME (with data.path=, limit=)')
         if self.question is not None and (half := LONE_SURROGATE.search(self.question)):
             raise UserError(f"question: its character {half.start() + 1} is U+{ord(half[0]):04X}, which is no text")
-        require_choice("split", self.split, SPLITS)
+        require_choices(self, "probe")
+        require_tolerance("tolerance", self.tolerance)
         require(self.limit >= 1, "limit", self.limit, "at least 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require_choice("format", self.format, ("table", "json"))
-        require_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
 def main(raw: DictConfig) -> None:
@@ -74,6 +75,7 @@ def main(raw: DictConfig) -> None:
     from simcot_latent import cli  # hydra, which probing from Python does without
 
     config = typed(ProbeConfig, raw)
+    tolerance = 0.0
     console = make_console()
     device = pick_device(config.device)
     file = None if config.out is None else Path(config.out) / "probe.json"
@@ -85,26 +87,26 @@ def main(raw: DictConfig) -> None:
         if config.question is not None:
             probes, summary = probe_questions(checkpoint, [config.question]), None
         else:
-            source, data = cli.trained_source(raw, checkpoint)
-            problems = load_first(source, config.split, config.limit).problems  # type: ignore[arg-type]
             quiet = make_console(is_main=config.format == "table")
-            for note in cli.data_notes(raw, checkpoint, data):
-                quiet.print(note)
+            problems, source, _ = cli.trained_problems(raw, checkpoint, config.split, config.limit, quiet)  # type: ignore[arg-type]
+            tolerance = cli.choose_tolerance(config.tolerance, source)
             probes = probe_problems(checkpoint, problems, config.batch_size, quiet)
-            summary = summarise(probes)
+            summary = summarise(probes, tolerance)
     text = json.dumps({"probes": [asdict(probe) for probe in probes], "summary": summary}, indent=2)
     if file is not None:
         write_text(file, text + "\n")
     if config.format == "json":
         print(text)
         return
-    console.print(probe_table(probes))
+    console.print(probe_table(probes, tolerance))
     if file is not None:
         console.print(f"written to {file}")
     if summary is not None:
         console.print(summary_table(summary))
         low, high = summary["ci95"]
-        console.print(f"answers: {summary['accuracy']:.1%} of {summary['n']} (95% interval {low:.1%} to {high:.1%})")
+        within = f", within {tolerance:g} of gold" if tolerance else ""
+        text = f"{summary['accuracy']:.1%} of {summary['n']} (95% interval {low:.1%} to {high:.1%})"
+        console.print(f"answers: {text}{within}")
 
 
 if __name__ == "__main__":

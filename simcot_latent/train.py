@@ -95,7 +95,7 @@ def train(
     device = pick_device(run.device)
 
     def train_on(ranks: Ranks) -> int:
-        console = make_console(ranks.is_main)
+        console = make_console(ranks.is_main, stop.reader_gone)
         with RunFolder(run, console) as folder:
             out_dir, start = ranks.on_main(folder.take)
             dtype = pick_dtype(run.dtype, device)
@@ -130,7 +130,8 @@ def make_trainer(
         objective = objective_class(model, tokenizer, run, sections)
         objective.to(job.device)
     problems, examples = encode_all(objective, train_split.problems, "train", job)
-    held_out = HeldOut(*encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job))
+    validation = encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job)
+    held_out = HeldOut(*validation, getattr(source, "tolerance", 0.0))
     with file_errors(f"out_dir={job.out_dir}"):
         return Trainer(job, objective, problems, examples, held_out)
 
@@ -276,7 +277,7 @@ class Trainer:
             return status
         if self.ranks.is_main:
             self.console.print(f"{self.step - began_step} steps in {seconds:.0f} s; checkpoint {folder}")
-            self.reporter.finished(self.as_checkpoint(), metrics, self.held_out.problems)
+            self.reporter.finished(self.as_checkpoint(), metrics, self.held_out)
         self.ranks.barrier()
         return 0
 

@@ -175,6 +175,18 @@ def test_home_in_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert override.value() == "~/a b=c"
 
 
+@pytest.mark.parametrize(
+    "typed", ["~/k${seed} b", "runs/${seed}", "'~/k${seed}'", '"~/k${seed}"', "'~/a,b/${seed}'", "'~/a (b)'"]
+)
+def test_runs_of_a_sweep_named_after_their_settings(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds a comma or a parenthesis is hydra's, unless it is quoted."""
+    monkeypatch.setattr(sys, "argv", ["train", "-m", f"out_dir={typed}"])
+    override = PARSER.parse_override(cli.quote_text(f"out_dir={typed}"))
+    assert not override.is_sweep_override()
+    config = OmegaConf.create({"seed": 3, "out_dir": override.value()})
+    assert config.out_dir == typed.strip("'\"").replace("${seed}", "3")
+
+
 def test_nobodys_home(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(print, "out_dir=~nobody-of-that-name/runs", config="train") == 2
     assert "error: out_dir=~nobody-of-that-name/runs: no home folder" in capsys.readouterr().err

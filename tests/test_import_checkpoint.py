@@ -9,6 +9,7 @@ Shapes: B questions, K thoughts, D width, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -738,6 +739,31 @@ def test_wrong_tensors_are_named(kind: str, change: Change, says: list[str], gpt
     message = error_of(state, tmp_path / "x.pt", kind, gpt2_base.folder)
     for words in says:
         assert words in message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize(
+    ("kind", "tensor", "named"),
+    [
+        ("coconut", "base_causallm.transformer.h.1.mlp.c_fc.weight", "blocks.1.mlp.up.weight"),
+        ("coconut", "base_causallm.transformer.wpe.weight", "positions"),
+        ("simcot_coconut", "expainable_llm.transformer.ln_f.bias", "norm.bias"),
+        ("codi", f"codi.base_model.model.{C_FC}.lora_B.default.weight", "mlp.up.weight"),
+        ("codi", "prj.1.weight", "projector"),
+        ("simcot_codi", "decoder.transformer.h.0.ln_1.weight", "blocks.0.attention_norm.weight"),
+    ],
+)
+def test_weights_that_are_not_finite(
+    kind: str, tensor: str, named: str, value: float, gpt2_base: Base, tmp_path: Path
+) -> None:
+    """One number of one tensor of each part is enough; nothing but nonsense would come of it."""
+    state = publish(kind, gpt2_base).state_dict()
+    state[tensor] = state[tensor].clone()
+    state[tensor].view(-1)[3] = value
+    message = error_of(state, tmp_path / "x.pt", kind, gpt2_base.folder)
+    assert message.startswith(f"source={tmp_path / 'x.pt'}: ")
+    assert named in message
+    assert "numbers that are not finite, or over 1e19" in message
 
 
 def test_another_base(gpt2_base: Base, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,54 @@ def test_wandb_knows_a_run_that_is_gone_on_with(tmp_path: Path, monkeypatch: pyt
     second = wandb_id(tmp_path, new=True)
     assert second != first
     assert wandb_id(tmp_path, new=False) == second
+
+
+def start_wandb(out_dir: Path, from_step: int = 3) -> None:
+    RunLog(out_dir, True, from_step, run="first", project="simcot_latent", config={})
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"a b", b"one\ntwo", b"../a", b"what?", b"x" * 129, b"\x00"], ids=lambda c: str(c[:6])
+)
+def test_an_id_of_wandb_that_is_none_is_named(content: bytes, tmp_path: Path) -> None:
+    """Nothing is the matter with the login."""
+    (tmp_path / "wandb_id").write_bytes(content)
+    with pytest.raises(UserError, match=r"wandb_id: (holds no id of a wandb run; delete it|not UTF-8)") as caught:
+        start_wandb(tmp_path)
+    assert "login" not in str(caught.value)
+
+
+@pytest.mark.parametrize("from_step", [0, 3])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+def test_an_id_of_wandb_that_is_no_file_is_named(make: Callable[[Path], None], from_step: int, tmp_path: Path) -> None:
+    """A fifo would wait for ever."""
+    make(tmp_path / "wandb_id")
+    with pytest.raises(UserError, match=r"wandb_id: is a folder, a device or the like; it must be a file"):
+        start_wandb(tmp_path, from_step)
+
+
+def test_a_variable_that_is_no_id_of_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "my/run")
+    with pytest.raises(UserError, match=r"WANDB_RUN_ID=my/run: is no id"):
+        start_wandb(tmp_path)
+    assert not (tmp_path / "wandb_id").exists()
+
+
+def test_what_cannot_be_read_or_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text("strange\n")
+    os.mkfifo(tmp_path / "metrics.unreadable")
+    with pytest.raises(UserError, match=r"metrics\.unreadable: is a folder, a device or the like"):
+        open_log(tmp_path, from_step=1)
+    opened = Path.open
+
+    def refuse(self: Path, mode: str = "r", **options: Any) -> Any:  # root may read anything
+        if self.name == "metrics.jsonl" and mode == "rb":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, mode, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read \(Permission denied\)"):
+        open_log(tmp_path, from_step=1)
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

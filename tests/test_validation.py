@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -159,6 +160,20 @@ def test_accuracy_is_strict_and_against_each_problems_own_gold(
     monkeypatch.setattr(validation, "generate", written_for(dict(zip((p.question for p in own), outputs, strict=True))))
     objective = make_objective(mode, eval_batch_size=batch_size)
     assert validated(objective, own, thoughts)["val_accuracy"] == right / 5
+
+
+@pytest.mark.parametrize(("tolerance", "right"), [(0.0, 2), (0.01, 3), (0.2, 5)])
+def test_accuracy_within_the_tolerance_that_the_data_state(
+    tolerance: float, right: int, make_objective: MakeObjective, problems: list[Problem],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    own = [Problem(p.question, p.steps, p.rationale, gold) for p, gold in zip(problems, GOLD, strict=True)]
+    outputs = ("#### 10", "#### 4", "#### 4.51", "#### 44", "#### 6")
+    monkeypatch.setattr(validation, "generate", written_for(dict(zip((p.question for p in own), outputs, strict=True))))
+    objective = make_objective("weighted")
+    stated = replace(held_out(objective, own), tolerance=tolerance)
+    metrics = validate(objective, as_checkpoint(objective, ThoughtFormat()), stated, objective.run, Ranks())
+    assert metrics["val_accuracy"] == right / 5
 
 
 def test_accuracy_of_what_the_model_itself_writes(

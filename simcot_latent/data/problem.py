@@ -18,9 +18,13 @@ Before that, format characters (zero-width spaces, byte order marks) are left ou
 `\\frac{2}{5}` as what they show; an apostrophe, or a narrow or no-break space, between groups of three digits is a
 comma, and spaces around a slash are left out. In running text a minus belongs to a number unless something to subtract
 from stands right before it (`5-3` ends in 3); with a space behind it, only after `#`, `=`, `:`, `(` or at the
-beginning. What a number goes on to be belongs to it: `5^2`, `1_000`, `1.2.3`, `1/2/2020`, `12:30`, `0x1F`, `5e5e5`,
-`50%/2`, `3 1/2`, `1 000`, `0.\\overline{3}`, and commas that group no thousands (`0,5`, `1.000,50`) are no numbers, and
-equal nothing, not even themselves.
+beginning.
+
+What may follow a number, and is left out: words and units, at once or not (`7 apples`, `18cm`, `$5/hour`, TeX's
+`\\text{kg}`), and punctuation. In a line of gold it must hold no further number (but for `7 The answer is 7`), and be
+nothing to go on calculating with (`5+x`); else the line is no number. What a number goes on to be belongs to it:
+`5^2`, `1_000`, `1.2.3`, `1/2/2020`, `12:30`, `0x1F`, `5e5e5`, `10k`, `50%/2`, `3 1/2`, `1 000`, `0.\\overline{3}`, and
+commas that group no thousands (`0,5`, `1.000,50`) are no numbers, and equal nothing, not even themselves.
 """
 
 import re
@@ -293,13 +297,15 @@ _MORE = "|".join(
         r" ?[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2150-\u215e]+",  # superscripts, and fractions such as a half
         r"[\u0300-\u036f]+|\([0-9]+\)| ?\\(?:[dt]?frac|overline|bar|dot|over|sqrt|pi)(?![a-zA-Z])\S*",  # 0.\overline{3}
         rf"{_TIMES}10 ?(?:\^|\*\*)\S*",  # 2 x 10^n
+        r"[kKMB](?![^\W_])",  # 10k, which is not 10
     )
 )
 _UNSIGNED = rf"(?:{_SPACED}|{_AMOUNT}{_EXPONENT}?(?:/{_AMOUNT})?)(?:{_MORE})*"
 _SIGN = rf"(?:[-+] ?(?:{_CURRENCY} ?)?|{_CURRENCY} ?(?:[-+] ?)?)?"
-_MARKED = rf"\s+({_SIGN}{_UNSIGNED})"
+_MARKED = rf"\s*({_SIGN}{_UNSIGNED})"
 _SIGN_IN_TEXT = (
-    rf"(?:(?<![\w.)%$])-(?:{_CURRENCY} ?)?|{_CURRENCY} ?-|(?:\A|(?<=[#=:(])|(?<=[#=:(] ))- (?:{_CURRENCY} ?)?)?"
+    rf"(?:(?<![\w.)%$])-(?:{_CURRENCY} ?)?|{_CURRENCY} ?-|(?<![\w.)%]){_CURRENCY} ?- "
+    rf"|(?:\A|(?<=[#=:(])|(?<=[#=:(] ))- (?:{_CURRENCY} ?)?)?"
 )
 _ANY = re.compile(_SIGN_IN_TEXT + _UNSIGNED)
 _GROUPED = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"  # no comma but of thousands
@@ -357,8 +363,8 @@ def split_solution(text: str) -> tuple[str, str]:
     """Splits a written solution at its last `####` into the rationale and the gold answer.
 
     The answer is the first line behind the mark: of a number its plain spelling without commas (a `$` or `%` stays),
-    without words that follow it (`7 apples`, but not `7 or 8`); any other text as it is. What else is there is left
-    out, see `trailer`.
+    without the unit or words that follow it (`7 apples`, `18cm`, but not `7 or 8`); any other text as it is. What else
+    is there is left out, see `trailer`.
 
     Raises:
         ValueError: there is no `####`, or nothing behind it.
@@ -377,7 +383,9 @@ def trailer(text: str) -> str:
 
 
 _GOLD = re.compile(
-    rf"(?P<number>{_SIGN}{_AMOUNT}{_EXPONENT}?(?:/{_AMOUNT})? ?%?(?:{_CURRENCY}|\.)?)(?P<words> +[^\W\d_].*)?"
+    rf"(?P<number>{_SIGN}{_AMOUNT}{_EXPONENT}?(?:/{_AMOUNT})?(?: ?%)?(?:{_CURRENCY}|\.)?)"
+    # A unit, words or punctuation, but nothing to go on calculating with: 18cm  $5/hour  7!  not 5+x.
+    r"(?P<rest>(?: *(?:/ *[^\W\d_]|[^-+*/^=<>_~\u2248\s]).*)?)"
 )
 
 
@@ -388,14 +396,19 @@ def _split_answer(text: str) -> tuple[str, str]:
         line, _, others = others.partition("\n")
     line = line.strip()
     match = _GOLD.fullmatch(_plain(line))
-    words = (match["words"] or "").strip() if match else ""
+    if match is None:
+        return line, others.strip()
+    number, rest = match["number"], match["rest"]
+    again = last_number(rest)
+    value = parse_number(number)
     if (
-        match is None
-        or parse_number(strict_answer(f"{ANSWER_MARK} {match[0]}") or "") is None  # as it is read in an output
-        or last_number(words) not in (None, _bare(match["number"]))
+        # As both readings of an output read the line, and nothing else in it is a number (but for `7 The answer is 7`).
+        value is None
+        or any(parse_number(found or "") != value for found in (strict_answer(ANSWER_MARK + line), last_number(line)))
+        or not (again is None or (re.match(r" +[^\W\d_]", rest) and parse_number(again) == value))
     ):
         return line, others.strip()
-    return re.sub(r"(?<=[-+]) |,", "", match["number"]), f"{words}\n{others}".strip()
+    return re.sub(r"(?<=[-+]) |,", "", number), f"{rest}\n{others}".strip()
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -416,7 +429,8 @@ def parse_number(text: str) -> Fraction | None:
 def strict_answer(output: str, mark: str = ANSWER_MARK) -> str | None:
     """The number of the first `#### number` in `output`, without `$`, commas and a trailing `.`; None if there is none.
 
-    `mark` is what stands before the number in the outputs of models that were trained on another format.
+    Between mark and number there may be spaces, or nothing. `mark` is what stands before the number in the outputs of
+    models that were trained on another format.
 
     The rule of GSM8K's own code, `dataset.py` in https://github.com/openai/grade-school-math, but that the numbers are
     then compared as numbers.

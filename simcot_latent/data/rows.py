@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -94,12 +94,32 @@ def _read_text(file: Path, shape: str) -> list[Row]:
 
 
 def _read_jsonl(file: Path, shape: str) -> list[Row]:
-    return [Row(_json(line, file, number, shape), f"{file}:{number}") for number, line in _filled_lines(file)]
+    """One row per line; or one JSON value as `_read_json` reads it, as some name their JSON files `.jsonl`."""
+    lines = _filled_lines(file)
+    first = _value_or_none(lines[0][1]) if lines else None
+    is_row = isinstance(first, dict) and not (len(lines) == 1 and isinstance(first.get("data"), list))
+    if lines and not is_row:
+        text = "\n".join(line for _, line in lines)
+        if _value_or_none(text) is not None or (first is None and text.lstrip().startswith("[")):
+            return _read_json(file, shape)
+    return _rows_of_lines(lines, file, shape)
 
 
-def _filled_lines(file: Path) -> Iterator[tuple[int, str]]:
+def _rows_of_lines(lines: Sequence[tuple[int, str]], file: Path, shape: str) -> list[Row]:
+    return [Row(_json(line, file, number, shape), f"{file}:{number}") for number, line in lines]
+
+
+def _value_or_none(text: str) -> object | None:
+    """The JSON value that a text is; None if it is none (or null)."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _filled_lines(file: Path) -> list[tuple[int, str]]:
     """The lines that hold something, with their numbers: blank ones part rows in some files, and are no rows."""
-    return ((number, line) for number, line in enumerate(_lines(file), start=1) if line.strip())
+    return [(number, line) for number, line in enumerate(_lines(file), start=1) if line.strip()]
 
 
 def _read_json(file: Path, shape: str) -> list[Row]:
@@ -110,7 +130,7 @@ def _read_json(file: Path, shape: str) -> list[Row]:
         value = json.loads(text)
     except (ValueError, RecursionError):
         if not _LONG_VALUE.match(text.lstrip()):
-            return _read_jsonl(file, shape)
+            return _rows_of_lines(_filled_lines(file), file, shape)
         value = _json(text, file, 1, shape)  # says where it is broken
     if isinstance(value, dict) and "question" not in value and isinstance(value.get("data"), list):
         value = value["data"]

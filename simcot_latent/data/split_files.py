@@ -69,10 +69,16 @@ def looks_like_data(name: str) -> bool:
     return name.endswith((*_DATA_SUFFIXES, *_ARCHIVES)) or _SPLIT_FILE.fullmatch(name) is not None
 
 
-def split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path]]:
+def split_files(folder: Path, suffixes: Sequence[str], tells_names: bool = True) -> dict[Split, list[Path]]:
     """The files of each split that lie in `folder` itself, or in the subfolders of a conversion; shards in order.
 
     Files without a data set's name before that of the split go before those with one.
+
+    Args:
+        tells_names: whether errors name the files.
+
+    Raises:
+        UserError: several files claim a split or a shard, or a shard is missing.
     """
     found: dict[Split, dict[tuple[str, ...], dict[int, Path]]] = {}  # a split's files by what they share, by number
     for entry in entries(folder):
@@ -84,7 +90,8 @@ def split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path]
             shards = found.setdefault(SPLIT_OF_NAME[match["name"]], {}).setdefault(series, {})
             number = int(match["number"] or 0)
             if number in shards:
-                raise UserError(f"{folder}: {shards[number].name} and {entry.name} are the same shard; keep one")
+                names = f"{shards[number].name} and {entry.name}" if tells_names else "two files"
+                raise UserError(f"{folder}: {names} are the same shard; keep one")
             shards[number] = entry
         elif (match := _SPLIT_FOLDER.fullmatch(entry.name)) and entry.is_dir() and ".parquet" in suffixes:
             converted = ((_CONVERTED.fullmatch(file.name), file) for file in entries(entry))
@@ -95,7 +102,8 @@ def split_files(folder: Path, suffixes: Sequence[str]) -> dict[Split, list[Path]
     files: dict[Split, list[Path]] = {}
     for split, all_series in found.items():
         plain = {series: shards for series, shards in all_series.items() if not series[0]} or all_series
-        names = ", ".join(str(file.relative_to(folder)) for shards in plain.values() for file in shards.values())
+        all_names = [str(file.relative_to(folder)) for shards in plain.values() for file in shards.values()]
+        names = ", ".join(all_names) if tells_names else f"{len(all_names)} files"
         if len(plain) > 1:
             raise UserError(f"{folder}: {names} are all {split} data; keep one, or name a single file as data.path")
         [(series, shards)] = plain.items()

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     pass
 
 
-def summarise(probes: Sequence[QuestionProbe]) -> dict[str, Any]:
+def summarise(probes: Sequence[QuestionProbe], tolerance: float = 0.0) -> dict[str, Any]:
     """Step scores over all groups with a step, and by step index (the first step is 1); groups that were taught the
     answer apart; answers alongside.
+
+    Args:
+        tolerance: of answers, see `same_number`. Steps are compared exactly.
     """
     taught = [(i, g) for probe in probes for i, g in enumerate(probe.groups, start=1) if g.gold is not None]
     scored = [(i, g) for i, g in taught if not g.taught_answer]
@@ -31,9 +34,10 @@ def summarise(probes: Sequence[QuestionProbe]) -> dict[str, Any]:
     summary["answer_groups"] = summarise_groups([g for _, g in taught if g.taught_answer])
     for key in ("operators", "operands", "result", "right", *VInformation._fields, "text_entropy"):
         summary["answer_groups"].pop(key, None)  # of steps
-    correct = sum(same_number(probe.answer, probe.gold_answer) for probe in probes)
+    correct = sum(same_number(probe.answer, probe.gold_answer, tolerance) for probe in probes)
     summary["accuracy"] = correct / len(probes)
     summary["ci95"] = list(wilson_interval(correct, len(probes)))
+    summary["tolerance"] = tolerance
     return summary
 
 
@@ -72,8 +76,8 @@ def show(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def probe_table(probes: Sequence[QuestionProbe]) -> Table:
-    """A row a step group, a block a question."""
+def probe_table(probes: Sequence[QuestionProbe], tolerance: float = 0.0) -> Table:
+    """A row a step group, a block a question; `tolerance` as in `summarise`."""
     with_gold = any(probe.gold_answer is not None for probe in probes)
     table = Table("question", "thought", "decoded step", "right", "probability", *(["gold"] if with_gold else []))
     table.columns[0].max_width = 60
@@ -82,7 +86,7 @@ def probe_table(probes: Sequence[QuestionProbe]) -> Table:
             right = {True: "yes", False: "no", None: "-"}[group.right]
             cells = [probe.question if i == 1 else "", str(i), show(group.decoded), right, f"{group.probability:.3f}"]
             table.add_row(*map(Text, cells + ([show(group.gold or "-")] if with_gold else [])))
-        right = "yes" if same_number(probe.answer, probe.gold_answer) else "no"
+        right = "yes" if same_number(probe.answer, probe.gold_answer, tolerance) else "no"
         gold = [f"#### {probe.gold_answer}"] if with_gold else []
         cells = ["", "answer", probe.answer or "(none)", right if with_gold else "", "", *gold]
         table.add_row(*map(Text, cells), end_section=True)

@@ -40,7 +40,17 @@ def out_of_memory(doing: str | Callable[[], str], device: torch.device, helps: s
 def _in_units(size: str) -> str:
     """`3000000000 bytes` as `3.0 GB`; what has a larger unit already stays."""
     number, unit = size.split()
-    return f"{float(number) / 1e9:.1f} GB" if unit == "bytes" else size
+    return in_units(float(number)) if unit == "bytes" else size
+
+
+def in_units(size: float) -> str:
+    """A number of bytes for people: three digits at most, in the largest unit that it is one of."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    unit = units[0]
+    return f"{size:.0f} {unit}" if size >= 9.95 or unit == "bytes" else f"{size:.1f} {unit}"
 
 
 def _total(device: torch.device) -> str:

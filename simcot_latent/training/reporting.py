@@ -15,7 +15,6 @@ from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.data.batch import Prefetch
 from simcot_latent.data.format import Example
 from simcot_latent.data.lazy import Lazily
-from simcot_latent.data.problem import Problem
 from simcot_latent.distributed import autocast
 from simcot_latent.evals import eval_names, module_of
 from simcot_latent.logs import RunLog, warn
@@ -24,7 +23,7 @@ from simcot_latent.probing.steps import probe_problems
 from simcot_latent.probing.summary import probe_table
 from simcot_latent.training.optimizer import lr_multiplier
 from simcot_latent.training.setup import Job, count_parameters, source_name
-from simcot_latent.training.validation import validation_table
+from simcot_latent.training.validation import HeldOut, validation_table
 
 if TYPE_CHECKING:
     from simcot_latent.train import PreparedStep
@@ -144,23 +143,24 @@ class Reporter:
         text = " | ".join(f"{key} {value:.3f}" for key, value in metrics.items())
         self.console.print(f"step {step:05d}/{self.num_steps:05d} | {text}")
 
-    def finished(self, checkpoint: Checkpoint, metrics: dict[str, float], problems: Sequence[Problem]) -> None:
+    def finished(self, checkpoint: Checkpoint, metrics: dict[str, float], held_out: HeldOut) -> None:
         """The last validation, what the thoughts about five of its problems decode to, and what to type next.
 
         Args:
-            problems: the validation problems.
+            held_out: what it was validated on.
         """
-        self.console.print(validation_table(metrics, len(problems)))
-        probes = checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents > 0
-        if probes:
+        self.console.print(validation_table(metrics, len(held_out.problems)))
+        has_thoughts = checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents > 0
+        if has_thoughts:
             self.objective.eval()
             with torch.no_grad(), autocast(self.job.device, self.job.dtype):
-                self.console.print(probe_table(probe_problems(checkpoint, problems[:5])))
+                probes = probe_problems(checkpoint, held_out.problems[:5])
+            self.console.print(probe_table(probes, held_out.tolerance))
         source, ckpt = source_name(self.job.raw), shlex.quote(f"ckpt={self.job.out_dir}")
         next_steps: list[str] = []
         if source in eval_names():
             next_steps.append(f"python -m {module_of(source)} {ckpt}")
-        if probes:
+        if has_thoughts:
             next_steps.append(f'python -m simcot_latent.probe {ckpt} question="..."')
         for command in next_steps:
             self.console.print(f"next: {command}")

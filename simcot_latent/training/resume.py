@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, load_trainer_state, progress, setting
 from simcot_latent.checkpoint_folders import CONFIG, STATE_JSON, STATE_TENSORS
 from simcot_latent.config import RunConfig
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, some
 from simcot_latent.logs import warn
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.step_decoder import StepDecoder
 from simcot_latent.objectives.base import Objective
+from simcot_latent.training.optimizer import Muon
 
 if TYPE_CHECKING:
     from simcot_latent.training.setup import Job
@@ -34,11 +36,15 @@ FREE = {
 """Options that say where and in what pieces it is computed, what is reported and what kept: the same training."""
 
 
+PREFIX = "optimizer/"
+"""Of the names of what optimizers keep: `optimizer/<parameter>/<key>`."""
+
+
 def trainer_state(objective: Objective, optimizers: Sequence[torch.optim.Optimizer], **values: Any) -> TrainerState:
     """What it takes to go on with a run, beside its checkpoint."""
     names: dict[Tensor, str] = {p: name for name, p in objective.named_parameters()}
     tensors = {
-        f"optimizer/{names[parameter]}/{key}": value
+        f"{PREFIX}{names[parameter]}/{key}": value
         for optimizer in optimizers
         for parameter, moments in optimizer.state.items()
         for key, value in moments.items()
@@ -52,8 +58,7 @@ def restore(
     """Puts a checkpoint's weights, moments and random state in place; the plain values beside them.
 
     Raises:
-        UserError: it is of another shape, it was to train for another number of steps, with another optimizer, or with
-            other options than `resume` allows.
+        UserError: it is damaged, or was trained with other options than `resume` allows, see `check_changes`.
     """
     run = job.run
     saved = load_checkpoint(folder, job.device, key="out_dir", verify=run.verify)
@@ -64,30 +69,9 @@ def restore(
             f"{folder / STATE_JSON}: says step={step}, but {folder / CONFIG} says step={saved.step}; they are not of "
             "one checkpoint"
         )
-    if planned != num_steps:
-        raise UserError(
-            f"resume: {folder} was training for {planned} steps, this run is for {num_steps}; "
-            "give the same num_iterations, num_epochs, data and target_examples_per_step"
-        )
-    if (before := setting(saved, "optimizer")) != run.optimizer:
-        raise UserError(
-            f"resume: {folder} was trained with optimizer={before}, whose moments are of no use "
-            f"to optimizer={run.optimizer}; give the same"
-        )
+    check_changes(saved, planned, num_steps, objective, job)
     copy_weights(saved, objective)
-    check_changes(folder, saved.config, objective, job)
-    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for name, parameter in objective.named_parameters():
-        prefix = f"optimizer/{name}/"
-        moments = {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
-        if wrong := [k for k, v in moments.items() if v.dim() and v.shape != parameter.shape]:
-            raise UserError(f"{folder / STATE_TENSORS}: {prefix}{wrong[0]} is not of the shape of its parameter")
-        if moments:
-            # Step counts stay on the CPU where the optimizer put them there.
-            owner[parameter].state[parameter] = {
-                key: value if key == "step" and job.device.type == "cpu" else value.to(parameter.device)
-                for key, value in moments.items()
-            }
+    restore_moments(state.tensors, objective, optimizers, folder / STATE_TENSORS)
     try:
         torch.set_rng_state(state.tensors["random/cpu"])
     except (KeyError, RuntimeError, TypeError) as error:
@@ -96,39 +80,122 @@ def restore(
     return state.values
 
 
-def copy_weights(saved: Checkpoint, objective: Objective) -> None:
-    """A checkpoint's weights into the model, and the decoder, that are to be trained."""
-    pairs: tuple[tuple[GPT | StepDecoder | None, GPT | StepDecoder | None], ...] = (
-        (objective.model, saved.model),
-        (objective.step_decoder, saved.step_decoder),
-    )
-    for ours, theirs in pairs:
-        if (ours and ours.config) != (theirs and theirs.config):
-            raise UserError(f"{saved.path}: its model or decoder is not the one that this run is configured for")
-        if ours is not None and theirs is not None:
-            ours.load_state_dict(theirs.state_dict())
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    Muon: ("momentum",),
+}
+"""What an optimizer keeps of a parameter that has had a gradient."""
 
 
-def check_changes(folder: Path, before: dict[str, Any], objective: Objective, job: Job) -> None:
-    """Says which options differ from those of the run so far.
+def restore_moments(
+    tensors: Mapping[str, Tensor], objective: Objective, optimizers: Sequence[torch.optim.Optimizer], file: Path
+) -> None:
+    """Gives the optimizers what they kept of each parameter, see `trainer_state`.
 
     Raises:
-        UserError: with resume=auto, one does that changes what is trained (but for `resume_with_changes=true`).
+        UserError: something is missing, left over, of another shape, or a number that moments cannot be.
     """
-    changes = changed_options(with_defaults(before, objective), job.raw)
-    barred = [text for key, text in changes.items() if key.partition(".")[0] not in FREE]
+    left = {name for name in tensors if name.startswith(PREFIX)}
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, parameter in objective.named_parameters():
+        optimizer = owner[parameter]
+        keys = {key: f"{PREFIX}{name}/{key}" for key in MOMENTS[type(optimizer)]}
+        found = [full for full in keys.values() if full in tensors]
+        if not found:  # it has had no gradient yet
+            continue
+        if missing := [full for full in keys.values() if full not in tensors]:
+            raise UserError(f"{file}: lacks {missing[0]}")
+        for key, full in keys.items():
+            tensor, shape = tensors[full], torch.Size() if key == "step" else parameter.shape
+            if tensor.shape != shape or tensor.dtype != torch.float32:
+                raise UserError(f"{file}: {full} must be float32 numbers of shape {tuple(shape)}")
+            if not tensor.isfinite().all() or (key in ("step", "exp_avg_sq") and (tensor < 0).any()):
+                right = " and at least 0" if key in ("step", "exp_avg_sq") else ""
+                raise UserError(f"{file}: {full} holds numbers that no training leaves; they must be finite{right}")
+        # Step counts stay on the CPU where the optimizer put them there.
+        stays = parameter.device.type == "cpu"
+        optimizer.state[parameter] = {
+            key: tensors[full] if key == "step" and stays else tensors[full].to(parameter.device)
+            for key, full in keys.items()
+        }
+        left.difference_update(found)
+    if left:
+        raise UserError(f"{file}: holds {some(sorted(left))}, of which this run has no parameter")
+
+
+def parts(objective: Objective | Checkpoint) -> dict[str, GPT | StepDecoder | None]:
+    """What has weights, by the section of the options that shapes it."""
+    return {"model": objective.model, "decoder": objective.step_decoder}
+
+
+def copy_weights(saved: Checkpoint, objective: Objective) -> None:
+    """A checkpoint's weights into the model, and the decoder, that are to be trained; of the same shapes."""
+    theirs = parts(saved)
+    for name, ours in parts(objective).items():
+        if ours is not None and (weights := theirs[name]) is not None:
+            ours.load_state_dict(weights.state_dict())
+
+
+def check_changes(saved: Checkpoint, planned: int, num_steps: int, objective: Objective, job: Job) -> None:
+    """Says which options differ from those of the run so far.
+
+    Args:
+        planned: the steps that it was training for, where this run is for `num_steps`.
+
+    Raises:
+        UserError: one does that can never change in a run; or, with resume=auto, one that changes what is trained (but
+            for `resume_with_changes=true`).
+    """
+    changes = changed_options(with_defaults(saved.config, objective, job.raw), job.raw)
+    barred = {key: text for key, text in changes.items() if key.partition(".")[0] not in FREE}
+    if never := never_changing(saved, planned, num_steps, objective, job.run):
+        others = f"; options that differ: {', '.join(barred.values())}" if barred else ""
+        raise UserError(
+            f"resume: {saved.path} cannot be gone on with: {', '.join(never)} may not change in a run; give the same, "
+            f"or another out_dir{others}"
+        )
     if barred and job.run.resume == "auto" and not job.run.resume_with_changes:
         raise UserError(
-            f"resume=auto: {folder} was trained with other options: {', '.join(barred)}; give the same, another "
-            "out_dir, or resume_with_changes=true"
+            f"resume=auto: {saved.path} was trained with other options: {', '.join(barred.values())}; give the same, "
+            "another out_dir, or resume_with_changes=true"
         )
     if changes:
         warn(job.console, f"resume: from here on other options than before: {', '.join(changes.values())}")
 
 
-def with_defaults(before: dict[str, Any], objective: Objective) -> dict[str, Any]:
-    """A saved configuration, with the defaults of the options that came into being after it was saved."""
+def never_changing(saved: Checkpoint, planned: int, num_steps: int, objective: Objective, run: RunConfig) -> list[str]:
+    """What differs from the run so far and may not, whatever `resume_with_changes` says: weights or moments would not
+    fit, or the schedules of stages and learning rate would be others."""
+    found: list[str] = []
+    if planned != num_steps:
+        found.append(f"the number of steps (was {planned}, is {num_steps}; see num_iterations)")
+    if (before := setting(saved, "optimizer")) != run.optimizer:
+        found.append(f"optimizer (was {before}, is {run.optimizer})")
+    theirs, seen = parts(saved), set[str]()
+    for name, ours in parts(objective).items():
+        before, now = (None if part is None else dataclasses.asdict(part.config) for part in (theirs[name], ours))
+        if before is None or now is None:
+            if before != now:
+                found.append(f"{name} (there was {'none' if before is None else 'one'})")
+            continue
+        differ = [key for key in now if before[key] != now[key] and key not in seen]
+        seen.update(differ)  # the decoder has most of its shape from the model
+        found += [f"{name}.{key} (was {before[key]}, is {now[key]})" for key in differ]
+    return found
+
+
+def with_defaults(before: dict[str, Any], objective: Objective, now: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration, with the defaults of the options that came into being after it was saved.
+
+    Args:
+        now: the configuration of this run, which says what class its data source is.
+    """
     filled = defaults(RunConfig) | before
+    data, target = filled.get("data"), now["data"]["_target_"]
+    if isinstance(data, dict) and data.get("_target_") == target:
+        module, _, name = target.rpartition(".")
+        source: type = getattr(import_module(module), name)
+        filled["data"] = (defaults(source) if dataclasses.is_dataclass(source) else {}) | data
     for section in dataclasses.fields(objective.config) if dataclasses.is_dataclass(objective.config) else ():
         value = getattr(objective.config, section.name)
         if isinstance(filled.get(section.name), dict) and dataclasses.is_dataclass(value):

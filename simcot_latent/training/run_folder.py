@@ -115,6 +115,7 @@ class RunFolder:
         mine = {"host": platform.node(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         mine["job"] = os.environ.get("SLURM_JOB_ID", "")
         partial = file.with_name(f".{OWNER}.partial")
+        partial.unlink(missing_ok=True)  # what else has the name, a fifo say, would be written into
         write_json(partial, mine)
         partial.replace(file)
         self._owned = True

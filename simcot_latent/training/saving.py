@@ -18,6 +18,7 @@ from simcot_latent.checkpoint_folders import (
 )
 from simcot_latent.errors import UserError
 from simcot_latent.folders import move_aside, remove_empty, remove_partial_folder, sync_folder, written_beside
+from simcot_latent.training.memory import in_units
 
 
 def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, keep: int) -> Path:
@@ -86,6 +87,6 @@ def make_room(out_dir: Path, trained: nn.Module, optimizer: str) -> None:
     free = shutil.disk_usage(out_dir).free
     if free < needed:
         raise UserError(
-            f"out_dir={out_dir}: {free / 1e9:.1f} GB are free there, a checkpoint takes {needed / 1e9:.1f} GB; make "
-            "room, or give another folder"
+            f"out_dir={out_dir}: {in_units(free)} are free there, a checkpoint takes {in_units(needed)}; make room, or "
+            "give another folder"
         )

@@ -38,10 +38,11 @@ is at most 5 bits here. The probe takes the thoughts of up to 64 problems."""
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Validation problems, and the same in token ids."""
+    """Validation problems, the same in token ids, and how far answers may be from gold (see `same_number`)."""
 
     problems: Sequence[Problem]
     examples: Sequence[Example]
+    tolerance: float = 0.0
 
 
 @torch.no_grad()
@@ -73,7 +74,8 @@ def validate(
         problems = [held_out.problems[i] for i in batch]
         questions = [problem.question for problem in problems]
         generations = generate(model, objective.tokenizer, thoughts, questions, run.max_new_tokens)
-        correct += sum(same_number(g.answer, p.answer) for g, p in zip(generations, problems, strict=True))
+        answered = zip(generations, problems, strict=True)
+        correct += sum(same_number(g.answer, p.answer, held_out.tolerance) for g, p in answered)
         if thoughts.n_latents:
             latents_NKD[batch] = latents_of(generations).float()
     everyones = ranks.sum({"correct": correct, "latents": latents_NKD})

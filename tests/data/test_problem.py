@@ -347,7 +347,27 @@ def test_a_problem_checks_its_spans() -> None:
         ("x\n#### \u22125", "x", "-5"),
         ("x\n#### - 5", "x", "-5"),
         ("x\n#### 1.5e17", "x", "1.5e17"),
+        ("x\n#### 18cm", "x", "18"),
+        ("x\n#### 18cm.", "x", "18"),
+        ("x\n####18cm", "x", "18"),
+        ("x\n#### 5 \\text{apples}", "x", "5"),
+        ("x\n#### 5\\text{ apples}", "x", "5"),
+        ("x\n#### 2/5\\ \\mathrm{kg}", "x", "2/5"),
+        ("x\n#### 18 (eighteen)", "x", "18"),
+        ("x\n#### $5/hour", "x", "$5"),
+        ("x\n#### 7!", "x", "7"),
+        ("x\n#### 7, in all", "x", "7"),
+        ("x\n#### 90\u00b0", "x", "90"),
+        ("x\n#### 3pm", "x", "3"),
         # Not one number: kept whole, and told as no number.
+        ("x\n#### 10k", "x", "10k"),
+        ("x\n#### 5+x", "x", "5+x"),
+        ("x\n#### 5+5", "x", "5+5"),
+        ("x\n#### 5 = 5", "x", "5 = 5"),
+        ("x\n#### 5x5", "x", "5x5"),
+        ("x\n#### 18cm^2", "x", "18cm^2"),
+        ("x\n#### 18-20", "x", "18-20"),
+        ("x\n#### 5 \\text{to} 6", "x", "5 \\text{to} 6"),
         ("x\n#### 7 or 8", "x", "7 or 8"),
         ("x\n#### 12:30", "x", "12:30"),
         ("x\n#### 3 1/2", "x", "3 1/2"),
@@ -366,6 +386,8 @@ def test_split_solution(text: str, rationale: str, answer: str) -> None:
         ("x\n#### no number", ""),
         ("x\n#### 7\nThe answer is: 7", "The answer is: 7"),
         ("x\n#### 7 apples\nof his", "apples\nof his"),
+        ("x\n#### 18cm", "cm"),
+        ("x\n#### 5 \\text{apples}", "\\text{apples}"),
     ],
 )
 def test_what_is_left_out_behind_an_answer(text: str, left_out: str) -> None:
@@ -476,6 +498,8 @@ def test_numbers_round_trip(scaled: int, decimals: int) -> None:
         ("#### - 5", "-5", "-5"),
         ("#### \u22125", "-5", "-5"),
         ("#### $ 5", "5", "5"),
+        ("#### $- 5", "-5", "-5"),
+        ("It costs 8$ - 5$", None, "5"),
         ("#### \u20ac5", "5", "5"),
         ("#### 5\u00b2", "5\u00b2", "5\u00b2"),
         ("#### 1_000", "1_000", "1_000"),
@@ -493,7 +517,15 @@ def test_numbers_round_trip(scaled: int, decimals: int) -> None:
         ("#### none, #### 7", "7", "7"),
         ("####", None, None),
         ("#### \n18", "18", "18"),
-        ("####18", None, "18"),
+        ("####18", "18", "18"),
+        ("####$1,000.", "1000", "1000"),
+        ("####-5", "-5", "-5"),
+        ("####- 5", "-5", "-5"),
+        ("#####18", "18", "18"),
+        ("#### 10k", "10k", "10k"),
+        ("#### 5M dollars", "5M", "5M"),
+        ("#### 5 M", "5", "5"),
+        ("#### 10km", "10", "10"),
         ("#### eighteen", None, None),
         ("The answer is 18.", None, "18"),
         ("It is 3 - 5 = -2", None, "-2"),
@@ -641,7 +673,13 @@ def spelled_numbers(draw: st.DrawFn) -> tuple[str, Fraction]:
 
 
 @no_deadline
-@given(spelled_numbers(), st.sampled_from([" ", "  ", "\t", "\u00a0"]), st.sampled_from(["", " apples", " in all."]))
+@given(
+    spelled_numbers(),
+    st.sampled_from(["", " ", "  ", "\t", "\u00a0"]),
+    st.sampled_from(
+        ["", " apples", " in all.", "cm", "kg.", " \\text{apples}", "\\text{ m}", "/hour", " (in all)", "!"]
+    ),
+)
 def test_all_readings_of_a_single_number_agree(number: tuple[str, Fraction], space: str, words: str) -> None:
     """Strict, last number, gold, and the number by itself: one grammar."""
     text, value = number
@@ -666,6 +704,26 @@ def test_any_output_can_be_scored(output: str) -> None:
         answer = split_solution(output)[1]
         if parse_number(answer) is not None:
             assert same_number(strict_answer(f"#### {answer}"), answer)
+
+
+@no_deadline
+@given(
+    spelled_numbers() | st.tuples(st.text(alphabet="0123456789.,-$ ", max_size=5), st.none()),
+    st.text(max_size=4) | st.text(alphabet="cmkgxK²°%!/()\\{}^_-+*=. e1", max_size=6),
+)
+def test_gold_is_a_number_only_as_both_readings_of_an_output_read_it(
+    number: tuple[str, Fraction | None], behind: str
+) -> None:
+    """A line that is gold's, and the same line as an output: all three are one number, or gold is none."""
+    line = f"{number[0]}{behind}".partition("\n")[0]
+    try:
+        gold = split_solution(f"#### {line}")[1]
+    except ValueError:  # nothing that can be seen
+        return
+    if parse_number(gold) is not None and ANSWER_MARK not in line:
+        for space in ("", " "):
+            assert same_number(strict_answer(f"so\n####{space}{line}\n"), gold)
+        assert same_number(last_number(line), gold)
 
 
 def test_scoring_hostile_text_is_linear() -> None:

@@ -300,7 +300,29 @@ def test_a_broken_json_list(tmp_path: Path) -> None:
     assert message(GSM8K(path=str(file))).startswith(f'{file} row 2: no "answer"')
 
 
-@pytest.mark.parametrize(("name", "text"), [("train.jsonl", ""), ("train.jsonl", "\n \n"), ("train.json", "[]")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[\n{"question": "q", "answer": "#### 1"},\n{"question" "q"}\n]', ":3: not valid JSON (Expecting ':' delim"),
+        ('[{"question": "q", "answer": "#### 1"}, {"question": "q"}]', ' row 2: no "answer"'),
+        ('{\n"question": "q",\n"answer": "it is 1"\n}', ' row 1: no "####"'),
+        ('[1]\n[2]', ":1: a list, not an object"),
+        ('[{"question": "q", "answer": "#### 1"}]\n{"question": "q"}', ":1: a list, not an object"),
+        ('{"question": "q"}', ':1: no "answer"'),
+        ('{"question": "q",\n{"question": "q", "answer": "#### 1"}', ":1: not valid JSON"),
+        ("null", ":1: null, not an object"),
+    ],
+)  # fmt: skip
+def test_a_broken_value_named_jsonl(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(text)
+    assert message(GSM8K(path=str(file))).startswith(f"{file}{says}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("train.jsonl", ""), ("train.jsonl", "\n \n"), ("train.json", "[]"), ("train.jsonl", "[]")],
+)
 def test_an_empty_file(tmp_path: Path, name: str, text: str) -> None:
     file = tmp_path / name
     file.write_text(text)
@@ -393,6 +415,13 @@ def write_layout(layout: str, folder: Path, train: list[dict[str, Any]], test: l
     elif layout == "under data":
         for name, values in (("train", train), ("test", test)):
             (folder / f"{name}.json").write_text(json.dumps({"version": 1, "data": values}, indent=1))
+    elif layout == "a list named .jsonl":
+        for name, values in (("train", train), ("test", test)):
+            (folder / f"{name}.jsonl").write_text(json.dumps(values, indent=1 if name == "train" else None) + "\n\n")
+    elif layout == "under data, named .jsonl":
+        for name, values in (("train", train), ("test", test)):
+            text = json.dumps({"data": values}, indent=1 if name == "train" else None)
+            (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     elif layout == "under data, on one line":
         for name, values in (("train", train), ("test", test)):
             (folder / f"{name}.json").write_text(json.dumps({"data": values}))
@@ -400,7 +429,7 @@ def write_layout(layout: str, folder: Path, train: list[dict[str, Any]], test: l
 
 LAYOUTS = (
     "hub shards with a digest", "converted", "converted, large", "save_to_disk", "names before the split", "gz", "zst",
-    "blank lines", "under data", "under data, on one line",
+    "blank lines", "under data", "under data, on one line", "a list named .jsonl", "under data, named .jsonl",
 )  # fmt: skip
 
 

@@ -128,8 +128,9 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 @contextmanager
 def signals_restored():
-    """Training takes over Ctrl-C and SIGTERM; pytest gets them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    """Training takes over Ctrl-C, SIGTERM and others; pytest gets them back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    kept = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:

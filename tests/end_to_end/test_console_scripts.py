@@ -12,6 +12,10 @@ import pytest
 from commands import REPOSITORY, Outcome, Trained, environment, run_process, strict_json
 
 from simcot_latent import commands
+from simcot_latent.config import CHOICES
+from simcot_latent.data.sources import SPLITS
+from simcot_latent.interop.exported import DTYPES
+from simcot_latent.interop.imported import KINDS
 
 SCRIPTS = dict(
     re.findall(r'^(simcot-\w+) = "simcot_latent.commands:(\w+)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M)
@@ -82,6 +86,8 @@ COMPLETED = {
     "simcot-probe for": {"format="},
     "simcot-export max": {"max_shard_gb="},
     "simcot-import kin": {"kind="},
+    "simcot-train latent.missing=": {"latent.missing=mask", "latent.missing=answer"},
+    "simcot-eval gsm8k dtype=b": {"dtype=bfloat16"},
 }
 
 
@@ -99,6 +105,47 @@ def test_bash_completes_their_arguments(scripts: dict[str, str], tmp_path: Path)
     assert outcome.err == ""
     found = [set(words.split()) for words in outcome.out.splitlines()]
     assert dict(zip(COMPLETED, found, strict=True)) == COMPLETED
+
+
+VALUES = {
+    ("train", "dtype="): {"dtype=auto", "dtype=float32", "dtype=bfloat16"},
+    ("train", "mode=latent dtype=b"): {"dtype=bfloat16"},
+    ("train", "resume="): {"resume=true", "resume=false", "resume=auto"},
+    ("train", "device=c"): {"device=cpu", "device=cuda"},
+    ("train", "on_nonfinite="): {"on_nonfinite=error", "on_nonfinite=skip"},
+    ("train", "latent.reset_optimizer="): {"latent.reset_optimizer=true", "latent.reset_optimizer=false"},
+    ("train", "compile="): {"compile=true", "compile=false"},
+    ("train", "seed="): {"seed=0"},
+    ("train", "dtype=x"): {""},
+    ("eval", "split="): {"split=train", "split=validation", "split=test"},
+    ("probe", "format="): {"format=table", "format=json"},
+    ("export", "verify=f"): {"verify=false"},
+    ("import", "kind=simcot"): {"kind=simcot_coconut", "kind=simcot_codi"},
+}
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_values_are_completed(shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of keys that have few; whether a word is begun or not."""
+    for (command, typed), completed in VALUES.items():
+        monkeypatch.setattr(sys, "argv", [f"simcot-{command}", "-sc", f"query={shell}"])
+        monkeypatch.setenv("COMP_LINE", f"simcot-{command} {'gsm8k ' if command == 'eval' else ''}{typed}")
+        {"train": commands.train, "eval": commands.evaluate, "probe": commands.probe, "export": commands.export,
+         "import": commands.import_}[command]()  # fmt: skip
+        out = capsys.readouterr().out
+        assert set(out.rstrip("\n").split("\n" if shell == "fish" else " ")) == completed, typed
+
+
+def test_a_shell_does_not_wait_for_torch() -> None:
+    program = "import sys; from simcot_latent import commands; print('torch' in sys.modules)"
+    assert run_process("-c", program, folder=REPOSITORY).ok().out == "False\n"
+
+
+def test_what_is_completed_is_what_is_accepted() -> None:
+    """Where the choices stand twice, as names are looked up that stand above, or take seconds to import."""
+    assert CHOICES["eval"]["split"] == CHOICES["probe"]["split"] == SPLITS
+    assert CHOICES["import"]["kind"] == tuple(KINDS)
+    assert CHOICES["export"]["dtype"] == tuple(DTYPES)
 
 
 def test_evals_have_two_names_in_a_checkout(latent_run: Trained, tmp_path: Path) -> None:

@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ARITHMETIC, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, read_lines, run, strict_json
+from commands import (
+    ARITHMETIC,
+    REAL_DATA,
+    TINY,
+    TRAIN,
+    Outcome,
+    Trained,
+    contents,
+    read_lines,
+    run,
+    strict_json,
+    write_jsonl,
+)
 
 from simcot_latent.data.problem import Problem, parse_steps
 from simcot_latent.data.sources.arithmetic import Arithmetic
@@ -147,6 +159,31 @@ def test_a_tolerance_is_applied_and_reported(latent_run: Trained, sums: Path, tm
     assert report["tolerance"] == 0.3
     assert "0.3 of the gold answer" in outcome.out
     assert "tolerance" in evaluate(checkpoint, f"data.path={sums}", "tolerance=1.5").error
+
+
+def test_the_tolerance_that_the_data_state(tmp_path: Path) -> None:
+    """In training, then in evals, which say so; a tolerance of the command line wins."""
+    rows = [{"question": f"Say {n * 7919 % 89}!", "answer": f"#### {10 + n % 3}"} for n in range(60)]
+    write_jsonl(tmp_path / "data/train.jsonl", rows)
+    write_jsonl(tmp_path / "data/test.jsonl", rows)
+    arguments = (*TINY, "mode=weighted", "data=gsm8k", f"data.path={tmp_path / 'data'}", "num_iterations=30")
+    arguments += ("learning_rate=0.02", "rationale=none", "eval_examples=6")
+    accuracy: dict[str, float] = {}
+    for name, tolerance in (("exact", 0.0), ("run", 0.999)):
+        run(TRAIN, *arguments, f"data.tolerance={tolerance}", f"out_dir={name}", folder=tmp_path).ok()
+        accuracy[name] = read_lines(tmp_path / name / "metrics.jsonl")[-1]["val_accuracy"]
+    assert accuracy["exact"] < accuracy["run"]
+    latest = tmp_path / "run/latest"
+    told = evaluate(latest).ok().out
+    assert "data.tolerance=0.999, as in training" in told
+    report, lines = report_of(latest)
+    assert report["tolerance"] == report["data"]["tolerance"] == 0.999
+    near = [abs(float(line["answer"] or "inf") - float(line["gold"])) <= 0.999 * float(line["gold"]) for line in lines]
+    assert report["correct"] == sum(near) > sum(map(is_right, lines))
+    evaluate(latest, "tolerance=0").ok()
+    report, lines = report_of(latest)
+    assert (report["tolerance"], report["correct"]) == (0.0, sum(map(is_right, lines)))
+    assert "data.tolerance=1" in evaluate(latest, "data.tolerance=1").error
 
 
 def test_a_weighted_model_is_scored_on_the_steps_it_writes(weighted_run: Trained, sums: Path, tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from commands import ARITHMETIC, TINY, TRAIN, contents, environment, read_lines, run, run_process
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import simcot_latent as sl
@@ -28,7 +29,7 @@ from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.logs import RunLog
 from simcot_latent.objectives.weighted import WeightedObjective
-from simcot_latent.training.memory import out_of_memory
+from simcot_latent.training.memory import in_units, out_of_memory
 
 WEIGHTED = (*TINY, *ARITHMETIC, "mode=weighted", "num_iterations=12", "checkpoint_every=4", "eval_every=6")
 
@@ -171,6 +172,22 @@ def test_metrics_that_are_no_file_are_refused(from_step: int, tmp_path: Path) ->
         RunLog(tmp_path, True, from_step, run="", project="", config={})
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+def test_names_of_half_written_files_that_are_taken(make: Callable[[Path], None], once: Path, tmp_path: Path) -> None:
+    """A fifo is out of the way at once, where writing to it would wait for ever; a folder is named."""
+    for name in (".lock.json.partial", ".metrics.jsonl.partial"):
+        folder = tmp_path / name[1:5]
+        folder.mkdir()
+        cut_back(once, folder / "run")
+        make(folder / "run" / name)
+        resumed = run(TRAIN, *WEIGHTED, "out_dir=run", "resume=true", folder=folder)
+        if make is os.mkfifo:
+            resumed.ok()
+            assert_as_if_uninterrupted(folder / "run", once)
+        else:
+            assert "run" in resumed.error
+
+
 @pytest.mark.parametrize("empty", ["", "' '"])
 def test_an_empty_out_dir_is_refused(empty: str, tmp_path: Path) -> None:
     message = run(TRAIN, *WEIGHTED, f"out_dir={empty}", folder=tmp_path).error
@@ -243,6 +260,37 @@ def test_a_model_that_is_not_finite_is_never_saved(once: Path, tmp_path: Path) -
     assert contents(out_dir / "step_0000008") == before
     assert all_finite(out_dir / "step_0000008")
     assert [path.name for path in out_dir.glob("step_*")] == ["step_0000008"]
+
+
+MOMENT = "optimizer/model.embedding.weight/exp_avg_sq"
+MATRIX = "optimizer/model.transformer.blocks.0.attention.out.weight/momentum"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t[MOMENT].view(-1)[3:4].fill_(math.nan), f"{MOMENT} holds numbers that no training leaves"),
+        (lambda t: t[MOMENT].view(-1)[3:4].fill_(-1.0), f"{MOMENT} holds numbers that no training leaves"),
+        (lambda t: t[MATRIX].view(-1)[3:4].fill_(math.inf), f"{MATRIX} holds numbers that no training leaves"),
+        (lambda t: t.pop(MOMENT), f"lacks {MOMENT}"),
+        (lambda t: t.update({MOMENT: t[MOMENT][:3].clone()}), f"{MOMENT} must be float32 numbers of shape"),
+        (lambda t: t.update({MOMENT: t[MOMENT][0, 0].clone()}), f"{MOMENT} must be float32 numbers of shape"),
+        (lambda t: t.update({MOMENT: t[MOMENT].to(torch.int32)}), f"{MOMENT} must be float32 numbers of shape"),
+        (lambda t: t.update({MOMENT + "2": t[MOMENT].clone()}), f"holds {MOMENT}2, of which this run has no parameter"),
+    ],
+    ids=["nan", "negative", "inf", "missing", "shape", "number", "dtype", "left over"],
+)
+def test_moments_that_no_training_leaves_are_refused(
+    change: Callable[[dict[str, Tensor]], object], named: str, once: Path, tmp_path: Path
+) -> None:
+    out_dir = cut_back(once, tmp_path / "run")
+    tensors = load_file(out_dir / "latest/trainer_state.safetensors")
+    change(tensors)
+    save_file(tensors, out_dir / "latest/trainer_state.safetensors")
+    before = contents(out_dir)
+    message = run(TRAIN, *WEIGHTED, "out_dir=run", "resume=true", "verify=false", folder=tmp_path).error
+    assert "trainer_state.safetensors: " + named in message
+    assert contents(out_dir) == before
 
 
 @contextmanager
@@ -414,6 +462,25 @@ def test_auto_refuses_other_options_and_lists_them(once: Path, tmp_path: Path) -
     assert "seed (was 0, is 3)" in went_on.out
 
 
+@pytest.mark.parametrize("resume", ["resume=auto", "resume=true", "resume=auto resume_with_changes=true"])
+def test_what_may_never_change_is_named_and_the_rest_listed(resume: str, once: Path, tmp_path: Path) -> None:
+    """No option lets it: weights, moments and schedules would not fit."""
+    cut_back(once, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    others = ("model.n_embd=64", "model.norm=rmsnorm", "num_iterations=24", "optimizer=adamw", "seed=3", "log_every=2")
+    message = run(TRAIN, *WEIGHTED, *others, "out_dir=run", *resume.split(), folder=tmp_path).error
+    never, _, rest = message.partition(" may not change in a run; ")
+    assert (
+        "optimizer (was muon, is adamw), model.n_embd (was 32, is 64), model.norm (was layernorm, is rmsnorm)" in never
+    )
+    assert "the number of steps (was 12, is 24; see num_iterations)" in never
+    for word in ("model.n_embd (was 32, is 64)", "num_iterations (was 12, is 24)", "seed (was 0, is 3)"):
+        assert word in rest
+    assert "resume_with_changes" not in message
+    assert "log_every" not in message
+    assert contents(tmp_path / "run") == before
+
+
 def test_auto_lets_free_options_change(once: Path, tmp_path: Path) -> None:
     cut_back(once, tmp_path / "run")
     free = ("log_every=3", "checkpoint_every=2", "device_batch_size=8", "max_minutes=5", "eval_batch_size=2")
@@ -428,6 +495,8 @@ def test_options_that_a_checkpoint_is_older_than_are_no_changes(once: Path, tmp_
     config = json.loads(file.read_text())
     for key in ("on_nonfinite", "max_nonfinite", "resume_with_changes", "max_minutes"):
         del config["run"][key]
+    for key in ("unseen_steps", "distractors"):
+        del config["run"]["data"][key]
     file.write_text(json.dumps(config))
     (out_dir / "latest/manifest.json").unlink(missing_ok=True)
     out = run(TRAIN, *WEIGHTED, "out_dir=run", "resume=auto", folder=tmp_path).ok().out
@@ -453,14 +522,70 @@ def test_values_that_are_none(option: str, named: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
 @pytest.mark.parametrize("step", [4, 5])
-def test_sigusr1_saves_and_ends(step: int, once: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_ends(step: int, name: str, once: Path, tmp_path: Path) -> None:
     """Step 6 is to be validated: the run that stops there owes it, and the one that goes on pays."""
-    with stop_after(step, signal.SIGUSR1):
+    with stop_after(step, signal.Signals[name]):
         stopped = run(TRAIN, *WEIGHTED, "out_dir=run", folder=tmp_path)
-    assert stopped.status == 128 + signal.SIGUSR1
-    assert f"stopped by a signal, SIGUSR1, at step {step + 1}; go on with resume=true" in stopped.out
+    assert stopped.status == 128 + signal.Signals[name]
+    assert f"stopped by a signal, {name}, at step {step + 1}; go on with resume=true" in stopped.out
     assert (tmp_path / "run/latest").readlink() == Path(f"step_{step + 1:07d}")
+    run(TRAIN, *WEIGHTED, "out_dir=run", "resume=auto", folder=tmp_path).ok()
+    assert_as_if_uninterrupted(tmp_path / "run", once)
+
+
+# A process with a terminal of its own, as a shell gives it one.
+ON_ITS_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+def read_until(handle: int, text: bytes) -> None:
+    """Reads what a process prints until it has printed a text."""
+    printed = b""
+    while text not in printed:
+        printed += (piece := os.read(handle, 4096))
+        assert piece, printed.decode()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no such terminals here")
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed(nohup: bool, once: Path, tmp_path: Path) -> None:
+    """It sends SIGHUP, and nothing can be written to it any more; a run that ignores SIGHUP goes on to its end."""
+    ours, theirs = os.openpty()
+    # As nohup does, but that its process then writes to a file.
+    ignoring = ["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh"] if nohup else []
+    train = [sys.executable, "-m", TRAIN, *WEIGHTED, "out_dir=run"]
+    arguments = [sys.executable, "-c", ON_ITS_TERMINAL, *ignoring, *train]
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        read_until(ours, b"step 00002")
+        os.close(ours)
+        status = process.wait(60)
+    assert status == (0 if nohup else 128 + signal.SIGHUP)
+    assert not (tmp_path / "run/lock.json").exists()
+    if not nohup:
+        assert 2 <= sl.load_checkpoint(tmp_path / "run").step < 12
+        run(TRAIN, *WEIGHTED, "out_dir=run", "resume=auto", folder=tmp_path).ok()
+    assert_as_if_uninterrupted(tmp_path / "run", once)
+
+
+def test_a_pipe_that_is_closed(once: Path, tmp_path: Path) -> None:
+    """`... | head`, or `| tee` that ended: what was trained is saved."""
+    ours, theirs = os.pipe()
+    arguments = [sys.executable, "-m", TRAIN, *WEIGHTED, "out_dir=run"]
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment(), stdout=theirs, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.close(theirs)
+        read_until(ours, b"step 00002")
+        os.close(ours)
+        told = process.communicate(timeout=60)[1]
+    assert (process.returncode, told) == (128 + signal.SIGPIPE, "")
+    assert 2 <= sl.load_checkpoint(tmp_path / "run").step < 12
     run(TRAIN, *WEIGHTED, "out_dir=run", "resume=auto", folder=tmp_path).ok()
     assert_as_if_uninterrupted(tmp_path / "run", once)
 
@@ -512,7 +637,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     message = run(TRAIN, *WEIGHTED, "out_dir=run", folder=tmp_path).error
-    assert "0.0 GB are free there, a checkpoint takes" in message
+    assert re.search(r"out_dir=run: 1\.0 kB are free there, a checkpoint takes \d\d\d kB; make room", message)
     assert not (tmp_path / "run").exists()
 
 
@@ -565,6 +690,15 @@ def test_out_of_memory_is_one_line_with_sizes_and_settings(tmp_path: Path) -> No
     for word in ("out of memory at step 1", "4096 problems", "tokens", "parameters", "device_batch_size (now 4096)",
                  "activation_checkpointing=true"):  # fmt: skip
         assert word in done.error
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (1, "1 bytes"), (999, "999 bytes"), (999.7, "1.0 kB"), (1000, "1.0 kB"), (9949, "9.9 kB"),
+     (9951, "10 kB"), (999_499, "999 kB"), (999_501, "1.0 MB"), (3e9, "3.0 GB"), (8.4e10, "84 GB"), (5e15, "5000 TB")],
+)  # fmt: skip
+def test_sizes_for_people(size: float, text: str) -> None:
+    assert in_units(size) == text
 
 
 def test_only_running_out_of_memory_is_called_that() -> None:

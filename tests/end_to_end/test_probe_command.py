@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PROBE, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, run, strict_json
+from commands import ARITHMETIC, PROBE, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, run, strict_json
 
 import simcot_latent as sl
 from simcot_latent.probing.gold import gold_groups
@@ -119,6 +120,37 @@ def test_probing_a_set_scores_every_step(latent_run: Trained, sums: Path) -> Non
     for word in ("exact match", "operators", "operands", "result", "teacher-forced", "gold"):
         assert word in table
     assert f"{summary['accuracy']:.1%} of 9" in table
+
+
+def test_other_splits_than_in_training_are_told(tmp_path: Path) -> None:
+    """As evals tell it, with what was noticed about the problems; not where the output is JSON."""
+    run(TRAIN, *TINY, *ARITHMETIC, "mode=latent", "num_iterations=4", "latent.warmup=0", "out_dir=run",
+        folder=tmp_path).ok()  # fmt: skip
+    data = ("data=arithmetic", "limit=12")
+    assert "warning" not in probe(tmp_path / "run", *data).ok().out
+    few = ("data.max_steps=1", "data.min_steps=1", "data.operations=[+]", "data.max_number=4", "data.branching=0")
+    told = probe(tmp_path / "run", *data, "data.version=1", *few).ok().out
+    assert "warning: data.version=1, but 2 in training" in told
+    assert re.search(r"test: \d+ x problem with the calculations of another", told)
+    strict_json(probe(tmp_path / "run", *data, "data.version=1", "format=json").ok().out)
+
+
+@pytest.mark.parametrize("typed", ["data.tolerance=0.3", "tolerance=0.3"])
+def test_a_tolerance_holds_for_answers(typed: str, latent_run: Trained, sums: Path) -> None:
+    data = ("data=gsm8k", f"data.path={sums}", "limit=21")
+    exact = strict_json(probe(latent_run, *data, "format=json").ok().out)
+    near = strict_json(probe(latent_run, *data, typed, "format=json").ok().out)
+    assert near["probes"] == exact["probes"]
+    within = [abs(float(p["answer"] or "inf") - float(p["gold_answer"])) <= 0.3 * float(p["gold_answer"])
+              for p in near["probes"]]  # fmt: skip
+    assert near["summary"]["accuracy"] == pytest.approx(mean(within))
+    assert near["summary"]["accuracy"] > exact["summary"]["accuracy"]
+    assert (exact["summary"]["tolerance"], near["summary"]["tolerance"]) == (0.0, 0.3)
+    table = probe(latent_run, *data, typed).ok().out
+    assert "within 0.3 of gold" in table
+    assert len(re.findall(r"│ answer +│ .*│ yes ", table)) == sum(within)
+    assert strict_json(probe(latent_run, *data, typed, "tolerance=0", "format=json").ok().out) == exact
+    assert "tolerance=1" in probe(latent_run, *data, "tolerance=1").error
 
 
 def test_batches_change_nothing(latent_run: Trained, sums: Path) -> None:

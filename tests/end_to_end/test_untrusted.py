@@ -154,6 +154,27 @@ def test_a_path_of_a_checkpoint_lists_no_folder(files: tuple[str, ...], checkpoi
     assert "diary" in given, "of a path that the user gave, the names help"
 
 
+def test_a_path_of_a_checkpoint_names_no_file_in_notes(checkpoint: Path, work: Path) -> None:
+    row = '{"question": "Mine?", "answer": "<<1+1=2>> #### 2"}\n'
+    for name in ("test.jsonl", "my_diary.csv", "my_taxes.jsonl.xz"):
+        (work / name).write_text(row)
+    data = {"_target_": "simcot_latent.data.sources.gsm8k.GSM8K", "path": str(work)}
+    tamper(checkpoint, lambda config: config["run"].update(data=data))
+    given = (f"data.path={work}",)
+    for module, arguments in (("evals.gsm8k", ()), (PROBE, ("data=gsm8k",))):
+        arguments = (f"ckpt={checkpoint}", "verify=false", *arguments)
+        told = run(module, *arguments, folder=work).ok().out
+        assert f"data.path={work}, as in training" in told
+        assert "test: 2 x file that is not read, beside those that are" in told
+        assert "my_" not in told
+        assert "test: 1 x file that is not read (my_diary.csv)" in run(module, *arguments, *given, folder=work).ok().out
+    (work / "their_test.jsonl").write_text(row)
+    (work / "test.jsonl").rename(work / "my_test.jsonl")
+    message = run("evals.gsm8k", f"ckpt={checkpoint}", "verify=false", folder=work).error
+    assert "2 files are all test data" in message
+    assert "my_" not in message
+
+
 def test_settings_of_another_source_are_said_to_be_left(checkpoint: Path, work: Path) -> None:
     line = "the settings are the command line's"
     assert line not in evaluate(checkpoint, work).ok().out
@@ -330,6 +351,20 @@ def test_held_out_problems_are_bounded(key: str, checkpoint: Path, work: Path) -
     assert f"{checkpoint}/config.json: run.data.{key}=1000000: must be at most 100,000" in message
     assert f"run.data.{key}" in run(PROBE, f"ckpt={checkpoint}", "data=arithmetic", folder=work).error
     evaluate(checkpoint, work, f"data.{key}=3").ok()
+
+
+def test_training_problems_are_bounded(checkpoint: Path, work: Path) -> None:
+    """Of which there may be many: they count only where they are asked for."""
+    tamper(checkpoint, lambda config: config["run"]["data"].update(train_size=10**7))
+    evaluate(checkpoint, work, "verify=false").ok()
+    arguments = (f"ckpt={checkpoint}", "device=cpu", "split=train", "verify=false")
+    message = run("evals.arithmetic", *arguments, folder=work).error
+    assert "config.json: run.data.train_size=10000000: must be at most 100,000; if you trust it" in message
+    began = time.monotonic()
+    run("evals.arithmetic", *arguments, "limit=3", folder=work).ok()
+    run("evals.arithmetic", *arguments, "data.train_size=3", folder=work).ok()
+    run(PROBE, *arguments, "data=arithmetic", "limit=3", folder=work).ok()
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -9,6 +9,7 @@ bit for bit. It prints what it did as JSON.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -52,6 +53,7 @@ def start(out_dir: Path, mode: str, ranks: int, port: int) -> list[int]:
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            faulthandler.register(signal.SIGUSR2)
             sys.argv = ["train", *SETTINGS, *MODES[mode], f"out_dir={out_dir}", "resume=auto"]
             status = 1
             try:
@@ -112,8 +114,11 @@ def wait_for(processes: list[int], out_dir: Path, hit: bool = False) -> list[int
                 break
             waited = time.monotonic() - began
             if hit and waited > ALONE and not told:
+                os.kill(pid, signal.SIGUSR2)  # it writes where it waits into the log
+                time.sleep(0.5)
                 os.kill(pid, signal.SIGTERM)
                 told = True
+                print(f"a rank did not notice that its partner died:\n{where_it_waits(out_dir)}", file=sys.stderr)
             if waited > (ALONE + 30 if hit else LONGEST):
                 for other in processes:
                     with suppress(ProcessLookupError):
@@ -122,6 +127,11 @@ def wait_for(processes: list[int], out_dir: Path, hit: bool = False) -> list[int
                     raise AssertionError(f"an attempt did not end within {LONGEST:g} s")
             time.sleep(0.002)
     return statuses
+
+
+def where_it_waits(out_dir: Path) -> str:
+    """The end of a log, the stacks of a rank that was asked for them."""
+    return out_dir.with_suffix(".log").read_text(errors="replace")[-3000:]
 
 
 def records(out_dir: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,11 @@ class LoadedSplit:
 
 
 class Source(Protocol):
-    """What every data source offers."""
+    """What every data source offers.
+
+    It may also state a `tolerance`: how far answers to its problems may be from gold and still be right, as a share of
+    gold (see `same_number`), in evals, probe and validation. Without one, not at all.
+    """
 
     def load(self, split: Split) -> LoadedSplit:
         """The problems of one split. `train` and `validation` never hold a problem of `test`.

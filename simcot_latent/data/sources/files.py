@@ -56,6 +56,8 @@ class WrittenSolutions(ABC):
             split of their own; never more than a tenth of train. Which ones depends on the questions alone, not on
             their order or on a run's seed.
         train_limit: train on the first so many problems only, after validation is held out; None for all.
+        tolerance: how far an answer may be from gold and still be right, as a share of gold, in validation
+            (`val_accuracy`), evals and the probe. Steps are compared exactly.
 
     Raises:
         UserError: a field has an impossible value.
@@ -66,9 +68,11 @@ class WrittenSolutions(ABC):
     hub_config: str | None = None
     validation_size: int = 500
     train_limit: int | None = None
+    tolerance: float = 0.0
 
     tells_names: ClassVar[bool] = True
-    """Whether errors list what lies in the folder `path`; not where a checkpoint, maybe a stranger's, chose it."""
+    """Whether errors and notes name what lies in the folder `path`; not where a checkpoint, maybe a stranger's, chose
+    it."""
     suffixes: ClassVar[tuple[str, ...]]
     """The kinds of file that are read."""
     shape: ClassVar[str]
@@ -86,6 +90,12 @@ class WrittenSolutions(ABC):
             value = getattr(self, key)
             if not (type(value) is int and value >= 1) and not (optional and value is None):
                 raise UserError(f"data.{key}={value!r}: must be a whole number of at least 1{', or null' * optional}")
+        if (
+            isinstance(self.tolerance, bool)
+            or not isinstance(self.tolerance, int | float)
+            or not 0 <= self.tolerance < 1
+        ):
+            raise UserError(f"data.tolerance={self.tolerance!r}: must be a share of the gold answer, from 0 to below 1")
 
     @abstractmethod
     def read(self, row: Row) -> tuple[str, str]:
@@ -122,7 +132,7 @@ class WrittenSolutions(ABC):
                     f"{self.path or self.hub_id}: one question to train on, and validation takes it; give at least two"
                 )
         loaded = _with_steps(solutions[: self.train_limit] if split == "train" else solutions)
-        loaded.notes.update(dict.fromkeys(unread, 1))
+        loaded.notes.update(unread)
         return loaded
 
     def broken(self, row: Row, what: str) -> UserError:
@@ -181,11 +191,17 @@ class WrittenSolutions(ABC):
             if any(entry.name in _SAVED for entry in entries(path)):
                 return _saved_tables(path)
             folders = [path, *([path / self.hub_config] if self.hub_config else []), path / "default", path / "data"]
-            found = ((folder, split_files(folder, self.suffixes)) for folder in folders if folder.is_dir())
+            found = (
+                (folder, split_files(folder, self.suffixes, self.tells_names)) for folder in folders if folder.is_dir()
+            )
             folder, files = next((pair for pair in found if pair[1]), (path, {}))
             read = {file for paths in files.values() for file in paths}
             others = [file for file in entries(folder) if file.is_file() and file not in read]
-            unread += [f"{UNREAD} ({file.name})" for file in others if looks_like_data(file.name)]
+            unread += [
+                f"{UNREAD} ({file.name})" if self.tells_names else f"{UNREAD}, beside those that are"
+                for file in others
+                if looks_like_data(file.name)
+            ]
             if not files:
                 raise UserError(
                     f"{path}: no data in this folder; looked for train, validation and test with {kinds}"
