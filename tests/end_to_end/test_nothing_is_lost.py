@@ -521,9 +521,20 @@ def test_values_that_are_none(option: str, named: str, tmp_path: Path) -> None:
 # --- ends before the end ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def hangup_is_heard() -> Iterator[None]:
+    """Also where the tests themselves run under `nohup`: what they start would ignore SIGHUP, too."""
+    kept = signal.getsignal(signal.SIGHUP)
+    if kept == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, kept)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
 @pytest.mark.parametrize("step", [4, 5])
+@pytest.mark.usefixtures("hangup_is_heard")
 def test_a_signal_saves_and_ends(step: int, name: str, once: Path, tmp_path: Path) -> None:
     """Step 6 is to be validated: the run that stops there owes it, and the one that goes on pays."""
     with stop_after(step, signal.Signals[name]):
@@ -551,6 +562,7 @@ def read_until(handle: int, text: bytes) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no such terminals here")
 @pytest.mark.parametrize("nohup", [False, True])
+@pytest.mark.usefixtures("hangup_is_heard")
 def test_a_terminal_that_is_closed(nohup: bool, once: Path, tmp_path: Path) -> None:
     """It sends SIGHUP, and nothing can be written to it any more; a run that ignores SIGHUP goes on to its end."""
     ours, theirs = os.openpty()
