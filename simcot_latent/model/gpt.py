@@ -129,8 +129,13 @@ def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-# Name -> (function, width of its input in units of its output's).
-_ACTIVATIONS = {"gelu": (F.gelu, 1), "gelu_tanh": (_gelu_tanh, 1), "swiglu": (_swiglu, 2), "relu2": (_relu2, 1)}
+# Name -> (function, width of its input in units of its output's, whether autograd keeps its input alone).
+_ACTIVATIONS = {
+    "gelu": (F.gelu, 1, True),
+    "gelu_tanh": (_gelu_tanh, 1, True),
+    "swiglu": (_swiglu, 2, False),
+    "relu2": (_relu2, 1, False),
+}
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -251,13 +256,13 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation: Callable[[Tensor], Tensor]
-        self.activation, fan = _ACTIVATIONS[config.activation]
+        self.activation, fan, self.keeps_input_alone = _ACTIVATIONS[config.activation]
         width = config.ffn_width or 4 * config.n_embd
         self.up = Linear(config.n_embd, fan * width, bias=config.bias)
         self.down = Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x_PD: Tensor) -> Tensor:
-        return self.down(activated(self.up(x_PD), self.activation, self.down))
+        return self.down(activated(self.up(x_PD), self.activation, self.down, self.keeps_input_alone))
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -448,7 +453,7 @@ class Projector(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(self.down(activated(self.up(hidden), F.gelu, self.down)))
+        return self.norm(self.down(activated(self.up(hidden), F.gelu, self.down, keeps_input_alone=True)))
 
 
 class GPT(nn.Module):

@@ -63,17 +63,20 @@ def product(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return F.linear(x_PI, weight_OI, bias_O)
 
 
-def activated(x: Tensor, activation: Activation, layer: nn.Module) -> Tensor:
+def activated(x: Tensor, activation: Activation, layer: nn.Module, keeps_input_alone: bool = False) -> Tensor:
     """activation(x), for `layer` to multiply by its weight.
 
     Where the layer gathers its gradients, x alone is kept for the way back, and the activation computed again. The
     layer still receives what it multiplies, so what hooks see, and what replaces the layer (LoRA), is as usual.
+
+    Args:
+        keeps_input_alone: whether autograd by itself keeps nothing but x on the activation's account, as for gelu.
     """
     gathers = not torch.compiler.is_compiling() and getattr(layer, "gathering", None) is not None
     if not gathers or not x.requires_grad:
         return activation(x)
-    again = _Again(activation)
-    active: Tensor = _Activate.apply(x, again)  # type: ignore[assignment]
+    again = _Again(activation, keeps_input_alone)
+    active: Tensor = activation(x) if keeps_input_alone else _Activate.apply(x, again)  # type: ignore[assignment]
     _Origin(x.detach(), again, active._version).note_on(active)
     return active
 
@@ -81,9 +84,13 @@ def activated(x: Tensor, activation: Activation, layer: nn.Module) -> Tensor:
 class _Again:
     """An activation whose output is computed again on the way back: once for both who need it there."""
 
-    def __init__(self, activation: Activation) -> None:
-        self.activation = activation
+    def __init__(self, activation: Activation, keeps_input_alone: bool) -> None:
+        self.activation, self.keeps_input_alone = activation, keeps_input_alone
         self._found: tuple[Tensor, Tensor] | None = None
+
+    def output(self, x: Tensor) -> Tensor:
+        """The activation of x, without a graph."""
+        return self.activation(x) if self.keeps_input_alone else self.compute(x)[1].detach()
 
     def compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x as a leaf, and its activation, from which autograd finds the way back to it."""
@@ -302,7 +309,7 @@ class _Call(torch.autograd.Function):
         anchor = gathering.anchor.grad_fn
         if anchor is not None and torch._C._will_engine_execute_node(anchor):  # somebody asks for the weight's gradient
             if ctx.again is not None:
-                x_PI = ctx.again.compute(x_PI)[1].detach().to(gathering.weight.dtype)
+                x_PI = ctx.again.output(x_PI).to(gathering.weight.dtype)
             gathering.left.add(x_PI, grad_PO)
         return torch.mm(grad_PO, gathering.weight), None, None, None, None  # autograd sees to the input's format
 

@@ -88,11 +88,12 @@ def test_gathered_equal_ordinary_gradients(bias: bool, sizes: list[int], seed: i
 
 
 ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gated": lambda x: F.silu(x[:, :4]) * x[:, 4:],
-    "relu2": lambda x: F.relu(x).square(),
+    "gelu": (F.gelu, True),
+    "gelu, left to us": (F.gelu, False),
+    "gated": (lambda x: F.silu(x[:, :4]) * x[:, 4:], False),
+    "relu2": (lambda x: F.relu(x).square(), False),
 }
-activations = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+activations = pytest.mark.parametrize(("activation", "keeps_input_alone"), ACTIVATIONS.values(), ids=ACTIVATIONS)
 
 
 def layer_and_input(activation: Callable[[Tensor], Tensor]) -> tuple[Linear, Tensor]:
@@ -104,13 +105,15 @@ def layer_and_input(activation: Callable[[Tensor], Tensor]) -> tuple[Linear, Ten
 
 @activations
 @pytest.mark.parametrize("asks", ["all", "weight", "input"])
-def test_an_activation_on_the_way_in(activation: Callable[[Tensor], Tensor], asks: str) -> None:
+def test_an_activation_on_the_way_in(
+    activation: Callable[[Tensor], Tensor], keeps_input_alone: bool, asks: str
+) -> None:
     """Values and gradients are those of the two after each other, whichever are asked for, and asked for again."""
     layer, x_PI = layer_and_input(activation)
     expected = layer(activation(x_PI))
-    assert torch.equal(layer(activated(x_PI, activation, layer)), expected)
+    assert torch.equal(layer(activated(x_PI, activation, layer, keeps_input_alone)), expected)
     with gathered_gradients(layer):
-        found = layer(activated(x_PI, activation, layer))
+        found = layer(activated(x_PI, activation, layer, keeps_input_alone))
     assert torch.equal(found, expected)
     wanted = {"all": (layer.weight, layer.bias, x_PI), "weight": (layer.weight,), "input": (x_PI,)}
     for order in (asks, "all"):
@@ -119,12 +122,14 @@ def test_an_activation_on_the_way_in(activation: Callable[[Tensor], Tensor], ask
 
 
 @activations
-def test_of_an_activation_only_the_input_is_kept(activation: Callable[[Tensor], Tensor]) -> None:
+def test_of_an_activation_only_the_input_is_kept(
+    activation: Callable[[Tensor], Tensor], keeps_input_alone: bool
+) -> None:
     layer, x_PI = layer_and_input(activation)
     kept = set[int]()
     keep = torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.add(x.data_ptr()), x)[1], lambda x: x)
     with gathered_gradients(layer), keep:
-        found = layer(activated(x_PI, activation, layer))
+        found = layer(activated(x_PI, activation, layer, keeps_input_alone))
     assert kept == {x_PI.data_ptr()}
     calls = 0
 
@@ -134,18 +139,19 @@ def test_of_an_activation_only_the_input_is_kept(activation: Callable[[Tensor], 
         return activation(x)
 
     with gathered_gradients(layer):
-        found = layer(activated(x_PI, counted, layer))
+        found = layer(activated(x_PI, counted, layer, keeps_input_alone))
     found.sum().backward()
     assert calls == 2, "once on the way there, once on the way back"
 
 
+@pytest.mark.parametrize("keeps_input_alone", [False, True])
 @pytest.mark.parametrize("change", ["in place", "in place, unseen by autograd", "another tensor"])
-def test_an_activation_that_is_changed_before_it_goes_in(change: str) -> None:
+def test_an_activation_that_is_changed_before_it_goes_in(change: str, keeps_input_alone: bool) -> None:
     """As a hook may do: the layer counts with what it has received."""
     layer, x_PI = layer_and_input(F.gelu)
 
     def output() -> Tensor:
-        active = activated(x_PI, F.gelu, layer)
+        active = activated(x_PI, F.gelu, layer, keeps_input_alone)
         if change == "in place":
             active[:, 2] = 7.0
         elif change == "another tensor":
