@@ -256,6 +256,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation: Callable[[Tensor], Tensor]
+        self.keeps_input_alone: bool
         self.activation, fan, self.keeps_input_alone = _ACTIVATIONS[config.activation]
         width = config.ffn_width or 4 * config.n_embd
         self.up = Linear(config.n_embd, fan * width, bias=config.bias)

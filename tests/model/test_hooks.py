@@ -39,6 +39,12 @@ ways = pytest.mark.parametrize("way", [pytest.param(way, marks=compiler if way =
 gatherings = pytest.mark.parametrize("gathers", [False, True], ids=["ordinary", "gathered"])
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    """Programs of all models count against one limit, those of earlier tests among them."""
+    torch._dynamo.reset()
+
+
 def random_ids(count: int, seed: int = 0) -> Tensor:
     return torch.randint(61, (count,), generator=torch.Generator().manual_seed(seed))
 
