@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from simcot_latent.checkpoint import Checkpoint, load_checkpoint
+    from simcot_latent.curricula.base import Stage
+    from simcot_latent.data.format import AnswerFormat
     from simcot_latent.errors import UserError
     from simcot_latent.generate import Generation, Sampling, answer, generate_all
     from simcot_latent.interop.pretrained import load_pretrained
+    from simcot_latent.loops.base import ThoughtLoop, Thoughts
     from simcot_latent.model.gpt import GPT, GPTConfig
-    from simcot_latent.model.step_decoder import StepDecoder
-    from simcot_latent.model.thoughts import ThoughtFormat, Thoughts
+    from simcot_latent.parts import register
     from simcot_latent.probing.steps import probe_problems, probe_questions
     from simcot_latent.probing.thoughts import decode_steps, think
+    from simcot_latent.terms.step_decoder import StepDecoder
+    from simcot_latent.terms.steps import StepGroups
 
 _MODULE_OF = {
     "Checkpoint": "checkpoint",
@@ -30,9 +34,13 @@ _MODULE_OF = {
     "generate_all": "generate",
     "GPT": "model.gpt",
     "GPTConfig": "model.gpt",
-    "StepDecoder": "model.step_decoder",
-    "ThoughtFormat": "model.thoughts",
-    "Thoughts": "model.thoughts",
+    "AnswerFormat": "data.format",
+    "Stage": "curricula.base",
+    "StepDecoder": "terms.step_decoder",
+    "StepGroups": "terms.steps",
+    "ThoughtLoop": "loops.base",
+    "Thoughts": "loops.base",
+    "register": "parts",
     "decode_steps": "probing.thoughts",
     "load_pretrained": "interop.pretrained",
     "probe_problems": "probing.steps",
@@ -40,14 +48,22 @@ _MODULE_OF = {
     "think": "probing.thoughts",
 }
 
+_SUCCESSORS = {
+    "ThoughtFormat": "is AnswerFormat (texts), Stage (how many thoughts) and StepGroups (thoughts per step) now",
+}
+"""Names of earlier versions, and what became of them."""
+
 __all__ = [
     "GPT",
+    "AnswerFormat",
     "Checkpoint",
     "GPTConfig",
     "Generation",
     "Sampling",
+    "Stage",
     "StepDecoder",
-    "ThoughtFormat",
+    "StepGroups",
+    "ThoughtLoop",
     "Thoughts",
     "UserError",
     "answer",
@@ -57,6 +73,7 @@ __all__ = [
     "load_pretrained",
     "probe_problems",
     "probe_questions",
+    "register",
     "think",
 ]
 
@@ -69,6 +86,8 @@ if not TYPE_CHECKING:  # so that a type checker knows what there is, and what no
                 return version("simcot-latent")
             except PackageNotFoundError:  # a checkout that is not installed
                 return "0+unknown"
+        if name in _SUCCESSORS:
+            raise AttributeError(f"{__name__}.{name} {_SUCCESSORS[name]}")
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,8 +1,10 @@
 """What a checkpoint folder holds; atomic save, verified load. No pickle anywhere.
 
     model.safetensors           the model, usable without the rest
-    step_decoder.safetensors    the auxiliary decoder (latent mode); the embedding it shares is the model's
-    config.json                 all that is needed to rebuild model, decoder and tokenizer
+    loop.safetensors            what the thought loop has learned, if anything: a projector, a pause vector
+    step_decoder.safetensors    the auxiliary decoder, if there is one; the embedding it shares is the model's
+    <part>.safetensors          any further part of a method that learns
+    config.json                 all that is needed to rebuild these and the tokenizer
     tokenizer/                  self-contained
     trainer_state.safetensors   optimizer moments by parameter name, random generator states
     trainer_state.json          how far training got
@@ -21,45 +23,45 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from simcot_latent.checkpoint_config import FORMAT, SavedConfig, SavedLoop, read_config
 from simcot_latent.checkpoint_folders import (
     CONFIG,
     DECODER,
+    LOOP,
     MODEL,
     STATE_JSON,
     STATE_TENSORS,
     TOKENIZER,
     find_checkpoint,
 )
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.files import from_plain, read_json, write_json
 from simcot_latent.folders import MANIFEST, Fingerprint, fingerprint, verify_files
-from simcot_latent.model.gpt import GPT, GPTConfig
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.loops.base import ThoughtLoop
+from simcot_latent.loops.sequential import Sequential
+from simcot_latent.model.gpt import GPT
+from simcot_latent.parts import find
 from simcot_latent.paths import HUB_ID, expanded
-from simcot_latent.weights import load_module, read_tensors, save_tensors, save_weights
+from simcot_latent.terms.step_decoder import StepDecoder
+from simcot_latent.terms.steps import StepGroups
+from simcot_latent.weights import load_module, load_weights, read_shapes, read_tensors, save_tensors, save_weights
 
 if TYPE_CHECKING:
     from simcot_latent.hub import HubFolder
 
-FORMAT = 2
-"""Of `config.json`. 1, which did not say so: where `feeds_last` is false, `n_latents` was one more than it is now."""
-
-
-ON_HUB = [CONFIG, MODEL, DECODER, MANIFEST, f"{TOKENIZER}/*"]
+ON_HUB = [CONFIG, MODEL, "*.safetensors", MANIFEST, f"{TOKENIZER}/*"]
 """What of a repository on the hub is downloaded: a checkpoint but for the state of training."""
-
-MAX_NEW_TOKENS, MAX_THOUGHTS = 65_536, 4096
-"""The most that a file may have a model write or think per answer, which decides how much memory an answer takes."""
 
 
 @dataclass
@@ -70,8 +72,12 @@ class Checkpoint:
         model: the GPT, in evaluation mode.
         step_decoder: the auxiliary decoder; None for a model trained without.
         tokenizer: its tokenizer.
-        thoughts: how the model answers.
         config: the run's configuration, as plain values.
+        answers: what stands around its answers.
+        loop: how it thinks, in evaluation mode; None for a model that writes its steps.
+        stage: how problems are put to it: how many thoughts it has, which steps it writes.
+        groups: how thoughts stand for steps.
+        parts: the weights of whatever else was trained, by name.
         step: optimizer steps it was trained for.
         path: its folder.
     """
@@ -79,10 +85,24 @@ class Checkpoint:
     model: GPT
     step_decoder: StepDecoder | None
     tokenizer: Tokenizer
-    thoughts: ThoughtFormat
     config: dict[str, Any]
+    answers: AnswerFormat = field(default_factory=AnswerFormat)
+    loop: ThoughtLoop | None = None
+    stage: Stage = field(default_factory=Stage)
+    groups: StepGroups = field(default_factory=StepGroups)
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     step: int = 0
     path: Path | None = None
+
+    @property
+    def n_states(self) -> int:
+        """K, the states that the loop comes to for each question: the thoughts, and those that are only decoded."""
+        return 0 if self.loop is None else self.loop.states(self.stage.thoughts)
+
+    @property
+    def n_groups(self) -> int:
+        """Step groups of a question."""
+        return self.groups.count(self.n_states)
 
     @property
     def device(self) -> torch.device:
@@ -154,13 +174,12 @@ def without_local_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 def summary(checkpoint: Checkpoint) -> str:
     """What a model card says of a checkpoint."""
-    thoughts, decoder = checkpoint.thoughts, checkpoint.step_decoder
+    thoughts, decoder = checkpoint.stage.thoughts, checkpoint.step_decoder
     n_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     lines = [f"A language model of {n_parameters:,} parameters, trained with `simcot_latent`."]
-    if thoughts.n_latents:
-        lines.append(
-            f"Before it answers it thinks {thoughts.n_latents} latent thoughts, {thoughts.latents_per_step} per step."
-        )
+    if thoughts:
+        c = checkpoint.groups.latents_per_step
+        lines.append(f"Before it answers it thinks {thoughts} latent thoughts, {c} per step.")
     if decoder is not None:
         lines.append(
             "An auxiliary decoder, which is not needed to answer, turns thoughts into the steps that they stand for "
@@ -186,100 +205,9 @@ def require_decoder(checkpoint: Checkpoint) -> StepDecoder:
     if checkpoint.step_decoder is None:
         raise UserError(
             f"{checkpoint.path}: holds no auxiliary decoder ({DECODER}), so its thoughts cannot be decoded; "
-            "probe a checkpoint of mode=latent"
+            "probe a checkpoint of mode=latent with steps=decoder and loss.step_weight above 0"
         )
     return checkpoint.step_decoder
-
-
-@dataclass(frozen=True)
-class SavedConfig:
-    """What a checkpoint's `config.json` holds.
-
-    Attributes:
-        model, step_decoder: the shapes; None: no decoder.
-        thoughts: how the model answers.
-        step: optimizer steps it was trained for.
-        run: the run's options. Whoever uses one asks `setting`, since it is what the file says, no more.
-        format: see `FORMAT`.
-    """
-
-    model: GPTConfig
-    step_decoder: GPTConfig | None
-    thoughts: ThoughtFormat
-    step: int
-    run: dict[str, Any]
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        if self.step < 0:
-            raise UserError(f"step={self.step}: must be at least 0")
-        context = self.model.context_length
-        most = min(MAX_THOUGHTS, context - 1)
-        if self.thoughts.n_latents > most:
-            raise UserError(f"thoughts.n_latents={self.thoughts.n_latents}: must be at most {most}, to fit the context")
-        decoder = self.step_decoder
-        if decoder is not None:
-            if decoder.n_embd != self.model.n_embd:
-                raise UserError(f"step_decoder.n_embd={decoder.n_embd}: must be {self.model.n_embd} as model.n_embd")
-            if decoder.context_length <= self.thoughts.latents_per_step:
-                raise UserError(f"step_decoder.context_length={decoder.context_length}: too short for a step group")
-
-
-def read_config(file: Path) -> SavedConfig:
-    """What a checkpoint's `config.json` holds.
-
-    Raises:
-        UserError: it is missing, or not the configuration of a checkpoint.
-    """
-    config = read_json(file)
-    written = config.get("format", 1)
-    if type(written) is int and written > FORMAT:
-        raise UserError(f"{file}: is of format {written}, this version reads up to {FORMAT}; update simcot_latent")
-    try:
-        return from_plain(SavedConfig, config if written == FORMAT else as_of_format_2(config), "config")
-    except UserError as error:
-        raise UserError(f"{file}: not the configuration of a checkpoint ({error})") from error
-
-
-def as_of_format_2(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a checkpoint of format 1, which counted a state that is only decoded among the thoughts."""
-    config = deepcopy(config)
-    thoughts, run = config.get("thoughts"), config.get("run")
-    counted = [thoughts, run.get("latent") if isinstance(run, dict) else None]
-    if isinstance(thoughts, dict) and thoughts.get("feeds_last") is False:
-        for section in counted:
-            if isinstance(section, dict) and type(section.get("n_latents")) is int and section["n_latents"] > 1:
-                section["n_latents"] -= 1
-    return config | {"format": FORMAT}
-
-
-def setting(checkpoint: Checkpoint, key: str) -> Any:
-    """An option of the run that a checkpoint is of.
-
-    Raises:
-        UserError: its configuration lacks the option, or holds an impossible value for it.
-    """
-    value = checkpoint.config.get(key)
-    fits, right = {
-        "max_new_tokens": (_is_whole(value, 1, MAX_NEW_TOKENS), f"a whole number from 1 to {MAX_NEW_TOKENS:,}"),
-        "latent": (_is_latent(value), "an object with n_latents (a whole number), surplus and missing (texts)"),
-        "data": (isinstance(value, dict) and isinstance(value.get("_target_"), str), "an object with a _target_"),
-    }.get(key, (isinstance(value, str), "a text"))
-    if not fits:
-        is_there = "" if key in checkpoint.config else ", and is not there"
-        raise UserError(f"{checkpoint.path}/{CONFIG}: run.{key} must be {right}{is_there}")
-    return value
-
-
-def _is_whole(value: object, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _is_latent(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
-    texts = all(isinstance(value.get(key), str) for key in ("surplus", "missing"))
-    return texts and _is_whole(value.get("n_latents"), 1, MAX_THOUGHTS)
 
 
 def load_checkpoint(
@@ -300,16 +228,25 @@ def load_checkpoint(
     folder = find_checkpoint(path, key)
     has_decoder = (folder / DECODER).exists()
     if verify:
-        tokenizer_files = [f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES]
-        verify_files(folder, [CONFIG, MODEL, *([DECODER] if has_decoder else []), *tokenizer_files])
+        verify_files(folder, [CONFIG, MODEL, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES)])
     config = read_config(folder / CONFIG)
+    loop = None if config.loop is None else empty_loop(config.loop, config.model.n_embd, folder / CONFIG)
+    if verify:
+        further = [DECODER] * has_decoder + [LOOP] * (folder / LOOP).exists()
+        verify_files(folder, further + [f"{name}.safetensors" for name in config.parts])
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     if tokenizer.n_vocab != config.model.vocab_size:
         raise UserError(
             f"{folder / TOKENIZER}: has {tokenizer.n_vocab} tokens, but {CONFIG} says "
             f"model.vocab_size={config.model.vocab_size}; they are not of one checkpoint"
         )
-    model = load_module(GPT, config.model, folder / MODEL)
+    model = load_model_and_loop(config, loop, folder)
+    n_states = 0 if loop is None else loop.states(config.stage.thoughts)
+    if n_states % config.groups.latents_per_step:
+        raise UserError(
+            f"{folder / CONFIG}: stage.thoughts={config.stage.thoughts} must make whole groups of "
+            f"groups.latents_per_step={config.groups.latents_per_step}"
+        )
     decoder = None
     if config.step_decoder is not None and has_decoder:
         decoder = load_module(
@@ -323,23 +260,69 @@ def load_checkpoint(
         model=model.to(device).eval(),
         step_decoder=decoder,
         tokenizer=tokenizer,
-        thoughts=config.thoughts,
         config=config.run,
+        answers=config.answers,
+        loop=None if loop is None else loop.to(device).eval(),
+        stage=config.stage,
+        groups=config.groups,
+        parts={name: read_tensors(folder / f"{name}.safetensors") for name in config.parts},
         step=config.step,
         path=folder,
     )
+
+
+def empty_loop(saved: SavedLoop, width: int, file: Path) -> ThoughtLoop:
+    """The loop that a checkpoint names, of which no weight is there yet.
+
+    Raises:
+        UserError: the table of parts has none of its key, or it has no such settings.
+    """
+    cls = find("loop", saved.key, f"{file}: loop.key={saved.key}")
+    try:
+        settings = from_plain(cls.Config, saved.settings, "loop.settings")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    with torch.device("meta"):
+        return cls(width, settings)
+
+
+def load_model_and_loop(config: SavedConfig, loop: ThoughtLoop | None, folder: Path) -> GPT:
+    """The model, and the weights of its loop.
+
+    Raises:
+        UserError: see `load_module`.
+    """
+    projector = loop.projector if isinstance(loop, Sequential) else None
+    if projector is not None and "projector.up.weight" in read_shapes(folder / MODEL):  # up to format 2
+        model = load_module(lambda shape: with_projector(GPT(shape), projector), config.model, folder / MODEL)
+        loop.projector = model.projector  # type: ignore[union-attr, assignment]
+        del model.projector
+        return model
+    if loop is not None and loop.state_dict():
+        load_weights(loop, folder / LOOP)
+    return load_module(GPT, config.model, folder / MODEL)
+
+
+def with_projector(model: GPT, projector: nn.Module) -> GPT:
+    """A model as it was up to format 2, where the projector was a part of it."""
+    model.projector = projector
+    return model
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, state: TrainerState | None = None) -> None:
     """Writes into a folder all that `load_checkpoint` reads, the state of training if it is given, and last the
     manifest of what was written.
     """
-    decoder = checkpoint.step_decoder
+    decoder, loop = checkpoint.step_decoder, checkpoint.loop
     config = {
         "format": FORMAT,
         "model": asdict(checkpoint.model.config),
         "step_decoder": None if decoder is None else asdict(decoder.config),
-        "thoughts": asdict(checkpoint.thoughts),
+        "loop": None if loop is None else {"key": loop.key, "settings": asdict(loop.config)},
+        "answers": asdict(checkpoint.answers),
+        "stage": asdict(checkpoint.stage),
+        "groups": asdict(checkpoint.groups),
+        "parts": sorted(checkpoint.parts),
         "step": checkpoint.step,
         "run": checkpoint.config,
     }
@@ -351,6 +334,10 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, state: TrainerState |
         jobs[MODEL] = pool.submit(save_weights, checkpoint.model, folder / MODEL)
         if decoder is not None:
             jobs[DECODER] = pool.submit(save_weights, decoder, folder / DECODER, shared="embedding.")
+        if loop is not None and loop.state_dict():
+            jobs[LOOP] = pool.submit(save_weights, loop, folder / LOOP)
+        for name, tensors in checkpoint.parts.items():
+            jobs[f"{name}.safetensors"] = pool.submit(save_tensors, tensors, folder / f"{name}.safetensors")
         checkpoint.tokenizer.save(folder / TOKENIZER)
         write_json(folder / CONFIG, config)
         if state is not None:
@@ -372,7 +359,9 @@ def load_trainer_state(folder: Path, verify: bool = True) -> TrainerState:
     """
     if verify:
         verify_files(folder, [STATE_TENSORS, STATE_JSON])
-    return TrainerState(read_tensors(folder / STATE_TENSORS), read_json(folder / STATE_JSON))
+    tensors = read_tensors(folder / STATE_TENSORS)
+    renamed = {name.replace("/model.projector.", "/loop.projector."): tensor for name, tensor in tensors.items()}
+    return TrainerState(renamed, read_json(folder / STATE_JSON))  # the projector was the model's up to format 2
 
 
 def progress(state: TrainerState, folder: Path) -> tuple[int, int]:

@@ -18,9 +18,12 @@ from simcot_latent.files import read_json
 from simcot_latent.folders import MANIFEST
 from simcot_latent.paths import expanded, free_name
 
-MODEL, DECODER, CONFIG, TOKENIZER = "model.safetensors", "step_decoder.safetensors", "config.json", "tokenizer"
+MODEL, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+DECODER, LOOP = "step_decoder.safetensors", "loop.safetensors"
 STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
 LATEST = "latest"
+PART = re.compile(r"[a-z][a-z0-9_]*")
+"""The name of a part of a method, and of its file."""
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
@@ -55,7 +58,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 def is_ours(config: dict[str, Any]) -> bool:
     """Whether a `config.json` is of a checkpoint of ours, not of a published model."""
-    return "thoughts" in config
+    return "stage" in config or "thoughts" in config  # the latter up to format 2
 
 
 def checkpoints_of_training(out_dir: Path) -> list[Path]:
@@ -88,13 +91,22 @@ def remove_checkpoint(folder: Path) -> None:
     """Deletes what `write_checkpoint` wrote into a folder, and the folder if nothing else is in it: evals stay."""
     tokenizer = folder / TOKENIZER
     inside = [] if tokenizer.is_symlink() else [tokenizer / name for name in TOKENIZER_FILES]
-    others = [folder / name for name in (MODEL, DECODER, STATE_TENSORS, STATE_JSON, MANIFEST)]
+    others = [folder / name for name in (MODEL, DECODER, LOOP, STATE_TENSORS, STATE_JSON, MANIFEST)]
+    others += [folder / f"{name}.safetensors" for name in parts_of(folder)]
     for file in (folder / CONFIG, *others, *inside):  # without the first of them it is no checkpoint any more
         if file.is_file() or file.is_symlink():
             file.unlink()
     for empty in (tokenizer, folder):
         with suppress(OSError):  # it is not empty
             empty.rmdir()
+
+
+def parts_of(folder: Path) -> list[str]:
+    """The further parts that a checkpoint's `config.json` names; each has a file of its name."""
+    with suppress(UserError, OSError):
+        parts = read_json(folder / CONFIG).get("parts")
+        return [name for name in parts if PART.fullmatch(name)] if isinstance(parts, list) else []
+    return []
 
 
 def place_of_real_latest(out_dir: Path) -> Path | None:

@@ -16,7 +16,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from simcot_latent.config import as_plain, config_dir, instantiate, literal, one_line
@@ -25,6 +25,7 @@ from simcot_latent.data.sources import Source, Split, load_first
 from simcot_latent.errors import UserError, did_you_mean
 from simcot_latent.files import is_plain
 from simcot_latent.logs import warn
+from simcot_latent.parts import use
 from simcot_latent.paths import expanded
 
 if TYPE_CHECKING:  # torch takes seconds to import: too long for a shell that completes a word
@@ -37,6 +38,9 @@ PATH_KEYS = ("ckpt", "data.path", "out_dir", "init_from", "out", "source", "base
 
 # Keys whose value is free text or a path: taken as it stands, whatever hydra's grammar makes of `?`, `,` or `'`.
 TEXT_KEYS = (*PATH_KEYS, "question", "run", "wandb_project", "new_token_init")
+
+RENAMED = {"model.projector_width": "latent.projector_width"}
+"""Keys of earlier versions, which still serve, and what they are called now."""
 
 MAX_MADE = 100_000
 """The most problems of a split that a checkpoint may have an eval make; a command line may ask for more."""
@@ -56,7 +60,8 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us, instead of being printed with part of a traceback
     print_whatever_comes()
     check_dashes(sys.argv[1:])
-    sys.argv[1:] = [quote_text(argument) for argument in without_nulls(sys.argv[1:], config_name)]
+    arguments = [under_new_name(argument) for argument in without_nulls(sys.argv[1:], config_name)]
+    sys.argv[1:] = flags_last([quote_text(argument) for argument in arguments])
 
     composed = False
 
@@ -66,6 +71,7 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
         composed = True
         try:  # here, since hydra would announce an exception with lines of its own
             expand_paths(raw)
+            use_parts(raw)
             main(raw)
         except (UserError, OmegaConfBaseException) as error:
             fail(error)
@@ -107,6 +113,42 @@ def check_dashes(arguments: list[str]) -> None:
             theirs = any(word == option if equals else word.startswith(option) for option in options)
         if re.match(r"--?[A-Za-z_]", word) and not theirs:
             fail(UserError(f"{argument}: leave out the dashes, as in {word.lstrip('-')}={value or 'VALUE'}"))
+
+
+def under_new_name(argument: str) -> str:
+    """`key=value` with the present name of a key that has been renamed."""
+    key, equals, value = argument.partition("=")
+    plain = key.lstrip("+~")
+    return f"{key.replace(plain, RENAMED[plain])}{equals}{value}" if plain in RENAMED else argument
+
+
+def flags_last(arguments: Sequence[str]) -> list[str]:
+    """`key=value` first, then hydra's own options: its parser takes no further `key=value` after an option's value."""
+    actions = {option: action for action in get_args_parser()._actions for option in action.option_strings}
+    overrides: list[str] = []
+    flags: list[str] = []
+    waiting = 0  # values that the last option still takes
+    for argument in arguments:
+        if waiting and not argument.startswith("-"):
+            flags.append(argument)
+            waiting -= 1
+        elif argument.startswith("-"):
+            flags.append(argument)
+            matches = [action for option, action in actions.items() if option.startswith(argument.partition("=")[0])]
+            waiting = int(bool(matches) and matches[0].nargs is None and "=" not in argument)
+        else:
+            overrides.append(argument)
+    return [*overrides, *flags]
+
+
+def use_parts(raw: DictConfig) -> None:
+    """Imports the modules of `use=[..]`, which register parts; only a command line or its own yaml files name any."""
+    modules = raw.get("use") or []
+    if isinstance(modules, str) or not all(isinstance(module, str) for module in modules):
+        raise UserError(f"use={modules}: must be a list of modules, such as use=[my_parts]")
+    use(list(modules))
+    with open_dict(raw):
+        raw.pop("use", None)
 
 
 def without_nulls(arguments: list[str], config_name: str) -> list[str]:
@@ -171,7 +213,7 @@ def trained_source(
     Raises:
         UserError: the checkpoint says anything else, or the source refuses a value.
     """
-    from simcot_latent.checkpoint import setting
+    from simcot_latent.checkpoint_config import setting
     from simcot_latent.checkpoint_folders import CONFIG
 
     settings, trained = as_plain(raw.data), setting(checkpoint, "data")

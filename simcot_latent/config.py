@@ -1,8 +1,8 @@
 """Typed run configuration behind `configs/*.yaml`. Every rule about a value is checked here, once.
 
 `parse` turns what hydra composed into a `RunConfig`; anything wrong ends in a `UserError` that names the key and says
-what would be right. A section that belongs to one objective (`latent`, `decoder`, `loss`) is declared by that
-objective's `Config`, so adding an objective edits nothing here.
+what would be right. A part of a method declares the settings that only it has in a `Config` of its own; they are keys
+of `latent`, `decoder` or `loss` by the same name, so adding a part edits nothing here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from simcot_latent.errors import UserError, did_you_mean, require, require_choice
+from simcot_latent.parts import NONE, find
 
 if TYPE_CHECKING:  # hydra and omegaconf are imported where a command line is read: the rest does without them
     from omegaconf import DictConfig
@@ -94,6 +95,8 @@ class LatentConfig:
         reset_optimizer: forget the optimizer's moments when a stage begins (Coconut does).
         feeds_last: whether the model reads the last state that its thoughts come to (Coconut), or only the decoder does
             (SIM-CoT on CODI): the decoder then has one step more to decode than there are thoughts.
+        projector_width: hidden width of the projector between a hidden state and the thought that it becomes (CODI);
+            None: no projector, the hidden state is the thought (Coconut).
     """
 
     n_latents: int = 4
@@ -104,6 +107,7 @@ class LatentConfig:
     stages: Any = 0.3
     reset_optimizer: bool = False
     feeds_last: bool = True
+    projector_width: int | None = None
 
     def __post_init__(self) -> None:
         require(self.n_latents >= 1, "latent.n_latents", self.n_latents, "at least 1")
@@ -143,7 +147,7 @@ class LatentConfig:
 
     @property
     def n_states(self) -> int:
-        """What the decoder reads of a problem; see `ThoughtFormat.n_states`."""
+        """What the loop comes to, and the decoder reads, of a problem; see `ThoughtLoop.states`."""
         return self.n_latents + (not self.feeds_last)
 
 
@@ -172,7 +176,8 @@ class LossConfig:
 
     Attributes:
         answer_weight: weight of L_ans, the loss on what follows the thoughts.
-        step_weight: weight of L_step, the auxiliary decoder's loss; 0: no step supervision, as in Coconut.
+        step_weight: weight of L_step, the auxiliary decoder's loss; 0: no step supervision, as in Coconut, and no
+            decoder is made.
         step_reduction: how L_step averages: `token` (over all step tokens of the optimizer step), `coconut` (a sum over
             a step's tokens, mean over problems, mean over groups) or `codi` (token mean in each group, mean over
             groups), as in the two flavours of the published code.
@@ -189,11 +194,67 @@ class LossConfig:
 
 
 @dataclass
-class RunConfig:
-    """Everything about a training run that all objectives share.
+class MethodConfig:
+    """A method: a choice of parts, and their settings. See `parts.PARTS` for what there is.
 
     Attributes:
-        objective: the class that trains; each file in `configs/mode/` names one.
+        curriculum: what the stages of training look like: `none` (one stage) or `replace` (thoughts replace the written
+            steps one after the other, as in Coconut).
+        loop: how thoughts come about: `sequential` (hidden states fed back one by one), `pause` (a learned vector in
+            place of each, the control) or `none` (no thoughts).
+        steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT) or `none`.
+        terms: further terms of the loss, by the names under which they are registered.
+        latent, decoder, loss: settings of the parts.
+        own: values of keys of these three sections that only a chosen part declares.
+    """
+
+    curriculum: str = NONE
+    loop: str = NONE
+    steps: str = NONE
+    terms: list[str] = field(default_factory=list)
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    own: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def simcot(
+        cls,
+        latent: LatentConfig | None = None,
+        decoder: DecoderConfig | None = None,
+        loss: LossConfig | None = None,
+        **parts: Any,
+    ) -> MethodConfig:
+        """The parts of mode=latent, some of which may be others; None: the default settings."""
+        chosen: dict[str, Any] = {"curriculum": "replace", "loop": "sequential", "steps": "decoder"} | parts
+        return cls(
+            latent=latent or LatentConfig(), decoder=decoder or DecoderConfig(), loss=loss or LossConfig(), **chosen
+        )
+
+    @property
+    def parts(self) -> list[tuple[str, str]]:
+        """The chosen parts by group and key, without `none`."""
+        chosen = [("curriculum", self.curriculum), ("loop", self.loop), ("steps", self.steps)]
+        chosen += [("term", key) for key in self.terms]
+        return [(group, key) for group, key in chosen if key != NONE]
+
+    def settings(self, cls: type[T]) -> T:
+        """An instance of a part's `Config`: each field has the value of the key of its name."""
+        values: dict[str, Any] = dict(self.own)
+        for section in (self.latent, self.decoder, self.loss):
+            values |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})  # type: ignore[arg-type]
+
+
+SECTIONS: dict[str, type] = {"latent": LatentConfig, "decoder": DecoderConfig, "loss": LossConfig}
+"""The sections of a method's settings."""
+
+
+@dataclass
+class RunConfig:
+    """Everything about a training run that all methods share.
+
+    Attributes:
         mode: how to train: `latent`, `weighted`, or the name of another file in `configs/mode/`.
         model: the shape of a model that starts from random weights: `tiny`, `small` or `gpt2`.
         data: where problems come from: `arithmetic`, `gsm8k` or `gsm8k_aug`.
@@ -252,7 +313,6 @@ class RunConfig:
         wandb_project: the wandb project.
     """
 
-    objective: str
     mode: str
     model: dict[str, Any]
     data: dict[str, Any]
@@ -355,35 +415,56 @@ class RunConfig:
         require(self.new_token_init is not None, "new_token_init", "null", "mean, or a token")
 
 
-def parse(raw: DictConfig) -> tuple[RunConfig, Any]:
-    """The run's configuration and its objective's own sections (an instance of the objective's `Config`).
+def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
+    """The run's configuration and its method's.
 
     Raises:
-        UserError: a key is unknown, or a value is of the wrong type or impossible.
+        UserError: a key is unknown, or a value is of the wrong type or impossible, or a part is not registered.
     """
-    import hydra
-
     sections = dict(raw)
-    require(
-        isinstance(raw.objective, str), "objective", raw.objective, "where a class is, such as package.module.Class"
-    )
-    try:
-        objective = hydra.utils.get_class(raw.objective)
-    except Exception as error:  # hydra raises whatever the import raised
-        raise UserError(f"objective={raw.objective}: cannot be imported ({one_line(str(error))})") from error
+    if "objective" in sections:
+        raise UserError(
+            "objective: is no key any more; a method is a choice of parts, curriculum=, loop=, steps= and terms=, see "
+            "docs/extending.md"
+        )
+    if "projector_width" in (sections.get("model") or {}):
+        raise UserError("model.projector_width: is latent.projector_width now")
     shared_keys = {f.name for f in dataclasses.fields(RunConfig)}
     shared = {key: value for key, value in sections.items() if key in shared_keys}
     run = typed(RunConfig, {key: literal(value) if isinstance(value, str) else value for key, value in shared.items()})
-    config_class = objective.Config  # type: ignore[attr-defined]
-    own: dict[str, Any] = {}
-    section_types = get_type_hints(config_class)
-    for f in dataclasses.fields(config_class):
-        own[f.name] = typed(section_types[f.name], sections.get(f.name, {}), f.name)
-    unknown = [key for key in sections if key not in shared_keys and key not in own]
-    if unknown:
-        near = did_you_mean(str(unknown[0]), {*shared_keys, *own})
-        raise UserError(f"{unknown[0]}: mode={run.mode} has no such key{near}")
-    return run, config_class(**own)
+    chosen = {key: sections.get(key, NONE) for key in ("curriculum", "loop", "steps")}
+    for key, value in chosen.items():
+        require(isinstance(value, str), key, value, "the name of a part")
+    method = MethodConfig(**chosen, terms=typed(_Terms, {"terms": sections.get("terms", [])}).terms)
+    parts = [find(group, key) for group, key in method.parts]
+    known = {*shared_keys, *chosen, "terms", *(SECTIONS if parts else ())}
+    if unknown := [key for key in sections if key not in known]:
+        raise UserError(f"{unknown[0]}: mode={run.mode} has no such key{did_you_mean(str(unknown[0]), known)}")
+    for name, cls in SECTIONS.items():
+        values = sections.get(name, {})
+        if isinstance(values, Mapping):
+            own = own_settings(values, cls, parts, name)
+            method.own |= own
+            values = {key: value for key, value in values.items() if key not in own}
+        setattr(method, name, typed(cls, values, name))
+    return run, method
+
+
+@dataclass
+class _Terms:
+    terms: list[str] = field(default_factory=list)
+
+
+def own_settings(values: Mapping[Any, Any], cls: type, parts: list[Any], section: str) -> dict[str, Any]:
+    """The values of those keys of a section that its dataclass has not, but a part's `Config`."""
+    left = {key: value for key, value in values.items() if key not in {f.name for f in dataclasses.fields(cls)}}
+    found: dict[str, Any] = {}
+    for config in (part.Config for part in parts if hasattr(part, "Config")):
+        names = [f.name for f in dataclasses.fields(config) if f.name in left]
+        if names:
+            settings = typed(config, {key: left[key] for key in names}, section)
+            found |= {key: getattr(settings, key) for key in names}
+    return found
 
 
 def typed(cls: type[T], values: Any, section: str = "") -> T:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from simcot_latent.checkpoint import load_checkpoint, setting
+from simcot_latent.checkpoint import load_checkpoint
+from simcot_latent.checkpoint_config import setting
 from simcot_latent.checkpoint_folders import find_checkpoint
 from simcot_latent.config import require_choices, require_tolerance, typed
 from simcot_latent.data.batch import by_length
@@ -30,8 +31,8 @@ from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.paths import check_writable, write_lines, write_text
-from simcot_latent.probing.gold import gold_groups, holds_step
-from simcot_latent.probing.thoughts import decode_taught, latents_of
+from simcot_latent.probing.thoughts import decode_taught, gold_groups, latents_of
+from simcot_latent.terms.steps import holds_step
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -157,12 +158,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
     torch.manual_seed(config.seed)
     sampling = Sampling(config.temperature, config.top_k)
     limit = config.max_new_tokens or setting(checkpoint, "max_new_tokens")
-    lengths = [
-        len(ids)
-        for ids in encode_prompts(
-            checkpoint.model, checkpoint.tokenizer, checkpoint.thoughts, [p.question for p in problems]
-        )
-    ]
+    lengths = [len(ids) for ids in encode_prompts(checkpoint, [p.question for p in problems])]
     plan = by_length(lengths, config.batch_size)
     caches = StaticCaches(checkpoint.model.config.context_length) if config.cuda_graphs else None
     if config.cuda_graphs:
@@ -174,16 +170,14 @@ def evaluate(name: str, raw: DictConfig) -> None:
         questions = [problem.question for problem in chosen]
         with torch.no_grad(), autocast(device, dtype):
             began = time.perf_counter()
-            generations = generate(
-                checkpoint.model, checkpoint.tokenizer, checkpoint.thoughts, questions, limit, sampling, caches
-            )
+            generations = generate(checkpoint, questions, limit, sampling, caches)
             seconds += time.perf_counter() - began
             decoded: list[list[str]] = [[] for _ in chosen]
             gold: list[list[str | None]] = [[] for _ in chosen]
-            if checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents:
+            if checkpoint.step_decoder is not None and checkpoint.stage.thoughts:
                 gold = [gold_groups(checkpoint, problem) for problem in chosen]
                 decoded = decode_taught(checkpoint, latents_of(generations), gold)
-            elif not checkpoint.thoughts.n_latents and setting(checkpoint, "rationale") != "none":
+            elif not checkpoint.stage.thoughts and setting(checkpoint, "rationale") != "none":
                 pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
                 decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):
@@ -211,7 +205,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "thoughts": checkpoint.thoughts.n_latents,
+        "thoughts": checkpoint.stage.thoughts,
     }
     console.print(report_table(report))
     write_report(files, report, ordered)

@@ -14,16 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, setting
+from simcot_latent.checkpoint import Checkpoint
+from simcot_latent.checkpoint_config import setting
 from simcot_latent.data.batch import by_length, to_device
 from simcot_latent.data.format import encode_question
 from simcot_latent.data.problem import ANSWER_MARK, strict_answer
-from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
+from simcot_latent.loops.base import Thoughts, go_on
 from simcot_latent.model.cache import StaticCache, StaticCaches, make_cache
-from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import ThoughtFormat, Thoughts, go_on, pack_texts, think
 
 # Rows that have stopped are read no further. They are taken out of the cache once this share or less is still writing:
 # taking them out copies it, keeping them lets attention look at them in vain.
@@ -69,7 +68,7 @@ class Generation:
         text: without special tokens.
         n_tokens: what it took: thoughts, and tokens written, end token included.
         finished: whether it came to its end token (else it ran into a limit).
-        answer_mark: see `ThoughtFormat`.
+        answer_mark: see `AnswerFormat`.
         latents_KD: its thoughts; None for a model that writes its steps.
     """
 
@@ -85,53 +84,53 @@ class Generation:
         return strict_answer(self.text, self.answer_mark) or ""
 
 
-def encode_prompts(
-    model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, questions: Sequence[str]
-) -> list[list[int]]:
+def encode_prompts(checkpoint: Checkpoint, questions: Sequence[str]) -> list[list[int]]:
     """Token ids of questions, up to where thinking or writing starts.
 
     Raises:
         UserError: a question is empty, or leaves no room in the context for thoughts and an answer.
     """
-    limit = model.config.context_length - thoughts.n_latents - 1 - thoughts.thinks
+    context = checkpoint.model.config.context_length
+    limit = context - reads_between(checkpoint) - 1
     prompts: list[list[int]] = []
     for i, question in enumerate(questions):
         if not question.strip():
             raise UserError(f"question {i} is empty")
-        ids = encode_question(tokenizer, question, thinks=thoughts.thinks, end=thoughts.question_end)
+        ids = encode_question(checkpoint.tokenizer, question, checkpoint.answers)
         if len(ids) > limit:
             raise UserError(
                 f"question {i} ({question[:40]!r}...) has {len(ids)} tokens: at most {limit} fit this model "
-                f"(context {model.config.context_length}, less its thoughts and an answer)"
+                f"(context {context}, less its thoughts and an answer)"
             )
         prompts.append(ids)
     return prompts
 
 
-def pack_prompts(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Packing]:
-    """Token ids (P,) of prompts, the last of every row at the end; and how they lie."""
-    ids = [i for prompt in prompts for i in prompt[:-1]] + [prompt[-1] for prompt in prompts]
-    packing = Packing.of([len(prompt) - 1 for prompt in prompts], [1] * len(prompts))
-    return torch.tensor(ids, device=device), to_device(packing, device)
+def reads_between(checkpoint: Checkpoint) -> int:
+    """Positions that a model reads between a prompt and the first token it writes: thoughts, and `<|eot|>`."""
+    return checkpoint.stage.thoughts + len(checkpoint.answers.opening(checkpoint.tokenizer))
 
 
 def think_about(
-    model: GPT,
-    thoughts: ThoughtFormat,
-    prompts: Sequence[list[int]],
-    room: int = 0,
-    caches: StaticCaches | None = None,
+    checkpoint: Checkpoint, prompts: Sequence[list[int]], room: int = 0, caches: StaticCaches | None = None
 ) -> Thoughts:
-    """Thoughts about encoded prompts, one batch; `room` and `caches`: see `think`."""
-    ids_P, packing = pack_prompts(prompts, model.embedding.weight.device)
-    return think(model, model.embedding(ids_P), packing, thoughts.n_states, room, thoughts.feeds_last, caches)
+    """Thoughts about encoded prompts, one batch; `room` and `caches`: see `ThoughtLoop.think`."""
+    model, loop = checkpoint.model, checkpoint.loop
+    assert loop is not None
+    counts = [checkpoint.n_states] * len(prompts)
+    packing = to_device(loop.pack_questions([len(prompt) - 1 for prompt in prompts], counts), checkpoint.device)
+    questions_PD = model.embedding(last_behind(prompts, checkpoint.device))
+    return loop.think(model, questions_PD, packing, counts, room, caches)
+
+
+def last_behind(prompts: Sequence[list[int]], device: torch.device) -> Tensor:
+    """Token ids (P,) of prompts, the last of every row at the end."""
+    return torch.tensor([i for ids in prompts for i in ids[:-1]] + [ids[-1] for ids in prompts], device=device)
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
-    tokenizer: Tokenizer,
-    thoughts: ThoughtFormat,
+    checkpoint: Checkpoint,
     questions: Sequence[str],
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -140,7 +139,6 @@ def generate(
     """Answers questions as one batch.
 
     Args:
-        thoughts: how the model answers.
         max_new_tokens: what a row may write, end token included, thoughts not counted; less where the context ends.
         caches: to read and write in static shapes, on a GPU as CUDA graphs; see `StaticCache`. None: in those needed.
 
@@ -150,24 +148,25 @@ def generate(
     if not questions:
         return []
     sampling = sampling or Sampling()
-    prompts = encode_prompts(model, tokenizer, thoughts, questions)
-    device = model.embedding.weight.device
+    model, tokenizer, device = checkpoint.model, checkpoint.tokenizer, checkpoint.device
+    prompts = encode_prompts(checkpoint, questions)
     # Each row's own limit: what fits must not depend on the company it is in.
-    spent = thoughts.n_latents + thoughts.thinks
+    spent, opening = reads_between(checkpoint), checkpoint.answers.opening(tokenizer)
     limits = [min(max_new_tokens, model.config.context_length - len(ids) - spent) for ids in prompts]
-    B, room = len(prompts), thoughts.thinks + max(limits)
+    B, room = len(prompts), len(opening) + max(limits)
     latents: Sequence[Tensor | None] = [None] * B
-    if thoughts.n_latents:
-        state = think_about(model, thoughts, prompts, room, caches)
-        latents = state.latents_BKD.unbind()
-        eot_BD = model.embedding(torch.full((B,), tokenizer.eot_id, device=device))
-        hidden_ND = go_on(model, state, eot_BD, to_device(pack_texts([1] * B, thoughts.feeds_last), device))
-        cache = state.cache
+    if checkpoint.stage.thoughts and checkpoint.loop is not None:
+        thoughts = think_about(checkpoint, prompts, room, caches)
+        latents = thoughts.latents_BKD.unbind()
+        opening_PD = model.embedding(torch.tensor(opening * B, device=device))
+        packing = checkpoint.loop.pack_texts([len(opening)] * B, [checkpoint.n_states] * B)
+        hidden_ND = go_on(model, thoughts, opening_PD, to_device(packing, device))
+        cache = thoughts.cache
     else:
-        opening = [tokenizer.eot_id] if thoughts.thinks else []
-        ids_P, packing = pack_prompts([ids + opening for ids in prompts], device)
+        opened = [ids + opening for ids in prompts]
+        packing = to_device(Packing.of([len(ids) - 1 for ids in opened], [1] * B), device)
         cache = make_cache(B, packing.longest + room, caches)
-        hidden_ND = model(ids_P, packing, cache, read_out=B)
+        hidden_ND = model(last_behind(opened, device), packing, cache, read_out=B)
 
     written: list[list[int]] = [[] for _ in prompts]
     finished = [False] * B
@@ -201,8 +200,9 @@ def generate(
             writes = set(going)
             packing = to_device(Packing.of([row in writes for row in range(len(rows))]), device)
         hidden_ND = model(ids_N, packing, cache)
+    n_thoughts = checkpoint.stage.thoughts
     return [
-        Generation(tokenizer.decode(ids), thoughts.n_latents + len(ids), done, thoughts.answer_mark, latents_KD)
+        Generation(tokenizer.decode(ids), n_thoughts + len(ids), done, checkpoint.answers.answer_mark, latents_KD)
         for ids, done, latents_KD in zip(written, finished, latents, strict=True)
     ]
 
@@ -227,11 +227,10 @@ def generate_all(
     caches: StaticCaches | None = None,
 ) -> list[Generation]:
     """`generate` in batches of similar length; results in the order of the questions."""
-    model, tokenizer, thoughts = checkpoint.model, checkpoint.tokenizer, checkpoint.thoughts
     limit = setting(checkpoint, "max_new_tokens") if max_new_tokens is None else max_new_tokens
-    lengths = [len(ids) for ids in encode_prompts(model, tokenizer, thoughts, questions)]
+    lengths = [len(ids) for ids in encode_prompts(checkpoint, questions)]
     results: dict[int, Generation] = {}
     for batch in by_length(lengths, batch_size):
-        generations = generate(model, tokenizer, thoughts, [questions[i] for i in batch], limit, sampling, caches)
+        generations = generate(checkpoint, [questions[i] for i in batch], limit, sampling, caches)
         results.update(zip(batch, generations, strict=True))
     return [results[i] for i in range(len(questions))]

@@ -76,10 +76,10 @@ def main(raw: DictConfig) -> None:
         checkpoint.config["data"] = config.data
         write_checkpoint(checkpoint, folder)
     n_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    thoughts, decoder = checkpoint.thoughts, checkpoint.step_decoder
-    unfed = "" if thoughts.feeds_last else ", the last one only decoded"
+    thoughts, decoder = checkpoint.stage.thoughts, checkpoint.step_decoder
+    unfed = "" if checkpoint.n_states == thoughts else ", one state more only decoded"
     console.print(
-        f"{config.kind} | {n_parameters:,} parameters | {thoughts.n_latents} thoughts, {thoughts.latents_per_step} a "
+        f"{config.kind} | {n_parameters:,} parameters | {thoughts} thoughts, {checkpoint.groups.latents_per_step} a "
         f"step{unfed} | {f'decoder of {decoder.config.n_layer} blocks' if decoder else 'no decoder'} | {config.out}"
     )
 

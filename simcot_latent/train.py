@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,71 +17,53 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simcot_latent.checkpoint import Checkpoint
-from simcot_latent.config import RunConfig, as_plain, instantiate, parse
-from simcot_latent.data.batch import BatchOrder, Prefetch, micro_batches, pin, to_device
-from simcot_latent.data.format import Example
-from simcot_latent.data.lazy import Lazily
-from simcot_latent.data.problem import Problem
+from simcot_latent.config import MethodConfig, RunConfig, as_plain, instantiate, parse
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.batch import Prefetch, to_device
 from simcot_latent.data.sources import Source
-from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.logs import RunLog, make_console, make_progress, warn
-from simcot_latent.model.gpt import GPT, set_block_options
+from simcot_latent.model.gpt import set_block_options
 from simcot_latent.model.losses import add_up
-from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.objectives.base import Objective
-from simcot_latent.profiling import PROFILED, SKIPPED, WARMUP, StepProfile, part
+from simcot_latent.profiling import StepProfile, part
+from simcot_latent.training.batches import Batches, PreparedStep
 from simcot_latent.training.memory import out_of_memory
 from simcot_latent.training.nonfinite import NonFinite, save_batch
 from simcot_latent.training.optimizer import lr_multiplier, make_optimizers, update
 from simcot_latent.training.reporting import Interval, Reporter
 from simcot_latent.training.resume import restore, trainer_state
 from simcot_latent.training.run_folder import RunFolder
-from simcot_latent.training.saving import make_room, save_checkpoint
-from simcot_latent.training.setup import Job, encode_all, load_split, make_model
+from simcot_latent.training.saving import as_checkpoint, make_room, save_checkpoint
+from simcot_latent.training.setup import Job, Material, Start, make_model, prepare
 from simcot_latent.training.stopping import StopSignal
-from simcot_latent.training.validation import HeldOut, collapse, validate
+from simcot_latent.training.validation import collapse, validate
 from simcot_latent.weights import broken_weights
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-@dataclass
-class PreparedStep:
-    """What an optimizer step trains on: this rank's micro-batches, and their totals."""
-
-    batches: list[Any]
-    totals: dict[str, Tensor]
-
-
 def main(raw: DictConfig) -> None:
     """Trains as the composed configuration says."""
-    import hydra
-
-    run, sections = parse(raw)
-    objective_class: type[Objective] = hydra.utils.get_class(run.objective)
+    run, method = parse(raw)
     find_data = partial(instantiate, raw.data, "data")
-    train(run, sections, as_plain(raw), find_data, objective_class, lambda job: make_model(job, raw))
+    train(run, method, as_plain(raw), find_data, lambda job: make_model(job, raw))
 
 
 def train(
     run: RunConfig,
-    sections: Any,
+    method: MethodConfig,
     options: dict[str, Any],
     find_data: Callable[[], Source],
-    objective_class: type[Objective],
-    make: Callable[[Job], tuple[GPT, Tokenizer]],
+    make: Callable[[Job], Start],
 ) -> None:
     """One run from its start to its report.
 
     Args:
-        run: what all objectives share.
-        sections: an instance of the objective's own `Config`.
-        options: the whole configuration as plain values, for checkpoints.
+        run, method: the configuration.
+        options: the same as plain values, for checkpoints.
         find_data: gives the data.
-        objective_class: what is to be trained for.
         make: makes the model and its tokenizer, once the seed is set.
 
     Raises:
@@ -100,9 +81,9 @@ def train(
             out_dir, start = ranks.on_main(folder.take)
             dtype = pick_dtype(run.dtype, device)
             job = Job(run, options, out_dir, start, device, dtype, ranks, console, stop)
-            trainer = make_trainer(job, sections, find_data, objective_class, make)
+            material = prepare(job, method, find_data, make)
             with file_errors(f"out_dir={out_dir}"):
-                return trainer.train()
+                return Trainer(job, material).train()
 
     with ranks_on(device) as ranks:
         status = train_on(ranks)
@@ -110,97 +91,48 @@ def train(
         raise SystemExit(status)
 
 
-def make_trainer(
-    job: Job,
-    sections: Any,
-    find_data: Callable[[], Source],
-    objective_class: type[Objective],
-    make: Callable[[Job], tuple[GPT, Tokenizer]],
-) -> Trainer:
-    """Loads what a run needs; see `train`."""
-    run, console = job.run, job.console
-    torch.manual_seed(run.seed)
-    with file_errors("data"):
-        source = find_data()
-        train_split = load_split(source, "train", console)
-        validation_split = load_split(source, "validation", console)
-    with file_errors("init_from"), out_of_memory("making the model", job.device, "take a smaller model"):
-        model, tokenizer = make(job)
-        job.raw["model"] = {key: value for key, value in asdict(model.config).items() if key != "vocab_size"}
-        objective = objective_class(model, tokenizer, run, sections)
-        objective.to(job.device)
-    problems, examples = encode_all(objective, train_split.problems, "train", job)
-    validation = encode_all(objective, validation_split.problems[: run.eval_examples], "validation", job)
-    held_out = HeldOut(*validation, getattr(source, "tolerance", 0.0))
-    with file_errors(f"out_dir={job.out_dir}"):
-        return Trainer(job, objective, problems, examples, held_out)
-
-
 class Trainer:
     """One run: steps, evaluations, checkpoints.
 
     Args:
         job: what stays the same.
-        objective: what is trained, on its device.
-        problems: training problems.
-        examples: the same in token ids.
-        held_out: what it is validated on.
+        material: what is trained, on what.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        objective: Objective,
-        problems: Sequence[Problem],
-        examples: Sequence[Example],
-        held_out: HeldOut,
-    ) -> None:
+    def __init__(self, job: Job, material: Material) -> None:
         run = self.run = job.run
         self.job, self.ranks, self.console = job, job.ranks, job.console
-        self.objective, self.problems, self.examples, self.held_out = objective, problems, examples, held_out
+        method, examples, held_out = material.method, material.examples, material.held_out
+        self.method, self.problems, self.examples, self.held_out = method, material.problems, examples, held_out
         if len(held_out.examples) < job.ranks.world:
             raise UserError(
                 f"eval_examples: {len(held_out.examples)} held-out problems are fewer than the {job.ranks.world} ranks"
             )
-        if run.target_examples_per_step < job.ranks.world:
-            raise UserError(
-                f"target_examples_per_step={run.target_examples_per_step}: must be at least the {job.ranks.world} ranks"
-            )
-        lengths = Lazily(len(examples), lambda index: examples[index].length)
-        self.order = BatchOrder(lengths, run.target_examples_per_step, run.seed)
-        steps_of_epochs = math.ceil(run.num_epochs * len(examples) / run.target_examples_per_step)
-        self.num_steps = steps_of_epochs if run.num_iterations == -1 else run.num_iterations
-        needed = SKIPPED + WARMUP + PROFILED
-        if run.profile and self.num_steps < needed:
-            raise UserError(f"profile=true: takes {needed} steps, this run has {self.num_steps}; raise num_iterations")
-        self.optimizers = make_optimizers(objective, run)
+        self.batches = Batches(method, examples, job)
+        self.num_steps = self.batches.num_steps
+        self.optimizers = make_optimizers(method, run)
         self.step = 0
         state: dict[str, Any] = {}
         if job.start is not None:
-            state = restore(job.start, self.num_steps, objective, self.optimizers, job)
+            state = restore(job.start, self.num_steps, method, self.optimizers, job)
             self.step = state["step"]
         self.nonfinite = NonFinite(job.ranks, (state.get("nonfinite", 0), state.get("nonfinite_in_a_row", 0)))
         self.owes_validation = state.get("owes_validation", False)
-        set_block_options(
-            objective, run.compile, run.activation_checkpointing, run.compile_thoughts, run.later_attention
-        )
-        self.module = self.wrap(self.thoughts_now())
-        self.reporter = Reporter(job, objective, self.num_steps)
+        set_block_options(method, run.compile, run.activation_checkpointing, run.compile_thoughts, run.later_attention)
+        self.module = self.wrap(self.stage_now())
+        self.reporter = Reporter(job, method, self.num_steps)
 
-    def wrap(self, thoughts: ThoughtFormat) -> nn.Module:
-        """The objective as it is called in a stage: under DDP where there are ranks."""
+    def wrap(self, stage: Stage) -> nn.Module:
+        """The method as it is called in a stage: under DDP where there are ranks."""
         if self.ranks.world == 1:
-            return self.objective
-        # Decoder and projector take no part while there are no thoughts; looking for unused parameters later would only
-        # cost.
-        idle = thoughts.n_latents == 0 and (
-            self.objective.step_decoder is not None or self.objective.model.projector is not None
-        )
-        return DistributedDataParallel(self.objective, find_unused_parameters=idle)
+            return self.method
+        # Looking for unused parameters once there are thoughts would only cost.
+        idle = stage.thoughts == 0 and self.method.parts_idle_without_thoughts
+        return DistributedDataParallel(self.method, find_unused_parameters=idle)
 
-    def thoughts_now(self) -> ThoughtFormat:
-        """How the model was trained to answer in the last step (before the first: in the first)."""
-        return self.objective.thoughts_at(max(0, self.step - 1) / self.num_steps)
+    def stage_now(self) -> Stage:
+        """The stage of the last step (before the first: of the first)."""
+        return self.batches.stage(max(0, self.step - 1))
 
     def train(self) -> int:
         """Trains to the end, or until it is asked to stop; either way the last thing is a checkpoint.
@@ -212,12 +144,12 @@ class Trainer:
         if self.step == self.num_steps:
             self.console.print(f"{job.out_dir} is trained to its end, {self.num_steps} steps")
             return 0
-        self.ranks.on_main(partial(make_room, job.out_dir, self.objective, run.optimizer))
+        self.ranks.on_main(partial(make_room, job.out_dir, self.method, run.optimizer))
         log = RunLog(job.out_dir, self.ranks.is_main, self.step, run.run, run.wandb_project, job.raw, self.console)
         stop.listen()
         self.reporter.announce(self.examples, len(self.held_out.examples))
         began, began_step = time.perf_counter(), self.step
-        prefetch = Prefetch(self.prepare, self.num_steps)
+        prefetch = Prefetch(self.batches.prepare, self.num_steps)
         profiler = StepProfile(job.out_dir / "profile", self.console) if run.profile and self.ranks.is_main else None
         interval = Interval()
         metrics: dict[str, float] = {}
@@ -252,7 +184,7 @@ class Trainer:
                         totals,
                         grad_norm,
                         interval,
-                        self.thoughts_now().n_latents,
+                        self.stage_now().thoughts,
                         self.nonfinite.total,
                     )
                     interval = Interval()
@@ -281,21 +213,12 @@ class Trainer:
         self.ranks.barrier()
         return 0
 
-    def prepare(self, step: int) -> PreparedStep:
-        """The batches of a step; a function of nothing but its number."""
-        run, ranks = self.run, self.ranks
-        thoughts = self.objective.thoughts_at(step / self.num_steps)
-        indices = micro_batches(self.order.batch(step), run.device_batch_size, ranks.rank, ranks.world)
-        batches = [self.objective.collate([self.examples[i] for i in piece], thoughts) for piece in indices]
-        totals = add_up([batch.totals for batch in batches])
-        return PreparedStep([pin(b) for b in batches] if self.job.device.type == "cuda" else batches, totals)
-
     def train_step(self, prepared: PreparedStep) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, bool]:
         """One optimizer step: its shares and totals, the gradient norm, and whether any rank was told to stop."""
         run, job, ranks = self.run, self.job, self.ranks
-        thoughts = self.objective.thoughts_at(self.step / self.num_steps)
-        if thoughts != self.thoughts_now():
-            self.begin_stage(thoughts)
+        stage = self.batches.stage(self.step)
+        if stage != self.stage_now():
+            self.begin_stage(stage)
         totals = ranks.sum(prepared.totals | {"stop": torch.tensor(float(job.stop.asked))})
         stopping = bool(totals.pop("stop") > 0)
         device_totals = {key: value.to(job.device, non_blocking=True) for key, value in totals.items()}
@@ -320,7 +243,7 @@ class Trainer:
             return run.on_nonfinite == "skip" and self.look_for_nonfinite()
 
         with part("update"):
-            grad_norm = update(self.objective.parameters(), self.optimizers, run.max_grad_norm or math.inf, skips)
+            grad_norm = update(self.method.parameters(), self.optimizers, run.max_grad_norm or math.inf, skips)
         return shares, totals, grad_norm, stopping
 
     def look_for_nonfinite(self) -> bool:
@@ -333,7 +256,7 @@ class Trainer:
         if not found:
             return False
         step, loss, norm = found[0]
-        indices = self.order.batch(step - 1)
+        indices = self.batches.order.batch(step - 1)
         file = self.ranks.on_main(lambda: save_batch(self.job.out_dir, step, loss, norm, indices, self.problems))
         what = f"loss is {loss:g}, gradient norm {norm:g} at step {step}" + (f" (its batch: {file})" if file else "")
         if run.on_nonfinite == "error" or self.nonfinite.in_a_row > run.max_nonfinite:
@@ -343,13 +266,13 @@ class Trainer:
         warn(self.console, f"{what}: no update ({self.nonfinite.total} such steps so far)")
         return True
 
-    def begin_stage(self, thoughts: ThoughtFormat) -> None:
+    def begin_stage(self, stage: Stage) -> None:
         """A step before the first of a stage."""
-        self.console.print(f"step {self.step:05d} | stage: {thoughts.n_latents} thoughts")
-        self.objective.begin_stage(self.thoughts_now(), thoughts)
-        self.module = self.wrap(thoughts)
-        if self.objective.resets_optimizer:
-            self.optimizers = make_optimizers(self.objective, self.run)
+        self.console.print(f"step {self.step:05d} | stage: {stage.thoughts} thoughts")
+        self.method.begin_stage(self.stage_now(), stage)
+        self.module = self.wrap(stage)
+        if self.method.curriculum.resets_optimizer:
+            self.optimizers = make_optimizers(self.method, self.run)
 
     def validate(self, log: RunLog, show: bool) -> dict[str, float]:
         """Evaluates the stage that training is in; `show` prints it."""
@@ -359,7 +282,7 @@ class Trainer:
             out_of_memory(f"validating {n} problems at a time", self.job.device, helps),
             autocast(self.job.device, self.job.dtype),
         ):
-            metrics = validate(self.objective, self.as_checkpoint(), self.held_out, self.run, self.ranks)
+            metrics = validate(self.method, self.as_checkpoint(), self.held_out, self.run, self.ranks)
         log.write(self.step, metrics)
         if (collapsed := collapse(metrics)) is not None:
             warn(self.console, collapsed)
@@ -369,15 +292,7 @@ class Trainer:
 
     def as_checkpoint(self) -> Checkpoint:
         """The run as it stands."""
-        objective = self.objective
-        return Checkpoint(
-            model=objective.model,
-            step_decoder=objective.step_decoder,
-            tokenizer=objective.tokenizer,
-            thoughts=self.thoughts_now(),
-            config=self.job.raw,
-            step=self.step,
-        )
+        return as_checkpoint(self.method, self.stage_now(), self.job.raw, self.step)
 
     def save(self, log: RunLog) -> Path:
         """Writes a checkpoint; rank 0's moments and weights are everybody's."""
@@ -390,14 +305,14 @@ class Trainer:
         Raises:
             UserError: the disk refuses it, or the model is none any more.
         """
-        if broken := broken_weights(self.objective.named_parameters()):
+        if broken := broken_weights(self.method.named_parameters()):
             raise UserError(
                 f"not saved at step {self.step}: {broken[0]} and {len(broken) - 1} more weights hold numbers that are "
                 f"not finite, or over 1e19; checkpoints before it are as they were; {self.reporter.unstable()}"
             )
         total, in_a_row = self.nonfinite.state
         state = trainer_state(
-            self.objective,
+            self.method,
             self.optimizers,
             step=self.step,
             num_steps=self.num_steps,

@@ -87,7 +87,7 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def to_device(value: DataclassT, device: torch.device) -> DataclassT:
-    """A (nested) dataclass of tensors on another device; what is no tensor stays as it is."""
+    """A dataclass of tensors, dataclasses and dicts of these on another device; what else it holds stays as it is."""
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -99,15 +99,16 @@ def pin(value: DataclassT) -> DataclassT:
 def _map_tensors(value: DataclassT, change: Callable[[Tensor], Tensor]) -> DataclassT:
     if not is_dataclass(value):
         raise TypeError(f"{type(value).__name__} is no dataclass")
-    changed: dict[str, Any] = {}
-    for field in fields(value):
-        item = getattr(value, field.name)
-        if isinstance(item, Tensor):
-            item = change(item)
-        elif is_dataclass(item) and not isinstance(item, type):
-            item = _map_tensors(item, change)
-        changed[field.name] = item
+    changed = {field.name: _changed(getattr(value, field.name), change) for field in fields(value)}
     return type(value)(**changed)  # type: ignore[return-value]
+
+
+def _changed(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(item, Tensor):
+        return change(item)
+    if isinstance(item, dict):
+        return {key: _changed(value, change) for key, value in item.items()}
+    return _map_tensors(item, change) if is_dataclass(item) and not isinstance(item, type) else item
 
 
 class Prefetch(Generic[T]):

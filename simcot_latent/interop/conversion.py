@@ -118,8 +118,6 @@ def part_rows(rows: int, parts: int, config: GPTConfig) -> list[int]:
 def describe(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and weights of a model as its family publishes them; the inverse of `build`.
 
-    A projector, which no family has, is left out.
-
     Raises:
         UserError: no family is like it.
     """
@@ -130,7 +128,7 @@ def describe(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"no published family is like this model: a {family.model_type}, the nearest, has not "
             f"{', '.join(differences)}"
         )
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("projector.")}
+    state = model.state_dict()
     tensors: dict[str, Tensor] = {}
     for ours, parts in family.names({name: value.shape for name, value in state.items()}):
         rows = part_rows(len(state[ours]), len(parts), config)

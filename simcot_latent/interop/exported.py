@@ -68,11 +68,11 @@ def notes(checkpoint: Checkpoint, family: str) -> list[str]:
     Args:
         family: what `export_hf` returned.
     """
-    thoughts, tokenizer = checkpoint.thoughts, checkpoint.tokenizer
+    thoughts, tokenizer, loop = checkpoint.stage.thoughts, checkpoint.tokenizer, checkpoint.loop
     parts = {
         "the auxiliary decoder": checkpoint.step_decoder is not None,
-        "the projector of thoughts": checkpoint.model.projector is not None,
-        f"the loop of {thoughts.n_latents} thoughts before an answer": thoughts.n_latents > 0,
+        "the projector of thoughts": getattr(loop, "projector", None) is not None,
+        f"the loop of {thoughts} thoughts before an answer": thoughts > 0,
     }
     left_out = ", ".join(name for name, is_there in parts.items() if is_there)
     lines = [f"left out, since {family} has no place for it: {left_out}; see {checkpoint.path}"] if left_out else []

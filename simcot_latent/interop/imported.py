@@ -14,7 +14,6 @@ Models go by Hugging Face's names. The table of each has three rows behind the b
 output head of their own, of as many rows as the base model's. Sources: https://github.com/facebookresearch/coconut
 (coconut.py, dataset.py), https://github.com/zhenyi4/codi (src/model.py, test.py), https://github.com/InternLM/SIM-CoT.
 
-Shapes: I numbers in and O out of a linear layer, R rank.
 """
 
 from __future__ import annotations
@@ -28,11 +27,13 @@ from pathlib import Path
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, read_json
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError, require_choice, some
 from simcot_latent.interop.conversion import build
 from simcot_latent.interop.families import FAMILIES, Family, family_of
-from simcot_latent.interop.pretrained import with_projector
+from simcot_latent.interop.peft import without_peft
 from simcot_latent.interop.published import (
     Published,
     download,
@@ -42,13 +43,12 @@ from simcot_latent.interop.published import (
     read_weights,
 )
 from simcot_latent.interop.tensor_names import plain_names
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.paths import HUB_ID, expanded
+from simcot_latent.terms.step_decoder import StepDecoder
+from simcot_latent.terms.steps import StepGroups
 from simcot_latent.weights import require_finite
-
-LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ class Kind:
         model, decoder, besides: first parts of names, see the module.
         added: what the three rows behind the base model's vocabulary stand for.
         roles: those of them that our prompts need.
-        thoughts: how it answers, as published.
-        missing: what a group without a step was taught, see `align_steps`.
+        answers: what stands around its answers.
+        n_latents: thoughts, as published.
+        feeds_last: see `SequentialConfig`.
+        groups: how they stand for steps.
         first_position: of the decoder.
         max_new_tokens: of an answer, in the published evaluation.
     """
@@ -70,8 +72,10 @@ class Kind:
     besides: str
     added: tuple[str, str, str]
     roles: Mapping[str, str]
-    thoughts: ThoughtFormat
-    missing: str
+    answers: AnswerFormat
+    n_latents: int
+    feeds_last: bool
+    groups: StepGroups
     first_position: int
     max_new_tokens: int
 
@@ -86,8 +90,10 @@ COCONUT = Kind(
     besides="embedding",
     added=("<|start-latent|>", "<|end-latent|>", "<|latent|>"),
     roles={"bot": "<|start-latent|>", "eot": "<|end-latent|>"},
-    thoughts=ThoughtFormat(thinks=True, n_latents=10, latents_per_step=2, question_end="\n", answer_mark="###"),
-    missing="answer",
+    answers=AnswerFormat(thinks=True, question_end="\n", answer_mark="###"),
+    n_latents=10,
+    feeds_last=True,
+    groups=StepGroups(latents_per_step=2, missing="answer"),
     first_position=1,
     max_new_tokens=64,
 )
@@ -99,9 +105,10 @@ CODI = Kind(
     besides="prj",
     added=("<|pad|>", "<|bot|>", "<|eot|>"),  # they have no names there
     roles={"bot": "<|bot|>", "eot": "<|eot|>"},
-    # What the sixth thought comes to is only decoded.
-    thoughts=ThoughtFormat(thinks=True, n_latents=6, feeds_last=False, answer_mark="The answer is:"),
-    missing="mask",
+    answers=AnswerFormat(thinks=True, answer_mark="The answer is:"),
+    n_latents=6,
+    feeds_last=False,  # what the sixth thought comes to is only decoded
+    groups=StepGroups(latents_per_step=1, missing="mask"),
     first_position=0,
     max_new_tokens=256,
 )
@@ -123,14 +130,11 @@ BARE = ""
 """In place of a first part: of Coconut's stage 0, before there is any thought, the model is saved by itself."""
 
 
-WRITTEN = ThoughtFormat(answer_mark="###")
+WRITTEN = AnswerFormat(answer_mark="###")
 """How that model answers: the steps, a line each, then the answer."""
 
 
 PROJECTOR = {"1": "up", "3": "down", "ln": "norm"}
-
-
-PEFT = "base_model.model."
 
 
 def import_checkpoint(
@@ -157,61 +161,58 @@ def import_checkpoint(
     """
     require_choice("kind", kind, tuple(KINDS))
     flavour = KINDS[kind]
-    thoughts = thought_format(flavour, n_latents, latents_per_step)
+    answers, stage, groups = how_it_answers(flavour, n_latents, latents_per_step)
     parts = split(read_source(source), source, kind)
     stage_0 = BARE in parts
     if stage_0:
         if n_latents is not None or latents_per_step is not None:
             raise UserError(f"source={source}: is of stage 0, whose model writes its steps; leave n_latents out")
-        parts[flavour.model], thoughts = parts.pop(BARE), WRITTEN
+        parts[flavour.model], answers, stage = parts.pop(BARE), WRITTEN, Stage()
     published = read_published(base, "base")
     family = family_of(published.config, published.path)
     if "embedding" in parts and not tables(parts[flavour.model], family):  # safetensors keeps one name of what is tied
         parts[flavour.model][f"{family.body}{family.modules['embedding'][0]}.weight"] = parts["embedding"]["weight"]
     model = model_like(published, without_peft(parts[flavour.model], lora_alpha, family, source), source)
-    if "prj" in parts:
-        model = projecting(model, parts["prj"], source)
+    loop = None if stage_0 else make_loop(flavour, parts.get("prj"), model.config.n_embd, source)
     decoder = None
     if flavour.decoder is not None:
         weights = parts[flavour.decoder]
         theirs = model_like(published, weights, f"{source} ({flavour.decoder}.*)", count_blocks(weights, family))
         decoder = step_decoder(theirs, model, flavour.first_position)
-    for module in (model, decoder):
+    for module in (model, loop, decoder):
         if module is not None:
             require_finite(module.state_dict(), f"source={source}")
-    latent = {
-        "n_latents": thoughts.n_latents,
-        "latents_per_step": thoughts.latents_per_step,
-        "surplus": "merge",
-        "missing": flavour.missing,
-    }
     return Checkpoint(
         model=model.eval(),
         step_decoder=None if decoder is None else decoder.eval(),
         tokenizer=extended_tokenizer(published, flavour, model.config.vocab_size, stage_0),
-        thoughts=thoughts,
+        answers=answers,
+        loop=None if loop is None else loop.eval(),
+        stage=stage,
+        groups=groups,
         config={
             "mode": "weighted" if stage_0 else "latent",
             "rationale": "equations",
             "max_new_tokens": 256 if stage_0 else flavour.max_new_tokens,
-            "latent": latent,
             "imported": {"kind": kind, "source": str(source), "base": str(base)},
         },
     )
 
 
-def thought_format(kind: Kind, n_latents: int | None, latents_per_step: int | None) -> ThoughtFormat:
-    """How a model thinks, with `n_latents` thoughts.
+def how_it_answers(
+    kind: Kind, n_latents: int | None, latents_per_step: int | None
+) -> tuple[AnswerFormat, Stage, StepGroups]:
+    """How a model answers, with `n_latents` thoughts.
 
     Raises:
         UserError: thoughts do not make whole step groups.
     """
-    c = latents_per_step or kind.thoughts.latents_per_step
-    n_latents = n_latents or kind.thoughts.n_latents
-    if (n_latents + (not kind.thoughts.feeds_last)) % c:
-        also = "" if kind.thoughts.feeds_last else " and one state that is not fed"
+    c = latents_per_step or kind.groups.latents_per_step
+    n_latents = n_latents or kind.n_latents
+    if (n_latents + (not kind.feeds_last)) % c:
+        also = "" if kind.feeds_last else " and one state that is not fed"
         raise UserError(f"n_latents={n_latents}{also}: must make whole groups of latents_per_step={c}")
-    return replace(kind.thoughts, n_latents=n_latents, latents_per_step=c)
+    return kind.answers, Stage(n_latents, first_written=None), replace(kind.groups, latents_per_step=c)
 
 
 def read_source(source: str | Path) -> dict[str, Tensor]:
@@ -308,57 +309,27 @@ def count_blocks(names: Iterable[str], family: Family) -> int:
     return 1 + max((int(match[1]) for match in map(block.search, names) if match), default=-1)
 
 
-def without_peft(tensors: Mapping[str, Tensor], alpha: float, family: Family, source: str | Path) -> dict[str, Tensor]:
-    """A model's weights by its own names; if PEFT has wrapped it, with LoRA merged: W + alpha / R * B A.
-
-    Source: LoRA, https://arxiv.org/abs/2106.09685, section 4.1.
-
-    Raises:
-        UserError: factors do not fit each other or their weight.
-    """
-
-    def turned(weight: Tensor) -> Tensor:
-        return weight.T if family.transposed else weight
-
-    weights = {
-        name.removeprefix(PEFT).replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): tensor
-        for name, tensor in tensors.items()
-        if ".original_module." not in name
-    }
-    for name in [name for name in weights if name.endswith(LORA_A)]:
-        layer = name.removesuffix(LORA_A)
-        a_RI, b_OR, weight = weights.pop(name), weights.pop(layer + LORA_B, None), weights.get(f"{layer}.weight")
-        if b_OR is None or weight is None or weight.dim() != 2 or a_RI.dim() != 2 or len(a_RI) == 0:
-            raise UserError(f"source={source}: has {name}, but no lora_B or no matrix for them to change")
-        R, (O, I) = len(a_RI), turned(weight).shape  # noqa: E741
-        if (a_RI.shape, b_OR.shape) != ((R, I), (O, R)):
-            raise UserError(
-                f"source={source}: LoRA of {layer} does not fit: lora_A is {tuple(a_RI.shape)} and lora_B "
-                f"{tuple(b_OR.shape)}; they must be (rank, {I}) and ({O}, rank)"
-            )
-        weights[f"{layer}.weight"] = turned(turned(weight).float() + alpha / R * b_OR.float() @ a_RI.float())
-    return weights
-
-
-def projecting(model: GPT, tensors: Mapping[str, Tensor], source: str | Path) -> GPT:
-    """The model with a published projector.
+def make_loop(kind: Kind, projector: Mapping[str, Tensor] | None, width: int, source: str | Path) -> Sequential:
+    """The thought loop, with a published projector if there is one.
 
     Raises:
         UserError: it is another than Linear, GELU, Linear, LayerNorm.
     """
+    if projector is None:
+        return Sequential(width, SequentialConfig(kind.feeds_last))
     names = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in PROJECTOR.items() for kind in ("weight", "bias")}
-    if tensors.keys() != names.keys():
+    if projector.keys() != names.keys():
         raise UserError(
-            f"source={source}: its projector holds prj.{', prj.'.join(tensors)}; Linear, GELU, Linear, LayerNorm hold "
-            f"prj.{', prj.'.join(names)}"
+            f"source={source}: its projector holds prj.{', prj.'.join(projector)}; Linear, GELU, Linear, LayerNorm "
+            f"hold prj.{', prj.'.join(names)}"
         )
-    model = with_projector(model, tensors["1.bias"].numel())
-    weights = {f"projector.{ours}": tensors[theirs] for theirs, ours in names.items()}
+    loop = Sequential(width, SequentialConfig(kind.feeds_last, projector["1.bias"].numel()))
+    weights = {f"projector.{ours}": projector[theirs] for theirs, ours in names.items()}
     for name, weight in weights.items():
-        if weight.shape != model.get_parameter(name).shape:
-            raise UserError(f"source={source}: its projector (prj.*) is not of a model of width {model.config.n_embd}")
-    model.load_state_dict(weights, strict=False)
-    return model
+        if weight.shape != loop.get_parameter(name).shape:
+            raise UserError(f"source={source}: its projector (prj.*) is not of a model of width {width}")
+    loop.load_state_dict(weights)
+    return loop
 
 
 def step_decoder(theirs: GPT, model: GPT, first_position: int) -> StepDecoder:

@@ -22,7 +22,6 @@ from simcot_latent.errors import UserError
 from simcot_latent.interop.conversion import build
 from simcot_latent.interop.published import Published, read_published
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.weights import require_finite
 
 OURS = {"bot": BOT, "eot": EOT, "end": END, "pad": PAD}
@@ -40,7 +39,7 @@ def load_pretrained(
         verify: of a checkpoint of ours, see `load_checkpoint`.
 
     Returns:
-        A checkpoint that writes (`thoughts.thinks` is False); of our own checkpoints, what they are.
+        A checkpoint that writes (`answers.thinks` is False); of our own checkpoints, what they are.
 
     Raises:
         UserError: there is nothing, it is of a family that we do not know, or a file of it is missing or broken,
@@ -58,7 +57,6 @@ def load_pretrained(
         model=model.to(device).eval(),
         step_decoder=None,
         tokenizer=tokenizer,
-        thoughts=ThoughtFormat(),
         config={"max_new_tokens": 256},
         path=published.path,
     )
@@ -113,13 +111,6 @@ def grow_vocabulary(model: GPT, vocab_size: int, row: int | None = None) -> GPT:
         if name in state:
             state[name] = with_rows(state[name], vocab_size, row)
     grown.load_state_dict(state)
-    return grown.to(model.embedding.weight.device).train(model.training)
-
-
-def with_projector(model: GPT, hidden_width: int | None) -> GPT:
-    """A model with a new projector from hidden states to thoughts; see `GPTConfig.projector_width`."""
-    grown = GPT(replace(model.config, projector_width=hidden_width))
-    grown.load_state_dict(model.state_dict(), strict=False)
     return grown.to(model.embedding.weight.device).train(model.training)
 
 

@@ -55,8 +55,6 @@ class GPTConfig:
         qk_norm: RMS-normalise queries and keys, without a learned scale.
         logit_softcap: c in c * tanh(logits / c). None: none.
         tie_head: the output head is the embedding table.
-        projector_width: hidden width of the projector between a hidden state and the thought that it becomes (CODI).
-            None: no projector, the hidden state is the thought (Coconut).
     """
 
     vocab_size: int
@@ -79,7 +77,6 @@ class GPTConfig:
     qk_norm: bool = False
     logit_softcap: float | None = None
     tie_head: bool = True
-    projector_width: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):  # as configurations hold it
@@ -99,9 +96,7 @@ class GPTConfig:
         require(halves, "model.n_embd", width, "even per head for rotary")
         require_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
         require_choice("model.activation", self.activation, tuple(_ACTIVATIONS))
-        for key in ("ffn_width", "projector_width"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"model.{key}", value, "at least 1")
+        require(self.ffn_width is None or self.ffn_width >= 1, "model.ffn_width", self.ffn_width, "at least 1")
         require(0 < self.rope_base < math.inf, "model.rope_base", self.rope_base, "above 0, finite")
         require(0 <= self.norm_eps < math.inf, "model.norm_eps", self.norm_eps, "at least 0, finite")
         softcap = self.logit_softcap
@@ -379,7 +374,7 @@ class Transformer(nn.Module):
         blocks = [Block(config) for _ in range(config.n_layer)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = make_norm(config)
-        self.apply(_init)
+        self.apply(init_weights)
         for block in blocks:
             # GPT-2's scaling: the residual stream's variance stays the same at any depth.
             for residual in (block.attention.out, block.mlp.down):
@@ -444,19 +439,6 @@ class Transformer(nn.Module):
         return hidden_MD
 
 
-class Projector(nn.Module):
-    """From a hidden state to the thought that it becomes (CODI, https://arxiv.org/abs/2502.21074, section 3)."""
-
-    def __init__(self, width: int, hidden_width: int) -> None:
-        super().__init__()
-        self.up = Linear(width, hidden_width)
-        self.down = Linear(hidden_width, width)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(self.down(activated(self.up(hidden), F.gelu, self.down, keeps_input_alone=True)))
-
-
 class GPT(nn.Module):
     """Embedding, transformer and output head.
 
@@ -469,13 +451,9 @@ class GPT(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.n_embd)
         self.transformer = Transformer(config)
         self.head = None if config.tie_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        width = config.projector_width
-        self.projector = None if width is None else Projector(config.n_embd, width)
-        _init(self.embedding)
-        if self.projector is not None:
-            self.projector.apply(_init)
+        init_weights(self.embedding)
         if self.head is not None:
-            _init(self.head)
+            init_weights(self.head)
 
     def forward(
         self,
@@ -491,10 +469,6 @@ class GPT(nn.Module):
         What are no tokens, such as thoughts, goes into `transformer` as input embeddings.
         """
         return self.transformer(self.embedding(ids), packing, cache, read_out, position_P, taps)
-
-    def thought(self, hidden: Tensor) -> Tensor:
-        """The thought (..., D) that a hidden state (..., D) becomes: itself, or its projection."""
-        return hidden if self.projector is None else self.projector(hidden)
 
     @property
     def output_table(self) -> Tensor:
@@ -512,7 +486,7 @@ def output_logits(hidden: Tensor, table_VD: Tensor, softcap: float | None) -> Te
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _init(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
     """Embeddings N(0, 0.02) as in GPT-2; linear weights N(0, 1 / fan_in), which keeps narrow models moving too."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)

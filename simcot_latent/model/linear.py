@@ -178,13 +178,14 @@ def keep_weights_in(module: nn.Module, dtype: torch.dtype | None) -> None:
 def gathered_gradients(*modules: nn.Module) -> Iterator[None]:
     """Within it every `Linear` and `Embedding` of these modules gathers its gradients; without gradients, nothing.
 
-    Autocast, where there is any, is to be entered before it. Inputs are (P, I).
+    Autocast, where there is any, is to be entered before it. Inputs are (P, I). Within another, what gathers already
+    goes on as it did.
     """
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     if not torch.is_grad_enabled():
         parts = []
-    layers = [part for part in parts if isinstance(part, Linear)]
-    tables = [part for part in parts if isinstance(part, Embedding)]
+    layers = [part for part in parts if isinstance(part, Linear) and part.gathering is None]
+    tables = [part for part in parts if isinstance(part, Embedding) and part.gathered is None]
     try:
         for layer in layers:
             layer.gathering = Gathering(layer)

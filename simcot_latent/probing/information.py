@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -19,12 +19,9 @@ from simcot_latent.checkpoint import Checkpoint, require_decoder
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.problem import Problem
 from simcot_latent.logs import make_console, track
-from simcot_latent.model.step_decoder import PackedSteps
-from simcot_latent.probing.gold import gold_groups, holds_step
-from simcot_latent.probing.thoughts import group_prefix
-
-if TYPE_CHECKING:
-    pass
+from simcot_latent.probing.thoughts import gold_groups, group_prefix
+from simcot_latent.terms.step_decoder import PackedSteps
+from simcot_latent.terms.steps import holds_step
 
 DONORS = 64
 """Problems whose thoughts a step is scored with for its V-information, its own among them: it is at most 6 bits."""
@@ -66,8 +63,8 @@ def v_information(
     Returns:
         By problem and group; without the groups that hold no step, or that hold one in a single problem.
     """
-    decoder, tokenizer, c = require_decoder(checkpoint), checkpoint.tokenizer, checkpoint.thoughts.latents_per_step
-    G = checkpoint.thoughts.groups
+    decoder, tokenizer, c = require_decoder(checkpoint), checkpoint.tokenizer, checkpoint.groups.latents_per_step
+    G = checkpoint.n_groups
     gold = [gold_groups(checkpoint, problem) for problem in problems]
     wanted = set(range(len(problems)) if rows is None else rows)
     circle = sorted(range(len(problems)), key=lambda row: (_digest(problems[row].question), row))

@@ -9,25 +9,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, require_decoder, setting
+from simcot_latent.checkpoint import Checkpoint, require_decoder
+from simcot_latent.checkpoint_config import setting
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.problem import Problem
 from simcot_latent.generate import Generation, generate
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right
-from simcot_latent.model.step_decoder import PackedSteps
-from simcot_latent.probing.gold import gold_groups, holds_step
 from simcot_latent.probing.information import v_information
-from simcot_latent.probing.thoughts import decode_groups, group_prefix, latents_of, require_thoughts, think
-
-if TYPE_CHECKING:
-    pass
+from simcot_latent.probing.thoughts import (
+    decode_groups,
+    gold_groups,
+    group_prefix,
+    latents_of,
+    require_thoughts,
+    think,
+)
+from simcot_latent.terms.step_decoder import PackedSteps
+from simcot_latent.terms.steps import holds_step
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,7 @@ def _answer(checkpoint: Checkpoint, questions: Sequence[str]) -> tuple[list[Gene
     """Answers to questions as one batch, and the thoughts (B, K, D) that they came from."""
     require_decoder(checkpoint)
     require_thoughts(checkpoint)
-    model, limit = checkpoint.model, setting(checkpoint, "max_new_tokens")
-    generations = generate(model, checkpoint.tokenizer, checkpoint.thoughts, questions, limit)
+    generations = generate(checkpoint, questions, setting(checkpoint, "max_new_tokens"))
     return generations, latents_of(generations) if generations else think(checkpoint, []).latents
 
 
@@ -127,7 +131,7 @@ def probe_problems(
                     taught_answer=group.gold is not None and not holds_step(problem, g),
                     **found[row, g]._asdict() if (row, g) in found else {},
                 )
-                for g, group in enumerate(islice(groups, checkpoint.thoughts.groups))
+                for g, group in enumerate(islice(groups, checkpoint.n_groups))
             ]
             probes.append(QuestionProbe(problem.question, its_groups, answers[row], problem.answer))
     return probes
@@ -169,7 +173,7 @@ def teacher_forced(
     if not taught:
         return results
     ids = [tokenizer.encode(texts[i] or "") for i in taught]
-    steps = PackedSteps.of(ids, tokenizer.end_id, checkpoint.thoughts.latents_per_step)
+    steps = PackedSteps.of(ids, tokenizer.end_id, checkpoint.groups.latents_per_step)
     steps = to_device(steps, latents_BKD.device)
     found = decoder.score(group_prefix(checkpoint, latents_BKD)[taught], steps)
     zero_N = torch.zeros(len(taught), device=latents_BKD.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -12,9 +12,6 @@ from simcot_latent.data.problem import same_number
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.probing.information import VInformation, text_entropy
 from simcot_latent.probing.steps import GroupProbe, QuestionProbe
-
-if TYPE_CHECKING:
-    pass
 
 
 def summarise(probes: Sequence[QuestionProbe], tolerance: float = 0.0) -> dict[str, Any]:

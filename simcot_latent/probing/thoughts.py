@@ -6,20 +6,17 @@ Shapes: B questions, K thoughts, G step groups, C thoughts per group, N = B * G,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, require_decoder
+from simcot_latent.data.problem import Problem
 from simcot_latent.errors import UserError
 from simcot_latent.generate import Generation, encode_prompts, think_about
+from simcot_latent.loops.base import Thoughts
 from simcot_latent.model.cache import KVCache
-from simcot_latent.model.thoughts import Thoughts
-
-if TYPE_CHECKING:
-    pass
 
 MAX_STEP_TOKENS = 128
 """Where free-running decoding of a group gives up; merged steps of GSM8K stay under it."""
@@ -32,17 +29,22 @@ def think(checkpoint: Checkpoint, questions: Sequence[str]) -> Thoughts:
     Raises:
         UserError: the model does not think, or a question is empty or does not fit the context.
     """
-    model, thoughts = checkpoint.model, checkpoint.thoughts
     require_thoughts(checkpoint)
-    prompts = encode_prompts(model, checkpoint.tokenizer, thoughts, questions)
+    prompts = encode_prompts(checkpoint, questions)
     if not prompts:
-        return Thoughts(torch.empty(0, thoughts.n_states, model.config.n_embd, device=checkpoint.device), KVCache(0))
-    return think_about(model, thoughts, prompts)
+        width = checkpoint.model.config.n_embd
+        return Thoughts(torch.empty(0, checkpoint.n_states, width, device=checkpoint.device), KVCache(0))
+    return think_about(checkpoint, prompts)
 
 
 def require_thoughts(checkpoint: Checkpoint) -> None:
-    if checkpoint.thoughts.n_latents == 0:
+    if checkpoint.stage.thoughts == 0:
         raise UserError(f"{checkpoint.path}: this model writes its steps and has no thoughts; use one of mode=latent")
+
+
+def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
+    """What each group of a problem was supervised to say, as text; None: nothing."""
+    return checkpoint.groups.gold(problem, checkpoint.n_groups, checkpoint.stage, checkpoint.answers)
 
 
 def latents_of(generations: Sequence[Generation]) -> Tensor:
@@ -66,7 +68,7 @@ def decode_groups(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[l
     """As `decode_steps`, each text with its probability."""
     latents_BKD = thoughts if isinstance(thoughts, Tensor) else thoughts.latents
     decoded = _decode(checkpoint, group_prefix(checkpoint, latents_BKD))
-    G = checkpoint.thoughts.groups
+    G = checkpoint.n_groups
     return [decoded[i : i + G] for i in range(0, len(decoded), G)]
 
 
@@ -86,4 +88,4 @@ def _decode(checkpoint: Checkpoint, prefix_NCD: Tensor) -> list[tuple[str, float
 
 def group_prefix(checkpoint: Checkpoint, latents_BKD: Tensor) -> Tensor:
     """Thoughts cut into the step groups that the decoder reads, (N, C, D)."""
-    return rearrange(latents_BKD, "b (g c) d -> (b g) c d", c=checkpoint.thoughts.latents_per_step)
+    return rearrange(latents_BKD, "b (g c) d -> (b g) c d", c=checkpoint.groups.latents_per_step)

@@ -18,7 +18,7 @@ from simcot_latent.data.lazy import Lazily
 from simcot_latent.distributed import autocast
 from simcot_latent.evals import eval_names, module_of
 from simcot_latent.logs import RunLog, warn
-from simcot_latent.objectives.base import Objective
+from simcot_latent.method import Method
 from simcot_latent.probing.steps import probe_problems
 from simcot_latent.probing.summary import probe_table
 from simcot_latent.training.optimizer import lr_multiplier
@@ -26,7 +26,7 @@ from simcot_latent.training.setup import Job, count_parameters, source_name
 from simcot_latent.training.validation import HeldOut, validation_table
 
 if TYPE_CHECKING:
-    from simcot_latent.train import PreparedStep
+    from simcot_latent.training.batches import PreparedStep
 
 
 class Interval:
@@ -57,12 +57,12 @@ class Reporter:
 
     Args:
         job: what stays the same.
-        objective: what is trained.
+        method: what is trained.
         num_steps: of the whole run.
     """
 
-    def __init__(self, job: Job, objective: Objective, num_steps: int) -> None:
-        self.job, self.objective, self.num_steps = job, objective, num_steps
+    def __init__(self, job: Job, method: Method, num_steps: int) -> None:
+        self.job, self.method, self.num_steps = job, method, num_steps
         self.console = job.console
         self.warned_weights = False
 
@@ -74,8 +74,8 @@ class Reporter:
             held_out: the number of validation problems.
         """
         run, job = self.job.run, self.job
-        model, decoder = self.objective.model, self.objective.step_decoder
-        size = f"{count_parameters(model):,} parameters"
+        model, loop, decoder = self.method.model, self.method.loop, self.method.step_decoder
+        size = f"{count_parameters(model) + (0 if loop is None else count_parameters(loop)):,} parameters"
         if decoder is not None:
             size += f" + decoder {count_parameters(decoder) - model.embedding.weight.numel():,}"
         self.console.print(
@@ -150,9 +150,9 @@ class Reporter:
             held_out: what it was validated on.
         """
         self.console.print(validation_table(metrics, len(held_out.problems)))
-        has_thoughts = checkpoint.step_decoder is not None and checkpoint.thoughts.n_latents > 0
+        has_thoughts = checkpoint.step_decoder is not None and checkpoint.stage.thoughts > 0
         if has_thoughts:
-            self.objective.eval()
+            self.method.eval()
             with torch.no_grad(), autocast(self.job.device, self.job.dtype):
                 probes = probe_problems(checkpoint, held_out.problems[:5])
             self.console.print(probe_table(probes, held_out.tolerance))
@@ -172,7 +172,7 @@ class Reporter:
         rows = min(run.device_batch_size, math.ceil(run.target_examples_per_step / self.job.ranks.world))
         return (
             f"at step {step}, in passes over {rows} problems, about {tokens:,.0f} tokens, of a model of "
-            f"{count_parameters(self.objective):,} parameters"
+            f"{count_parameters(self.method):,} parameters"
         )
 
     def less_memory(self) -> str:

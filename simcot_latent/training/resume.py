@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, load_trainer_state, progress, setting
+from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, load_trainer_state, progress
+from simcot_latent.checkpoint_config import setting
 from simcot_latent.checkpoint_folders import CONFIG, STATE_JSON, STATE_TENSORS
-from simcot_latent.config import RunConfig
+from simcot_latent.config import RunConfig, one_line
 from simcot_latent.errors import UserError, some
 from simcot_latent.logs import warn
-from simcot_latent.model.gpt import GPT
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.objectives.base import Objective
+from simcot_latent.loops.base import ThoughtLoop
+from simcot_latent.method import Method, is_like
 from simcot_latent.training.optimizer import Muon
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ PREFIX = "optimizer/"
 """Of the names of what optimizers keep: `optimizer/<parameter>/<key>`."""
 
 
-def trainer_state(objective: Objective, optimizers: Sequence[torch.optim.Optimizer], **values: Any) -> TrainerState:
+def trainer_state(method: Method, optimizers: Sequence[torch.optim.Optimizer], **values: Any) -> TrainerState:
     """What it takes to go on with a run, beside its checkpoint."""
-    names: dict[Tensor, str] = {p: name for name, p in objective.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in method.named_parameters()}
     tensors = {
         f"{PREFIX}{names[parameter]}/{key}": value
         for optimizer in optimizers
@@ -53,7 +53,7 @@ def trainer_state(objective: Objective, optimizers: Sequence[torch.optim.Optimiz
 
 
 def restore(
-    folder: Path, num_steps: int, objective: Objective, optimizers: Sequence[torch.optim.Optimizer], job: Job
+    folder: Path, num_steps: int, method: Method, optimizers: Sequence[torch.optim.Optimizer], job: Job
 ) -> dict[str, Any]:
     """Puts a checkpoint's weights, moments and random state in place; the plain values beside them.
 
@@ -69,9 +69,9 @@ def restore(
             f"{folder / STATE_JSON}: says step={step}, but {folder / CONFIG} says step={saved.step}; they are not of "
             "one checkpoint"
         )
-    check_changes(saved, planned, num_steps, objective, job)
-    copy_weights(saved, objective)
-    restore_moments(state.tensors, objective, optimizers, folder / STATE_TENSORS)
+    check_changes(saved, planned, num_steps, method, job)
+    copy_weights(saved, method)
+    restore_moments(state.tensors, method, optimizers, folder / STATE_TENSORS)
     try:
         torch.set_rng_state(state.tensors["random/cpu"])
     except (KeyError, RuntimeError, TypeError) as error:
@@ -88,7 +88,7 @@ MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
 
 
 def restore_moments(
-    tensors: Mapping[str, Tensor], objective: Objective, optimizers: Sequence[torch.optim.Optimizer], file: Path
+    tensors: Mapping[str, Tensor], method: Method, optimizers: Sequence[torch.optim.Optimizer], file: Path
 ) -> None:
     """Gives the optimizers what they kept of each parameter, see `trainer_state`.
 
@@ -97,7 +97,7 @@ def restore_moments(
     """
     left = {name for name in tensors if name.startswith(PREFIX)}
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for name, parameter in objective.named_parameters():
+    for name, parameter in method.named_parameters():
         optimizer = owner[parameter]
         keys = {key: f"{PREFIX}{name}/{key}" for key in MOMENTS[type(optimizer)]}
         found = [full for full in keys.values() if full in tensors]
@@ -123,20 +123,24 @@ def restore_moments(
         raise UserError(f"{file}: holds {some(sorted(left))}, of which this run has no parameter")
 
 
-def parts(objective: Objective | Checkpoint) -> dict[str, GPT | StepDecoder | None]:
-    """What has weights, by the section of the options that shapes it."""
-    return {"model": objective.model, "decoder": objective.step_decoder}
+def copy_weights(saved: Checkpoint, method: Method) -> None:
+    """A checkpoint's weights into what is to be trained; of the same shapes, see `never_changing`.
+
+    Raises:
+        UserError: a further part is of other shapes.
+    """
+    modules = {"model": saved.model, "loop": saved.loop, "step_decoder": saved.step_decoder}
+    states = {name: module.state_dict() for name, module in modules.items() if module is not None}
+    for name, module in method.named_children():
+        try:
+            module.load_state_dict(states[name] if name in states else saved.parts[name])
+        except RuntimeError as error:
+            raise UserError(
+                f"{saved.path}/{name}.safetensors: does not fit this run ({one_line(str(error))})"
+            ) from error
 
 
-def copy_weights(saved: Checkpoint, objective: Objective) -> None:
-    """A checkpoint's weights into the model, and the decoder, that are to be trained; of the same shapes."""
-    theirs = parts(saved)
-    for name, ours in parts(objective).items():
-        if ours is not None and (weights := theirs[name]) is not None:
-            ours.load_state_dict(weights.state_dict())
-
-
-def check_changes(saved: Checkpoint, planned: int, num_steps: int, objective: Objective, job: Job) -> None:
+def check_changes(saved: Checkpoint, planned: int, num_steps: int, method: Method, job: Job) -> None:
     """Says which options differ from those of the run so far.
 
     Args:
@@ -146,9 +150,9 @@ def check_changes(saved: Checkpoint, planned: int, num_steps: int, objective: Ob
         UserError: one does that can never change in a run; or, with resume=auto, one that changes what is trained (but
             for `resume_with_changes=true`).
     """
-    changes = changed_options(with_defaults(saved.config, objective, job.raw), job.raw)
+    changes = changed_options(with_defaults(saved.config, method, job.raw), job.raw)
     barred = {key: text for key, text in changes.items() if key.partition(".")[0] not in FREE}
-    if never := never_changing(saved, planned, num_steps, objective, job.run):
+    if never := never_changing(saved, planned, num_steps, method, job.run):
         others = f"; options that differ: {', '.join(barred.values())}" if barred else ""
         raise UserError(
             f"resume: {saved.path} cannot be gone on with: {', '.join(never)} may not change in a run; give the same, "
@@ -163,7 +167,7 @@ def check_changes(saved: Checkpoint, planned: int, num_steps: int, objective: Ob
         warn(job.console, f"resume: from here on other options than before: {', '.join(changes.values())}")
 
 
-def never_changing(saved: Checkpoint, planned: int, num_steps: int, objective: Objective, run: RunConfig) -> list[str]:
+def never_changing(saved: Checkpoint, planned: int, num_steps: int, method: Method, run: RunConfig) -> list[str]:
     """What differs from the run so far and may not, whatever `resume_with_changes` says: weights or moments would not
     fit, or the schedules of stages and learning rate would be others."""
     found: list[str] = []
@@ -171,9 +175,10 @@ def never_changing(saved: Checkpoint, planned: int, num_steps: int, objective: O
         found.append(f"the number of steps (was {planned}, is {num_steps}; see num_iterations)")
     if (before := setting(saved, "optimizer")) != run.optimizer:
         found.append(f"optimizer (was {before}, is {run.optimizer})")
-    theirs, seen = parts(saved), set[str]()
-    for name, ours in parts(objective).items():
-        before, now = (None if part is None else dataclasses.asdict(part.config) for part in (theirs[name], ours))
+    pairs = {"model": (saved.model, method.model), "decoder": (saved.step_decoder, method.step_decoder)}
+    seen: set[str] = set()
+    for name, (theirs, ours) in pairs.items():
+        before, now = (None if part is None else dataclasses.asdict(part.config) for part in (theirs, ours))
         if before is None or now is None:
             if before != now:
                 found.append(f"{name} (there was {'none' if before is None else 'one'})")
@@ -181,10 +186,28 @@ def never_changing(saved: Checkpoint, planned: int, num_steps: int, objective: O
         differ = [key for key in now if before[key] != now[key] and key not in seen]
         seen.update(differ)  # the decoder has most of its shape from the model
         found += [f"{name}.{key} (was {before[key]}, is {now[key]})" for key in differ]
-    return found
+    return found + other_loop(saved.loop, method.loop) + other_parts(saved, method)
 
 
-def with_defaults(before: dict[str, Any], objective: Objective, now: dict[str, Any]) -> dict[str, Any]:
+def other_loop(theirs: ThoughtLoop | None, ours: ThoughtLoop | None) -> list[str]:
+    """How two thought loops differ."""
+    if ours is None or (theirs is not None and is_like(theirs, ours)):
+        return [] if theirs is None or ours is not None else [f"loop (was {theirs.key}, is none)"]
+    if theirs is None or type(theirs) is not type(ours):
+        return [f"loop (was {'none' if theirs is None else theirs.key}, is {ours.key})"]
+    before, now = dataclasses.asdict(theirs.config), dataclasses.asdict(ours.config)
+    return [f"latent.{key} (was {before[key]}, is {now[key]})" for key in now if before[key] != now[key]]
+
+
+def other_parts(saved: Checkpoint, method: Method) -> list[str]:
+    """What else is trained now and was not before, or the other way round."""
+    now = {name for name, _ in method.named_children()} - {"model", "loop", "step_decoder"}
+    return [
+        f"{name} (there was {'one' if name in saved.parts else 'none'})" for name in sorted(saved.parts.keys() ^ now)
+    ]
+
+
+def with_defaults(before: dict[str, Any], method: Method, now: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration, with the defaults of the options that came into being after it was saved.
 
     Args:
@@ -196,8 +219,8 @@ def with_defaults(before: dict[str, Any], objective: Objective, now: dict[str, A
         module, _, name = target.rpartition(".")
         source: type = getattr(import_module(module), name)
         filled["data"] = (defaults(source) if dataclasses.is_dataclass(source) else {}) | data
-    for section in dataclasses.fields(objective.config) if dataclasses.is_dataclass(objective.config) else ():
-        value = getattr(objective.config, section.name)
+    for section in dataclasses.fields(method.config):
+        value = getattr(method.config, section.name)
         if isinstance(filled.get(section.name), dict) and dataclasses.is_dataclass(value):
             filled[section.name] = defaults(type(value)) | filled[section.name]
     return filled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,9 +17,31 @@ from simcot_latent.checkpoint_folders import (
     place_of_real_latest,
     remove_checkpoint,
 )
+from simcot_latent.curricula.base import Stage
 from simcot_latent.errors import UserError
 from simcot_latent.folders import move_aside, remove_empty, remove_partial_folder, sync_folder, written_beside
+from simcot_latent.method import Method
 from simcot_latent.training.memory import in_units
+
+
+def as_checkpoint(method: Method, stage: Stage, options: dict[str, Any], step: int) -> Checkpoint:
+    """What is trained, as it stands after a step.
+
+    Args:
+        options: the run's configuration as plain values.
+    """
+    return Checkpoint(
+        model=method.model,
+        step_decoder=method.step_decoder,
+        tokenizer=method.tokenizer,
+        config=options,
+        answers=method.answers,
+        loop=method.loop,
+        stage=stage,
+        groups=method.groups,
+        parts=method.further_parts(),
+        step=step,
+    )
 
 
 def save_checkpoint(checkpoint: Checkpoint, out_dir: Path, state: TrainerState, keep: int) -> Path:

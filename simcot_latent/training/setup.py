@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from simcot_latent.checkpoint import load_checkpoint
-from simcot_latent.config import RunConfig, instantiate
+from simcot_latent.config import MethodConfig, RunConfig, instantiate
 from simcot_latent.data.batch import BatchOrder
 from simcot_latent.data.format import Example
 from simcot_latent.data.lazy import Lazily
@@ -21,12 +21,15 @@ from simcot_latent.data.sources import LoadedSplit, Source, Split
 from simcot_latent.data.sources.files import UNREAD
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks
-from simcot_latent.errors import UserError
-from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens, with_projector
+from simcot_latent.errors import UserError, file_errors
+from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens
 from simcot_latent.logs import track, warn
+from simcot_latent.loops.base import ThoughtLoop
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT, GPTConfig
-from simcot_latent.objectives.base import Objective
+from simcot_latent.training.memory import out_of_memory
 from simcot_latent.training.stopping import StopSignal
+from simcot_latent.training.validation import HeldOut
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,7 +51,21 @@ class Job:
     stop: StopSignal
 
 
-def make_model(job: Job, raw: DictConfig) -> tuple[GPT, Tokenizer]:
+@dataclass
+class Start:
+    """What training begins with.
+
+    Attributes:
+        model, tokenizer: the GPT that is to be trained, and its tokenizer.
+        loop: a thought loop that has been trained with it; None: none.
+    """
+
+    model: GPT
+    tokenizer: Tokenizer
+    loop: ThoughtLoop | None = None
+
+
+def make_model(job: Job, raw: DictConfig) -> Start:
     """The GPT that is to be trained and its tokenizer: new, or those of `init_from`.
 
     Raises:
@@ -58,12 +75,12 @@ def make_model(job: Job, raw: DictConfig) -> tuple[GPT, Tokenizer]:
     if run.init_from is None:
         tokenizer: Tokenizer = instantiate(raw.tokenizer, "tokenizer")
         try:
-            return GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **run.model)), tokenizer
+            return Start(GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **run.model)), tokenizer)
         except TypeError as error:
             raise UserError(f"model: {error}") from error
     if job.start is not None:  # what it began from need not be there any more
         saved = load_checkpoint(job.start, key="out_dir", verify=run.verify)
-        return saved.model.train(), saved.tokenizer
+        return Start(saved.model.train(), saved.tokenizer, saved.loop)
     published = load_pretrained(run.init_from, key="init_from", verify=run.verify)
     saved = with_latent_tokens(published, str(run.new_token_init))
     from simcot_latent import cli  # hydra, which training from Python does without
@@ -73,17 +90,60 @@ def make_model(job: Job, raw: DictConfig) -> tuple[GPT, Tokenizer]:
         raise UserError(
             f"tokenizer={asked[0]}: init_from={run.init_from} brings its own, {saved.tokenizer.name}; leave it out"
         )
-    model, config = saved.model, asdict(saved.model.config)
+    config = asdict(saved.model.config)
     asked = cli.overridden("model")
     for key in run.model if "model" in asked else [name.removeprefix("model.") for name in asked]:
-        if key == "projector_width" and config[key] is None:
-            model = with_projector(model, run.model[key])
-        elif run.model.get(key) != config.get(key):
+        if run.model.get(key) != config.get(key):
             raise UserError(
                 f"model.{key}={run.model.get(key)}: init_from={run.init_from} brings its own model, in which it is "
                 f"{config.get(key)}; leave it out"
             )
-    return model.train(), saved.tokenizer
+    return Start(saved.model.train(), saved.tokenizer, saved.loop)
+
+
+def make_method(job: Job, config: MethodConfig, start: Start) -> Method:
+    """What is trained, on its device. A loop that `init_from` brings goes on if it is of this method's settings."""
+    method = Method(start.model, start.tokenizer, job.run, config, start.loop)
+    before = start.loop
+    if before is not None and method.loop is not before and before.state_dict():
+        now = "loop=none" if method.loop is None else f"loop={method.loop.key} of other settings"
+        warn(job.console, f"init_from={job.run.init_from}: what its loop={before.key} has learned is left out, since "
+             f"this run has {now}")  # fmt: skip
+    return method.train().to(job.device)
+
+
+@dataclass
+class Material:
+    """What a run trains, and on what.
+
+    Attributes:
+        method: what is trained, on its device.
+        problems: training problems.
+        examples: the same in token ids.
+        held_out: what it is validated on.
+    """
+
+    method: Method
+    problems: Sequence[Problem]
+    examples: Sequence[Example]
+    held_out: HeldOut
+
+
+def prepare(job: Job, config: MethodConfig, find_data: Callable[[], Source], make: Callable[[Job], Start]) -> Material:
+    """Loads what a run needs; see `train.train`."""
+    run, console = job.run, job.console
+    torch.manual_seed(run.seed)
+    with file_errors("data"):
+        source = find_data()
+        train_split = load_split(source, "train", console)
+        validation_split = load_split(source, "validation", console)
+    with file_errors("init_from"), out_of_memory("making the model", job.device, "take a smaller model"):
+        start = make(job)
+        job.raw["model"] = {key: value for key, value in asdict(start.model.config).items() if key != "vocab_size"}
+        method = make_method(job, config, start)
+    problems, examples = encode_all(method, train_split.problems, "train", job)
+    validation = encode_all(method, validation_split.problems[: run.eval_examples], "validation", job)
+    return Material(method, problems, examples, HeldOut(*validation, getattr(source, "tolerance", 0.0)))
 
 
 def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:
@@ -96,7 +156,7 @@ def load_split(source: Source, split: Split, console: Console) -> LoadedSplit:
 
 
 def encode_all(
-    objective: Objective, problems: Sequence[Problem], split: str, job: Job
+    method: Method, problems: Sequence[Problem], split: str, job: Job
 ) -> tuple[Sequence[Problem], Sequence[Example]]:
     """Problems in token ids; those beyond the model's context end the run, or are dropped, counted and reported.
 
@@ -107,10 +167,10 @@ def encode_all(
         UserError: a problem is too long (on_too_long=error), or none is left.
     """
     run = job.run
-    limit = objective.model.config.context_length - objective.extra_length
+    limit = method.model.config.context_length - method.extra_length
 
     def encode(index: int) -> Example:
-        example = objective.encode(problems[index])
+        example = method.encode(problems[index])
         if example.length > limit and run.on_too_long == "error":
             raise UserError(
                 f"{split} problem {index + 1} ({problems[index].question[:40]!r}...) has {example.length} tokens: "

@@ -20,10 +20,10 @@ from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.distributed import Ranks
 from simcot_latent.generate import generate
+from simcot_latent.method import Method
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.losses import add_up
-from simcot_latent.model.thoughts import geometry
-from simcot_latent.objectives.base import Objective
+from simcot_latent.probing.geometry import geometry
 from simcot_latent.probing.information import v_information
 from simcot_latent.probing.thoughts import latents_of
 
@@ -47,7 +47,7 @@ class HeldOut:
 
 @torch.no_grad()
 def validate(
-    objective: Objective, checkpoint: Checkpoint, held_out: HeldOut, run: RunConfig, ranks: Ranks
+    method: Method, checkpoint: Checkpoint, held_out: HeldOut, run: RunConfig, ranks: Ranks
 ) -> dict[str, float]:
     """Metrics of a stage of training: `val_<share>`, `val_accuracy` (strict, greedy) and `thought_*`.
 
@@ -56,35 +56,35 @@ def validate(
     Args:
         checkpoint: what is trained, as it answers now.
     """
-    model, thoughts, n = objective.model, checkpoint.thoughts, len(held_out.examples)
+    stage, n, has_thoughts = checkpoint.stage, len(held_out.examples), checkpoint.stage.thoughts > 0
     device = checkpoint.device
     mine = range(ranks.rank, n, ranks.world)
     plan = [
         [mine[i] for i in batch]
         for batch in by_length([held_out.examples[i].length for i in mine], run.eval_batch_size)
     ]
-    objective.eval()
-    batches = [objective.collate([held_out.examples[i] for i in batch], thoughts) for batch in plan]
+    method.eval()
+    batches = [method.collate([held_out.examples[i] for i in batch], stage) for batch in plan]
     totals = ranks.sum({key: value.to(device) for key, value in add_up([b.totals for b in batches]).items()})
-    found = add_up([objective(to_device(batch, device), totals) for batch in batches])
+    found = add_up([method(to_device(batch, device), totals) for batch in batches])
     metrics = {f"val_{key}": value.item() for key, value in ranks.sum(found).items()}
     correct = torch.zeros((), device=device)
-    latents_NKD = torch.zeros(n, thoughts.n_states, model.config.n_embd, device=device)
+    latents_NKD = torch.zeros(n, checkpoint.n_states, checkpoint.model.config.n_embd, device=device)
     for batch in plan:
         problems = [held_out.problems[i] for i in batch]
         questions = [problem.question for problem in problems]
-        generations = generate(model, objective.tokenizer, thoughts, questions, run.max_new_tokens)
+        generations = generate(checkpoint, questions, run.max_new_tokens)
         answered = zip(generations, problems, strict=True)
         correct += sum(same_number(g.answer, p.answer, held_out.tolerance) for g, p in answered)
-        if thoughts.n_latents:
+        if has_thoughts:
             latents_NKD[batch] = latents_of(generations).float()
     everyones = ranks.sum({"correct": correct, "latents": latents_NKD})
     metrics["val_accuracy"] = everyones["correct"].item() / n
-    if thoughts.n_latents:
-        metrics |= geometry(everyones["latents"], model.embedding.weight)
-    if thoughts.n_latents and checkpoint.step_decoder is not None:
+    if has_thoughts:
+        metrics |= geometry(everyones["latents"], checkpoint.model.embedding.weight)
+    if has_thoughts and checkpoint.step_decoder is not None:
         metrics |= thought_v_information(checkpoint, held_out.problems, everyones["latents"], run, ranks)
-    objective.train()
+    method.train()
     return metrics
 
 

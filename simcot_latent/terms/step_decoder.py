@@ -1,10 +1,11 @@
-"""The auxiliary decoder of SIM-CoT (https://arxiv.org/abs/2509.20317, section 4): thoughts back into written steps.
+"""steps=decoder: the auxiliary decoder of SIM-CoT, which must turn thoughts back into written steps, and its loss.
 
-It reads the thoughts of one step group as a prefix of input vectors and must write the group's calculator step. It is
-trained with the model, so that its loss shapes the thoughts; inference does without it; probing loads it again.
+The decoder reads the thoughts of one step group as a prefix of input vectors and must write the group's calculator
+step. It is trained with the model, so that its loss L_step shapes the thoughts; inference does without it; probing
+loads it again. Source: https://arxiv.org/abs/2509.20317, section 4.
 
-Shapes: N step groups, C thoughts a group, L input tokens of all groups (see `packing`), M = N + L tokens to predict,
-D width, V vocabulary, R groups that still write.
+Shapes: B rows, K states, G step groups, N of the B * G groups that are supervised, C thoughts per group, L input tokens
+of all these (see `packing`), M = N + L tokens to predict, D width, V vocabulary, R groups that still write.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from simcot_latent.config import MethodConfig
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import Example, TaggedIds, join, newline
+from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, GPTConfig, Transformer, output_logits
 from simcot_latent.model.linear import Embedding
-from simcot_latent.model.losses import CrossEntropy, Labelled, cross_entropy
-from simcot_latent.model.packing import Packing
+from simcot_latent.model.losses import CrossEntropy, Labelled, cross_entropy, share
+from simcot_latent.model.packing import Packing, take
+from simcot_latent.profiling import part
+from simcot_latent.terms.base import Collated, Rows, Term, TermLoss, Trace
+from simcot_latent.terms.steps import StepGroups
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class StepDecoder(nn.Module):
         base's first blocks.
         """
         n_layer = base.config.n_layer if n_layer is None else n_layer
-        decoder = cls(replace(base.config, n_layer=n_layer, tie_head=True, projector_width=None), base.embedding)
+        decoder = cls(replace(base.config, n_layer=n_layer, tie_head=True), base.embedding)
         if init == "base":
             if n_layer > base.config.n_layer:
                 raise UserError(
@@ -165,3 +173,120 @@ class StepDecoder(nn.Module):
             one_each = Packing.grid(len(going_R), 1, thoughts_NCD.device)
             hidden_RD = self.transformer(self.embedding(ids_R), one_each, cache)
         return written, log_prob_N.exp().tolist()
+
+
+@dataclass
+class StepBatch:
+    """What the groups of a batch are to say.
+
+    Attributes:
+        row_N: which of the B * G groups each supervised group is.
+        steps: what these are to say.
+        group_M: the group (0 to G - 1) of each of its labels.
+        is_step_M: whether each is of a step, not of the answer that a group without a step is to say.
+    """
+
+    row_N: Tensor
+    steps: PackedSteps
+    group_M: Tensor
+    is_step_M: Tensor
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """The settings that the step loss has from `latent`, `decoder` and `loss`; see there."""
+
+    n_layer: int | None = 1
+    init: str = "random"
+    step_weight: float = 1.0
+    step_reduction: str = "token"
+    latents_per_step: int = 1
+    surplus: str = "merge"
+    missing: str = "mask"
+
+
+class StepDecoderTerm(Term):
+    """L_step, the decoder's cross-entropy over the tokens of all steps."""
+
+    Config = StepSettings
+    config: StepSettings
+    name = "step"
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, method: MethodConfig) -> None:
+        super().__init__(model, tokenizer, method)
+        config = self.config
+        self.decoder = StepDecoder.from_base(model, config.n_layer, config.init)  # type: ignore[arg-type]
+        self.modules = {"step_decoder": self.decoder}
+        self.groups = StepGroups(config.latents_per_step, config.surplus, config.missing)
+        self.most_groups = method.latent.groups
+        self.newline = newline(tokenizer)
+
+    @property
+    def weight(self) -> float:
+        return self.config.step_weight
+
+    def collate(self, rows: Rows) -> Collated:
+        c, examples = self.groups.latents_per_step, rows.examples
+        groups = self.groups.count(max(rows.counts))
+        taught = [
+            (row * groups + group, group, ids)
+            for row, (example, stage, count) in enumerate(zip(examples, rows.stages, rows.counts, strict=True))
+            for group, ids in enumerate(self.group_ids(example, stage, self.groups.count(count)))
+            if ids is not None
+        ]
+        steps = PackedSteps.of([ids for _, _, ids in taught], self.tokenizer.end_id, c)
+        group_N = torch.tensor([group for _, group, _ in taught], dtype=torch.long)
+        group_M = group_N[steps.group_M]
+        holds_step = [group < len(examples[row // groups].steps) for row, group, _ in taught]
+        is_step_M = torch.tensor(holds_step, dtype=torch.bool)[steps.group_M]
+        # Batches of an optimizer step add up, so those of rows of different stages are as long as the last stage's.
+        G = self.most_groups if rows.mixed else groups
+        totals = {
+            # Where thoughts stand for steps, the steps are the decoder's to say; those still written are the answer's.
+            "step_tokens": is_step_M.sum(dtype=torch.float32),
+            "group_tokens_G": torch.bincount(group_M, minlength=G).float(),
+            "group_problems_G": torch.bincount(group_N, minlength=G).float(),
+        }
+        row_N = torch.tensor([row for row, _, _ in taught], dtype=torch.long)
+        return Collated(StepBatch(row_N, steps, group_M, is_step_M), totals, [steps.packing])
+
+    def group_ids(self, example: Example, stage: Stage, groups: int) -> list[list[int] | None]:
+        """The token ids that each group is to say, without the end token; None: it is not supervised."""
+        answer = TaggedIds(example.answer.ids[:-1], example.answer.in_step[:-1])
+        targets = self.groups.targets(example.steps, answer, groups, stage)
+        return [None if group is None else join(group, self.newline).ids for group in targets]
+
+    def reads(self, batch: StepBatch) -> Tensor:
+        return batch.steps.ids_L
+
+    def loss(self, trace: Trace, batch: StepBatch, read_LD: Tensor | None, totals: dict[str, Tensor]) -> TermLoss:
+        assert read_LD is not None
+        with part("decode steps"):
+            groups_NCD = rearrange(trace.thoughts.latents_BKD, "b (g c) d -> (b g) c d", c=self.groups.latents_per_step)
+            hidden_MD = self.decoder(take(groups_NCD, batch.row_N), read_LD, batch.steps.packing)
+        scale_M = label_scale_G(self.config.step_reduction, totals)[batch.group_M]
+
+        def metrics(nll_M: Tensor, correct_M: Tensor) -> dict[str, Tensor]:
+            return {"step_accuracy": share((correct_M & batch.is_step_M).float(), totals["step_tokens"])}
+
+        return TermLoss(Labelled(hidden_MD, self.decoder.output_table, batch.steps.label_M, scale_M), metrics=metrics)
+
+    def begin_stage(self, before: Stage, stage: Stage) -> None:
+        if self.config.init == "base" and before.thoughts == 0:
+            # Until now the decoder was idle: start it from what the warm-up has taught the base. Once, since no later
+            # stage is without thoughts.
+            self.decoder.copy_base(self.model)
+
+
+def label_scale_G(reduction: str, totals: dict[str, Tensor]) -> Tensor:
+    """What each label of group g counts in L_step, (G,), so that L_step is the sum over all labels.
+
+    `token`: 1 / all labels. `coconut`: 1 / (G * problems with a label in g). `codi`: 1 / (groups with labels * labels
+    in g). The latter two are the two flavours of the published code (https://arxiv.org/abs/2509.20317).
+    """
+    tokens_G, problems_G = totals["group_tokens_G"], totals["group_problems_G"]
+    if reduction == "coconut":
+        return 1 / (len(problems_G) * problems_G.clamp(min=1))
+    if reduction == "codi":
+        return 1 / ((tokens_G > 0).sum().clamp(min=1) * tokens_G.clamp(min=1))
+    return 1 / tokens_G.sum().clamp(min=1).expand(len(tokens_G))

@@ -1,0 +1,50 @@
+"""loop=pause: one learned vector in place of every thought, all in one pass (the control of latent methods).
+
+The vector is the input at each thought's position; what stands there after the final norm is the thought. A method with
+thoughts that does no better than this one gains nothing from feeding hidden states back. Source: pause tokens, Goyal et
+al. 2023, https://arxiv.org/abs/2310.02226; as a control, Coconut's "pause as thought",
+https://arxiv.org/abs/2412.06769, section 4.3.
+
+Shapes: B rows, P tokens of all questions with `<|bot|>`, K states, N thoughts of all rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from simcot_latent.loops.base import NoSettings, ThoughtLoop, Thoughts
+from simcot_latent.model.cache import StaticCaches, make_cache
+from simcot_latent.model.gpt import GPT
+from simcot_latent.model.packing import Packing
+
+
+class Pause(ThoughtLoop):
+    """All thoughts in the question's pass, from one learned vector."""
+
+    def __init__(self, width: int, config: NoSettings) -> None:
+        super().__init__(width, config)
+        self.pause_D = nn.Parameter(torch.empty(width).normal_(std=0.02))  # as an embedding starts
+
+    def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
+        return Packing.of(lengths, [1] * len(lengths), counts, tight=tight)
+
+    def think(
+        self,
+        model: GPT,
+        questions_PD: Tensor,
+        packing: Packing,
+        counts: Sequence[int],
+        room: int,
+        caches: StaticCaches | None = None,
+    ) -> Thoughts:
+        B, K, N = packing.rows, max(counts), sum(counts)
+        cache = make_cache(B, packing.longest + room, caches)
+        x_PD = torch.cat((questions_PD, self.pause_D.to(questions_PD.dtype).expand(N, -1)))
+        hidden_ND = model.transformer(x_PD, packing, cache, read_out=N)
+        index = [row * K + k for row, count in enumerate(counts) for k in range(count)]
+        latents_MD = hidden_ND.new_zeros(B * K, hidden_ND.shape[1])
+        latents_MD = latents_MD.index_copy(0, torch.tensor(index, device=hidden_ND.device), hidden_ND)
+        return Thoughts(latents_MD.unflatten(0, (B, K)), cache)

@@ -1,0 +1,117 @@
+"""The table of parts: what `loop=pause` or `terms=[contrast]` on a command line, or in a checkpoint, stands for.
+
+A method is a choice of parts. Each is found by its group and its key in the table below, never by a class path, which
+a file could choose. A part of your own registers itself where its module is imported, which `use=[module]` does:
+
+    @register("loop", "noisy")
+    class Noisy(Sequential): ...
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from simcot_latent.errors import UserError, did_you_mean
+
+NONE = "none"
+"""The key of no part, in every group of which a method has one."""
+
+PARTS: dict[str, dict[str, str | type]] = {
+    "curriculum": {
+        NONE: "simcot_latent.curricula.none.NoCurriculum",
+        "replace": "simcot_latent.curricula.replace.Replace",
+    },
+    "loop": {
+        "pause": "simcot_latent.loops.pause.Pause",
+        "sequential": "simcot_latent.loops.sequential.Sequential",
+    },
+    "steps": {
+        "decoder": "simcot_latent.terms.step_decoder.StepDecoderTerm",
+    },
+    "term": {},
+}
+"""By group: each key's class, or where it is, so that no part is imported before it is needed."""
+
+
+T = TypeVar("T", bound=type)
+
+
+def register(group: str, key: str) -> Callable[[T], T]:
+    """Puts a class into the table, as a decorator of it.
+
+    Args:
+        group: `curriculum`, `loop`, `steps` or `term`.
+        key: what a command line and a checkpoint call it.
+
+    Raises:
+        UserError: there is no such group, or the key is another part's.
+    """
+    if group not in PARTS:
+        raise UserError(f"register({group!r}, {key!r}): the group must be one of {', '.join(PARTS)}")
+
+    def put(cls: T) -> T:
+        there = PARTS[group].get(key)
+        path = there if isinstance(there, str) or there is None else f"{there.__module__}.{there.__qualname__}"
+        if path not in (None, f"{cls.__module__}.{cls.__qualname__}"):
+            raise UserError(f"register({group!r}, {key!r}): is {path} already; take another key")
+        PARTS[group][key] = cls
+        return cls
+
+    return put
+
+
+def find(group: str, key: str, where: str | None = None) -> Any:
+    """The class of a part.
+
+    Args:
+        where: what the error begins with; None: `group=key`.
+
+    Raises:
+        UserError: the table has none of that key.
+    """
+    found = PARTS[group].get(key)
+    if found is None:
+        known = keys(group)
+        right = f"one of {', '.join(known)}" if known else "registered"
+        raise UserError(
+            f"{where or f'{group}={key}'}: must be {right}{did_you_mean(key, known)}; a part of your own is registered "
+            "by the module that use=[module] names"
+        )
+    if isinstance(found, str):
+        module, _, name = found.rpartition(".")
+        return getattr(import_module(module), name)
+    return found
+
+
+def keys(group: str) -> list[str]:
+    """What a group offers, `none` included where a method may go without."""
+    return sorted(PARTS[group].keys() | ({NONE} if group in ("loop", "steps") else set()))
+
+
+def key_of(group: str, cls: type) -> str:
+    """The key under which a class is in the table; empty: under none."""
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    return next((key for key, found in PARTS[group].items() if found is cls or found == path), "")
+
+
+def use(modules: Sequence[str]) -> None:
+    """Imports modules that register parts; those of the current folder are found too.
+
+    Raises:
+        UserError: one is not there, or fails.
+    """
+    here = str(Path.cwd())
+    if modules and here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    for module in modules:
+        try:
+            import_module(module)
+        except UserError:
+            raise
+        except Exception as error:  # whatever it raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"use=[{module}]: cannot be imported ({reason})") from error
