@@ -30,7 +30,7 @@ from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.losses import Targets, cross_entropy
 from simcot_latent.model.packing import Packing
-from simcot_latent.parts import NONE, find
+from simcot_latent.parts import FILE_NAME, NONE, find
 from simcot_latent.profiling import part
 from simcot_latent.terms.base import Rows, Term, Trace
 from simcot_latent.terms.step_decoder import StepDecoder
@@ -127,7 +127,8 @@ class Method(nn.Module):
         """Adds a term, whose loss is logged as `<name>_loss`.
 
         Raises:
-            UserError: there is one of that name, or a module of the name of one of its modules.
+            UserError: there is one of that name, or a module of the name of one of its modules, or that is no name of a
+                part of a checkpoint.
         """
         if name in {"answer", *self.terms}:
             raise UserError(f"terms: there are two of the name {name}")
@@ -135,6 +136,9 @@ class Method(nn.Module):
         for module_name, module in term.modules.items():
             if getattr(self, module_name, None) is not None:
                 raise UserError(f"terms: {name} has a module of the name {module_name}, which there is already")
+            if not FILE_NAME.fullmatch(module_name) or module_name == "trainer_state":  # see `Checkpoint`
+                right = "small letters, digits and _, and not trainer_state, whose file a checkpoint has already"
+                raise UserError(f"terms: {name} has a module of the name {module_name!r}: must be {right}")
             self.register_module(module_name, module)
 
     def check_parts(self) -> None:
@@ -143,11 +147,14 @@ class Method(nn.Module):
         if self.loop is None:
             for group, key in config.parts:
                 if group in ("steps", "term"):
-                    raise UserError(f"{group}={key}: needs thoughts, which loop=none has not; take a loop")
+                    named = f"terms=[{key}]" if group == "term" else f"{group}={key}"
+                    raise UserError(f"{named}: needs thoughts, which loop=none has not; take a loop")
             return
         if run.rationale != "equations":
             mode = f"mode={run.mode or 'latent'}"
             raise UserError(f"rationale={run.rationale}: must be equations in {mode}, whose steps become thoughts")
+        if latent.projector_width is not None and not hasattr(self.loop.config, "projector_width"):
+            raise UserError(f"latent.projector_width={latent.projector_width}: loop={config.loop} has no projector")
         if self.loop.states(latent.n_latents) != latent.n_states:
             raise UserError(
                 f"latent.feeds_last={str(latent.feeds_last).lower()}: loop={config.loop} comes to "

@@ -204,9 +204,10 @@ def problems() -> list[Problem]:
 
 @pytest.fixture(scope="session")
 def make_run() -> Callable[..., RunConfig]:
-    """`make_run(**changes)`: a RunConfig for objectives that are built by hand."""
+    """`make_run(**changes)`: a RunConfig for methods that are built by hand."""
 
     def make(**changes: Any) -> RunConfig:
-        return RunConfig(objective="", mode="", model={}, data={}, tokenizer={}, **changes)
+        shared: dict[str, Any] = {"mode": "", "model": {}, "data": {}, "tokenizer": {}}
+        return RunConfig(**(shared | changes))
 
     return make

@@ -45,6 +45,6 @@ class Pause(ThoughtLoop):
         x_PD = torch.cat((questions_PD, self.pause_D.to(questions_PD.dtype).expand(N, -1)))
         hidden_ND = model.transformer(x_PD, packing, cache, read_out=N)
         index = [row * K + k for row, count in enumerate(counts) for k in range(count)]
-        latents_MD = hidden_ND.new_zeros(B * K, hidden_ND.shape[1])
-        latents_MD = latents_MD.index_copy(0, torch.tensor(index, device=hidden_ND.device), hidden_ND)
+        index_N = torch.tensor(index, dtype=torch.long, device=hidden_ND.device)
+        latents_MD = hidden_ND.new_zeros(B * K, hidden_ND.shape[1]).index_copy(0, index_N, hidden_ND)
         return Thoughts(latents_MD.unflatten(0, (B, K)), cache)
