@@ -140,7 +140,7 @@ def test_a_decoder_that_no_loss_reaches_is_left_behind(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(OLD / "latent", tmp_path / "latent"))
     (folder / "latest").symlink_to("step_0000003")
     shutil.rmtree(folder / "step_0000006")
-    arguments = ("mode=latent", *COMMON, *MODES["latent"], "loss.step_weight=0", f"out_dir={folder}", "resume=true")
+    arguments = ("mode=latent", *COMMON, *RUNS["latent"], "loss.step_weight=0", f"out_dir={folder}", "resume=true")
     run(TRAIN, *arguments, folder=tmp_path).ok()
     assert (folder / "step_0000003/step_decoder.safetensors").exists()
     assert not (folder / "step_0000006/step_decoder.safetensors").exists()
