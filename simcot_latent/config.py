@@ -34,7 +34,7 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "dtype": _COMPUTED_IN,
         "later_attention": ("products", "sdpa"),
         "on_nonfinite": ("error", "skip"),
-        "latent.surplus": ("merge", "drop"),
+        "latent.surplus": ("merge", "drop", "write"),
         "latent.missing": ("mask", "answer"),
         "decoder.init": ("random", "base"),
         "loss.step_reduction": ("token", "coconut", "codi"),
@@ -85,7 +85,8 @@ class LatentConfig:
     Attributes:
         n_latents: K, the thoughts per question, all of which the model reads.
         latents_per_step: c, the thoughts per step group; a question has K / c groups.
-        surplus: what becomes of steps beyond the last group, `merge` (into the last group) or `drop`.
+        surplus: what becomes of steps beyond the last group: `merge` (into the last group), `drop`, or `write` (they
+            stay written after the thoughts, as in LOTUS).
         missing: the decoder's target for a group without a step: `mask` (none) or `answer` (the answer string).
         warmup: share of training on written steps, before any thought.
         stages: after the warm-up, the share of training in which thoughts replace one step more at a time (1, 2, .. all
@@ -203,6 +204,9 @@ class MethodConfig:
         loop: how thoughts come about: `sequential` (hidden states fed back one by one), `pause` (a learned vector in
             place of each, the control) or `none` (no thoughts).
         steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT) or `none`.
+        distill: what the model is pulled towards, beside a pass over the written solution: a list of `hidden` (hidden
+            states where the answer begins, CODI).
+        written: whether the written solution is learned in a pass of its own: `joint` (CODI) or `none`.
         terms: further terms of the loss, by the names under which they are registered.
         latent, decoder, loss: settings of the parts.
         own: values of keys of these three sections that only a chosen part declares.
@@ -211,6 +215,8 @@ class MethodConfig:
     curriculum: str = NONE
     loop: str = NONE
     steps: str = NONE
+    distill: list[str] = field(default_factory=list)
+    written: str = NONE
     terms: list[str] = field(default_factory=list)
     latent: LatentConfig = field(default_factory=LatentConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -235,6 +241,7 @@ class MethodConfig:
     def parts(self) -> list[tuple[str, str]]:
         """The chosen parts by group and key, without `none`."""
         chosen = [("curriculum", self.curriculum), ("loop", self.loop), ("steps", self.steps)]
+        chosen += [("written", self.written), *(("distill", key) for key in self.distill)]
         chosen += [("term", key) for key in self.terms]
         return [(group, key) for group, key in chosen if key != NONE]
 
@@ -432,12 +439,13 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
     shared_keys = {f.name for f in dataclasses.fields(RunConfig)}
     shared = {key: value for key, value in sections.items() if key in shared_keys}
     run = typed(RunConfig, {key: literal(value) if isinstance(value, str) else value for key, value in shared.items()})
-    chosen = {key: sections.get(key, NONE) for key in ("curriculum", "loop", "steps")}
+    chosen = {key: sections.get(key, NONE) for key in ("curriculum", "loop", "steps", "written")}
     for key, value in chosen.items():
         require(isinstance(value, str), key, value, "the name of a part")
-    method = MethodConfig(**chosen, terms=typed(_Terms, {"terms": sections.get("terms", [])}).terms)
+    several = typed(_Several, {key: sections[key] for key in ("distill", "terms") if key in sections})
+    method = MethodConfig(**chosen, distill=several.distill, terms=several.terms)
     parts = [find(group, key) for group, key in method.parts]
-    known = {*shared_keys, *chosen, "terms", *(SECTIONS if parts else ())}
+    known = {*shared_keys, *chosen, "distill", "terms", *(SECTIONS if parts else ())}
     if unknown := [key for key in sections if key not in known]:
         raise UserError(f"{unknown[0]}: mode={run.mode} has no such key{did_you_mean(str(unknown[0]), known)}")
     for name, cls in SECTIONS.items():
@@ -451,7 +459,10 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
 
 
 @dataclass
-class _Terms:
+class _Several:
+    """The groups of which a method may have several parts."""
+
+    distill: list[str] = field(default_factory=list)
     terms: list[str] = field(default_factory=list)
 
 

@@ -12,7 +12,7 @@ Shapes: B rows, P tokens of all questions with `<|bot|>`, A of all texts from `<
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -30,9 +30,10 @@ from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.losses import Targets, cross_entropy
 from simcot_latent.model.packing import Packing
+from simcot_latent.model.taps import SeveralTaps, Taps
 from simcot_latent.parts import NONE, find
 from simcot_latent.profiling import part
-from simcot_latent.terms.base import Rows, Term, Trace
+from simcot_latent.terms.base import Rows, Term, Trace, Wanted
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
 from simcot_latent.terms.text import target_totals, text_labels, text_targets, written_step_accuracy, written_text
@@ -67,6 +68,7 @@ class ThoughtBatch:
         counts: the states of each row; see `ThoughtLoop.states`.
         terms: each term's own batch, by name.
         totals: see `WrittenBatch`.
+        written: the written pass, if a term needs one; its totals are among the others, as `written_...`.
     """
 
     question_ids_P: Tensor
@@ -77,6 +79,7 @@ class ThoughtBatch:
     counts: tuple[int, ...]
     terms: dict[str, Any]
     totals: dict[str, Tensor]
+    written: WrittenBatch | None = None
 
 
 def make_loop(key: str, width: int, method: MethodConfig) -> ThoughtLoop | None:
@@ -117,7 +120,7 @@ class Method(nn.Module):
         self.register_module("step_decoder", None)
         self.terms: dict[str, Term] = {}
         for group, key in config.parts:
-            if group not in ("steps", "term") or (group == "steps" and config.loss.step_weight == 0):
+            if group in ("curriculum", "loop") or (group == "steps" and config.loss.step_weight == 0):
                 continue
             term: Term = find(group, key)(model, tokenizer, config)
             if term.weight != 0:
@@ -142,7 +145,7 @@ class Method(nn.Module):
         run, config, latent = self.run, self.config, self.config.latent
         if self.loop is None:
             for group, key in config.parts:
-                if group in ("steps", "term"):
+                if group not in ("curriculum", "loop"):
                     raise UserError(f"{group}={key}: needs thoughts, which loop=none has not; take a loop")
             return
         if run.rationale != "equations":
@@ -213,11 +216,19 @@ class Method(nn.Module):
         questions = self.loop.pack_questions(list(map(len, silent)), counts, tight=True)
         packed_texts = self.loop.pack_texts(list(map(len, texts)), counts)
         targets = text_targets(texts, self.run.step_weight_multiplier)
-        rows = Rows(examples, stages, counts, mixed)
+        written = None
+        rows = Rows(examples, stages, counts, texts, mixed=mixed)
+        if any(term.needs_written for term in self.terms.values()):
+            solutions = [written_text(example, Stage(), self.newline) for example in examples]
+            written = self.written_batch([example.question[:-1] for example in examples], solutions)
+            rows = replace(rows, solutions=solutions)
         collated = {name: term.collate(rows) for name, term in self.terms.items()}
         added = chain.from_iterable(each.packings for each in collated.values())
-        totals = target_totals(targets) | {"problems": torch.tensor(float(sum(count > 0 for count in counts)))}
-        totals |= position_totals(questions, *self.loop.passes(counts), packed_texts, *added)
+        totals = target_totals(targets) | {"rows": torch.tensor(float(len(examples)))}
+        passes = [questions, *self.loop.passes(counts), packed_texts, *added]
+        totals |= position_totals(*passes, *([] if written is None else [written.packing]))
+        if written is not None:
+            totals |= {f"written_{key}": value for key, value in target_totals(written.targets).items()}
         for each in collated.values():
             totals |= each.totals
         opening = self.answers.opening(self.tokenizer)
@@ -230,6 +241,7 @@ class Method(nn.Module):
             counts=tuple(counts),
             terms={name: each.batch for name, each in collated.items()},
             totals=totals,
+            written=written,
         )
 
     def check_stages(self, stages: Sequence[Stage], rows: int) -> list[int]:
@@ -270,7 +282,7 @@ class Method(nn.Module):
         model, weight = self.model, self.config.loss.answer_weight
         with gathered_gradients(model):
             hidden_MD = model(batch.ids_P, batch.packing, read_out=len(batch.targets))
-            labels = text_labels(hidden_MD, model.output_table, batch.targets, totals)
+            labels = text_labels(hidden_MD, model.output_table, batch.targets, totals["weights"])
             found = cross_entropy(labels, softcap=model.config.logit_softcap)
         shares = {"loss": weight * found.loss}
         if self.run.track_step_accuracy:
@@ -286,13 +298,34 @@ class Method(nn.Module):
         with gathered_gradients(*self.children()):
             questions_PD, texts_AD, *rest = model.embedding(torch.cat(ids)).split([len(each) for each in ids])
             read = {name: None if x is None else rest.pop(0) for name, x in reads.items()}
+            keys = any(term.needs_keys for term in terms.values())
             with part("think"):
-                thoughts = loop.think(model, questions_PD, batch.questions, batch.counts, batch.texts.longest)
+                thoughts = loop.think(
+                    model, questions_PD, batch.questions, batch.counts, batch.texts.longest, keys=keys
+                )
+            before = len(batch.texts) - len(texts_AD)  # thoughts that are fed with the texts
+            text_taps = tap({name: term.wants_of_text(batch.terms[name]) for name, term in terms.items()}, before)
             with part("go on"):
-                hidden_AD = go_on(model, thoughts, texts_AD, batch.texts)
+                hidden_AD = go_on(model, thoughts, texts_AD, batch.texts, together(text_taps))
             trace = Trace(thoughts, batch.counts, hidden_AD)
-            losses = {name: term.loss(trace, batch.terms[name], read[name], totals) for name, term in terms.items()}
-            labelled = {"answer": text_labels(hidden_AD, model.output_table, batch.targets, totals)}
+            written_taps: dict[str, Taps] = {}
+            if (written := batch.written) is not None:
+                written_taps = tap({name: term.wants_of_written(batch.terms[name]) for name, term in terms.items()})
+                with part("written"):
+                    trace.written_MD = model(
+                        written.ids_P, written.packing, read_out=len(written.targets), taps=together(written_taps)
+                    )
+                trace.written_targets = written.targets
+            losses = {
+                name: term.loss(
+                    replace(trace, text_taps=text_taps.get(name), written_taps=written_taps.get(name)),
+                    batch.terms[name],
+                    read[name],
+                    totals,
+                )
+                for name, term in terms.items()
+            }
+            labelled = {"answer": text_labels(hidden_AD, model.output_table, batch.targets, totals["weights"])}
             labelled |= {name: each.labelled for name, each in losses.items() if each.labelled is not None}
             weights = {"answer": self.config.loss.answer_weight, **{name: term.weight for name, term in terms.items()}}
             with part("head and loss"):
@@ -317,6 +350,16 @@ class Method(nn.Module):
         if not self.run.track_step_accuracy:
             shares.pop("step_accuracy", None)
         return shares
+
+
+def tap(wanted: dict[str, Wanted | None], before: int = 0) -> dict[str, Taps]:
+    """The taps of one pass, by term."""
+    return {name: each.taps(before) for name, each in wanted.items() if each is not None}
+
+
+def together(taps: dict[str, Taps]) -> Taps | None:
+    """The taps of all terms, to be handed to a pass."""
+    return SeveralTaps(*taps.values()) if taps else None
 
 
 def is_like(loop: ThoughtLoop | None, other: ThoughtLoop) -> bool:

@@ -26,11 +26,20 @@ PARTS: dict[str, dict[str, str | type]] = {
         "replace": "simcot_latent.curricula.replace.Replace",
     },
     "loop": {
+        "jacobi": "simcot_latent.loops.jacobi.Jacobi",
+        "looped": "simcot_latent.loops.looped.Looped",
         "pause": "simcot_latent.loops.pause.Pause",
         "sequential": "simcot_latent.loops.sequential.Sequential",
     },
     "steps": {
         "decoder": "simcot_latent.terms.step_decoder.StepDecoderTerm",
+        "own_head": "simcot_latent.terms.own_head.OwnHead",
+    },
+    "distill": {
+        "hidden": "simcot_latent.terms.hidden.Hidden",
+    },
+    "written": {
+        "joint": "simcot_latent.terms.written.Joint",
     },
     "term": {},
 }
@@ -44,7 +53,7 @@ def register(group: str, key: str) -> Callable[[T], T]:
     """Puts a class into the table, as a decorator of it.
 
     Args:
-        group: `curriculum`, `loop`, `steps` or `term`.
+        group: `curriculum`, `loop`, `steps`, `distill`, `written` or `term`.
         key: what a command line and a checkpoint call it.
 
     Raises:
@@ -89,7 +98,7 @@ def find(group: str, key: str, where: str | None = None) -> Any:
 
 def keys(group: str) -> list[str]:
     """What a group offers, `none` included where a method may go without."""
-    return sorted(PARTS[group].keys() | ({NONE} if group in ("loop", "steps") else set()))
+    return sorted(PARTS[group].keys() | ({NONE} if group in ("loop", "steps", "written") else set()))
 
 
 def key_of(group: str, cls: type) -> str:

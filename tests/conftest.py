@@ -204,9 +204,9 @@ def problems() -> list[Problem]:
 
 @pytest.fixture(scope="session")
 def make_run() -> Callable[..., RunConfig]:
-    """`make_run(**changes)`: a RunConfig for objectives that are built by hand."""
+    """`make_run(**changes)`: a RunConfig for methods that are built by hand."""
 
     def make(**changes: Any) -> RunConfig:
-        return RunConfig(objective="", mode="", model={}, data={}, tokenizer={}, **changes)
+        return RunConfig(mode="", model={}, data={}, tokenizer={}, **changes)
 
     return make

@@ -49,6 +49,12 @@ class Curriculum(ABC):
         """Whether the optimizer's moments are forgotten when a stage begins."""
         return False
 
+    @property
+    def all_replaced(self) -> Stage:
+        """The stage in which thoughts stand for as many steps as they can."""
+        latent = self.latent
+        return Stage(latent.n_latents, first_written=latent.groups if latent.surplus == "write" else None)
+
     def require_loop(self, key: str) -> None:
         """Refuses a method without thoughts.
 

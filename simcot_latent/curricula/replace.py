@@ -31,7 +31,7 @@ class Replace(Curriculum):
         """The stage in which thoughts replace so many steps; where that is one per step group, no step is written."""
         latent = self.latent
         if groups == latent.groups:
-            return Stage(latent.n_latents, first_written=None)
+            return self.all_replaced
         return Stage(max(0, groups * latent.latents_per_step - (not latent.feeds_last)), first_written=groups)
 
     @property

@@ -8,7 +8,8 @@ holds it, with what it has learned.
 Rows of a batch may have different numbers of thoughts. Positions keep counting; nothing is sampled.
 
 Shapes: B rows, P tokens of all questions with `<|bot|>`, A of all texts from `<|eot|>` on (see `packing`), K states
-that the loop comes to (of the row that has most), D width, R thoughts that are still to be read.
+that the loop comes to (of the row that has most), D width, R thoughts that are still to be read, L blocks, G key/value
+heads, E head width.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from simcot_latent.model.cache import KVCache, StaticCaches
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
+from simcot_latent.model.taps import Taps
 from simcot_latent.parts import key_of
 
 
@@ -40,11 +42,19 @@ class Thoughts:
         latents_BKD: the thoughts z_1 .. z_K; zeros beyond those of a row that has fewer.
         cache: everything read so far: question, `<|bot|>` and the thoughts but `unread_RD`.
         unread_RD: the thoughts that `go_on` feeds together with what follows, which saves a pass; None: none.
+        hidden_BKD: the hidden states, after the final norm, at the positions of the thoughts; None: of a loop that does
+            not know all of them.
+        bot_BD: the same at `<|bot|>`.
+        keys_LBKGE, values_LBKGE: those that the text attends to at the thoughts, by block, where they were asked for.
     """
 
     latents_BKD: Tensor
     cache: KVCache
     unread_RD: Tensor | None = None
+    hidden_BKD: Tensor | None = None
+    bot_BD: Tensor | None = None
+    keys_LBKGE: Tensor | None = None
+    values_LBKGE: Tensor | None = None
 
     @property
     def latents(self) -> Tensor:
@@ -71,6 +81,9 @@ class ThoughtLoop(nn.Module, ABC):
         super().__init__()
         self.width, self.config = width, config
 
+    gives_keys: ClassVar[bool] = False
+    """Whether it can give the keys and values of its thoughts."""
+
     @property
     def key(self) -> str:
         """What the table of parts calls it."""
@@ -85,6 +98,7 @@ class ThoughtLoop(nn.Module, ABC):
         counts: Sequence[int],
         room: int,
         caches: StaticCaches | None = None,
+        keys: bool = False,
     ) -> Thoughts:
         """Reads questions and thinks about each.
 
@@ -94,6 +108,7 @@ class ThoughtLoop(nn.Module, ABC):
             counts: the states of each row, see `states`.
             room: positions to reserve for what a row reads after its thoughts, `<|eot|>` included.
             caches: where to take the cache from; None: a new one.
+            keys: whether keys and values of the thoughts are wanted; only of a loop that `gives_keys`.
         """
 
     def states(self, thoughts: int) -> int:
@@ -124,12 +139,36 @@ class ThoughtLoop(nn.Module, ABC):
         return Packing.of(unread, lengths) if any(unread) else Packing.of(lengths)
 
 
-def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing) -> Tensor:
+def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing, taps: Taps | None = None) -> Tensor:
     """Feeds the thoughts that are unread and what follows; returns the hidden states there (A, D).
 
     Args:
         texts_AD: embeddings of the tokens from `<|eot|>` on.
         packing: of `ThoughtLoop.pack_texts`.
+        taps: to be filled in this pass, in which the A tokens of the texts are the last.
     """
     x = texts_AD if thoughts.unread_RD is None else torch.cat((thoughts.unread_RD, texts_AD))
-    return model.transformer(x, packing, thoughts.cache, read_out=len(texts_AD))
+    return model.transformer(x, packing, thoughts.cache, read_out=len(texts_AD), taps=taps)
+
+
+def by_row(x_ND: Tensor, counts: Sequence[int]) -> Tensor:
+    """What stands at the thoughts of all rows, row by row, as (B, K, D) with zeros beyond those of a row."""
+    B, K = len(counts), max(counts)
+    if min(counts) == K:
+        return x_ND.unflatten(0, (B, K))
+    index = [row * K + k for row, count in enumerate(counts) for k in range(count)]
+    index_N = torch.tensor(index, device=x_ND.device)
+    return x_ND.new_zeros(B * K, *x_ND.shape[1:]).index_copy(0, index_N, x_ND).unflatten(0, (B, K))
+
+
+def taps_at_last(packing: Packing, n: int) -> Taps:
+    """Taps for the keys and values of the last tokens of a pass."""
+    return Taps(tokens=range(len(packing) - n, len(packing)), hidden=False, keys=True, values=True)
+
+
+def keys_and_values(taps: Taps | None, counts: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+    """Keys and values (L, B, K, G, E) of thoughts, from the taps of a pass that read those of all rows; None: none."""
+    if taps is None:
+        return None, None
+    keys, values = (torch.stack([by_row(x_NGE, counts) for x_NGE in x]) for x in (taps.keys_LNGE, taps.values_LNGE))
+    return keys, values

@@ -99,6 +99,7 @@ class Sequential(ThoughtLoop):
         counts: Sequence[int],
         room: int,
         caches: StaticCaches | None = None,
+        keys: bool = False,
     ) -> Thoughts:
         B, K, device = packing.rows, max(counts), questions_PD.device
         cache = make_cache(B, packing.longest + K + room, caches)

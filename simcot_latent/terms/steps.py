@@ -23,7 +23,8 @@ class StepGroups:
 
     Attributes:
         latents_per_step: c, the thoughts of a group.
-        surplus: `merge` adds the steps beyond the last group to it (both published flavours), `drop` leaves them out.
+        surplus: `merge` adds the steps beyond the last group to it (both published flavours), `drop` leaves them out;
+            where the stage writes them (`write`), no group says them.
         missing: what a group without a step is supervised to say: the `answer` (the flavour on Coconut), or nothing,
             `mask` (the flavour on CODI).
     """
@@ -34,7 +35,7 @@ class StepGroups:
 
     def __post_init__(self) -> None:
         require(self.latents_per_step >= 1, "groups.latents_per_step", self.latents_per_step, "at least 1")
-        require_choice("groups.surplus", self.surplus, ("merge", "drop"))
+        require_choice("groups.surplus", self.surplus, ("merge", "drop", "write"))
         require_choice("groups.missing", self.missing, ("mask", "answer"))
 
     def count(self, states: int) -> int:

@@ -41,9 +41,13 @@ def target_totals(targets: Targets) -> dict[str, Tensor]:
     }
 
 
-def text_labels(hidden_MD: Tensor, table_VD: Tensor, targets: Targets, totals: dict[str, Tensor]) -> Labelled:
-    """The labels of a text, scaled so that their cross-entropies sum to L_ans."""
-    return Labelled(hidden_MD, table_VD, targets.label_M, targets.weight_M / at_least_tiny(totals["weights"]))
+def text_labels(hidden_MD: Tensor, table_VD: Tensor, targets: Targets, weights: Tensor) -> Labelled:
+    """The labels of a text, scaled so that their cross-entropies sum to the loss.
+
+    Args:
+        weights: the sum of all labels' weights in the optimizer step.
+    """
+    return Labelled(hidden_MD, table_VD, targets.label_M, targets.weight_M / at_least_tiny(weights))
 
 
 def written_step_accuracy(correct_M: Tensor, targets: Targets, totals: dict[str, Tensor]) -> Tensor:
