@@ -205,7 +205,7 @@ class MethodConfig:
             place of each, the control) or `none` (no thoughts).
         steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT) or `none`.
         distill: what the model is pulled towards, beside a pass over the written solution: a list of `hidden` (hidden
-            states where the answer begins, CODI).
+            states where the answer begins, CODI) and `kv` (keys and values at the thoughts, KaVa).
         written: whether the written solution is learned in a pass of its own: `joint` (CODI) or `none`.
         terms: further terms of the loss, by the names under which they are registered.
         latent, decoder, loss: settings of the parts.

@@ -148,9 +148,12 @@ class Method(nn.Module):
                 if group not in ("curriculum", "loop"):
                     raise UserError(f"{group}={key}: needs thoughts, which loop=none has not; take a loop")
             return
-        if run.rationale != "equations":
+        if run.rationale != "equations" and self.curriculum.writes_single_steps:
             mode = f"mode={run.mode or 'latent'}"
             raise UserError(f"rationale={run.rationale}: must be equations in {mode}, whose steps become thoughts")
+        for key in config.distill:
+            if find("distill", key).needs_keys and not self.loop.gives_keys:
+                raise UserError(f"distill={key}: needs the keys of thoughts, which loop={config.loop} does not give")
         if self.loop.states(latent.n_latents) != latent.n_states:
             raise UserError(
                 f"latent.feeds_last={str(latent.feeds_last).lower()}: loop={config.loop} comes to "

@@ -37,6 +37,7 @@ PARTS: dict[str, dict[str, str | type]] = {
     },
     "distill": {
         "hidden": "simcot_latent.terms.hidden.Hidden",
+        "kv": "simcot_latent.terms.keys.Keys",
     },
     "written": {
         "joint": "simcot_latent.terms.written.Joint",

@@ -25,6 +25,7 @@ from simcot_latent.loops.jacobi import Jacobi
 from simcot_latent.loops.looped import Looped
 from simcot_latent.method import Method, ThoughtBatch
 from simcot_latent.model.gpt import GPT
+from simcot_latent.terms.keys import importance, non_redundancy, pair_distance_L, select
 
 NEWLINE = 12
 
@@ -237,7 +238,7 @@ def test_lotus(case: Callable[[str], Case], from_hf_gpt2: Callable[..., dict[str
             [untagged(x) for x in s["steps_tokenized"]],
             untagged(s["answer_tokenized"]),
             0,
-        )  # fmt: skip
+        )
         for s in facts["samples"]
     ]
     _, shares = run_step(method, examples)
@@ -246,3 +247,43 @@ def test_lotus(case: Callable[[str], Case], from_hf_gpt2: Callable[..., dict[str
     assert_close(shares["step_loss"], expected["step_ce"], "step")
     assert_close(shares["loss"], expected["loss"], "loss")
     assert_gradients_but_one_row(method, expected, "grad.", ids["latent"], from_hf_gpt2)
+
+
+# KaVa
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_kava_selects_as_its_listing_does(case: Callable[[str], Case], row: int) -> None:
+    kava = case("kava_thirdparty")
+    x = {k.removeprefix(f"row{row}."): v for k, v in kava.tensors.items() if k.startswith(f"row{row}.")}
+    k_LBGNE = x["keys"].unsqueeze(1)
+    N, E = x["keys"].shape[2:]
+    has_step_BN = torch.ones(1, N, dtype=torch.bool)
+    has_answer_BA = torch.ones(1, x["scores"].shape[2], dtype=torch.bool)
+    # Queries whose scaled scores are theirs.
+    q_LHAE = x["scores"] @ torch.linalg.pinv(x["keys"].mT) * E**0.5
+    I_LBGN = importance(q_LHAE.unsqueeze(1), k_LBGNE, has_step_BN, has_answer_BA)
+    R_LBGN = non_redundancy(k_LBGNE, has_step_BN)
+    torch.testing.assert_close(I_LBGN[:, 0], x["paper.I"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(R_LBGN[:, 0], x["paper.R"], atol=1e-6, rtol=1e-5)
+    S_LBGN = 0.1 * I_LBGN + 0.9 * R_LBGN
+    torch.testing.assert_close(S_LBGN[:, 0], x["paper.S"], atol=1e-5, rtol=1e-4)
+    M = kava.facts["M"]
+    index = select(S_LBGN, has_step_BN, torch.tensor([M]), M)[:, 0]
+    assert (index == x["paper.idx"]).all()
+
+
+@pytest.mark.parametrize("distance", ["l1", "mse", "smooth_l1"])
+@pytest.mark.parametrize("norm", ["none", "std"])
+def test_kava_distance(case: Callable[[str], Case], distance: str, norm: str) -> None:
+    tensors = case("kava_thirdparty").tensors
+    key = f"{distance}.loss" if norm == "none" else f"{distance}_teacherstd.loss"
+    if key not in tensors:
+        pytest.skip("no reference number")
+    is_pair_BM = tensors["slot_mask"].bool()
+    found = torch.zeros(())
+    for kind in ("keys", "values"):
+        student, teacher = (tensors[f"{who}_{kind}"].movedim(1, 0) for who in ("student", "teacher"))
+        _, _, G, _, E = student.shape
+        found += 0.5 * pair_distance_L(student, teacher, is_pair_BM, distance, norm).mean() / (G * E * is_pair_BM.sum())
+    assert_close(found, tensors[key], key)

@@ -50,6 +50,11 @@ class Curriculum(ABC):
         return False
 
     @property
+    def writes_single_steps(self) -> bool:
+        """Whether a stage writes some of a problem's steps after its thoughts, so that solutions must be steps."""
+        return self.latent.surplus == "write"
+
+    @property
     def all_replaced(self) -> Stage:
         """The stage in which thoughts stand for as many steps as they can."""
         latent = self.latent

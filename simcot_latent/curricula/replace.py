@@ -35,5 +35,9 @@ class Replace(Curriculum):
         return Stage(max(0, groups * latent.latents_per_step - (not latent.feeds_last)), first_written=groups)
 
     @property
+    def writes_single_steps(self) -> bool:
+        return True
+
+    @property
     def resets_optimizer(self) -> bool:
         return self.latent.reset_optimizer
