@@ -70,10 +70,6 @@ def config_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
@@ -91,8 +87,8 @@ class LatentConfig:
         warmup: share of training on written steps, before any thought.
         stages: after the warm-up, the share of training in which thoughts replace one step more at a time (1, 2, .. all
             but one, equally long), or a list of stages, such as `[{steps: 1, share: 0.1}, {steps: 2, share: 0.1}]`
-            (`steps`: how many steps thoughts replace, `share`: of training). In the rest of training thoughts replace
-            all steps. As in Coconut, https://arxiv.org/abs/2412.06769, section 3.
+            (`steps`: how many steps thoughts replace, `share`: of training, or `epochs` in its place). In the rest of
+            training thoughts replace all steps. As in Coconut, https://arxiv.org/abs/2412.06769, section 3.
         reset_optimizer: forget the optimizer's moments when a stage begins (Coconut does).
         feeds_last: whether the model reads the last state that its thoughts come to (Coconut), or only the decoder does
             (SIM-CoT on CODI): the decoder then has one step more to decode than there are thoughts.
@@ -119,27 +115,7 @@ class LatentConfig:
         require_choices(self, "train", "latent")
         require(0 <= self.warmup < 1, "latent.warmup", self.warmup, "a share of training, from 0 to below 1")
         right = "a share of training, from 0 to below 1, or a list of {steps: .., share: ..}"
-        if isinstance(self.stages, list):
-            for i, stage in enumerate(self.stages):
-                right = f"{{steps: 1 to {self.groups}, share: above 0, below 1}}"
-                ok = isinstance(stage, dict) and set(stage) == {"steps", "share"}
-                ok = ok and _is_whole(stage["steps"]) and 1 <= stage["steps"] <= self.groups
-                require(ok and _is_share(stage["share"]) and stage["share"] > 0, f"latent.stages[{i}]", stage, right)
-        else:
-            require(_is_share(self.stages), "latent.stages", self.stages, right)
-        fewest = min([steps for steps, _ in self.schedule] + [self.groups]) * self.latents_per_step
-        require(self.feeds_last or fewest >= 2, "latent.feeds_last", False, "true in stages of a single thought")
-        total = self.warmup + sum(share for _, share in self.schedule)
-        require(total < 1, "latent.stages", f"{total:g} of training with the warm-up", "below 1 in total")
-
-    @property
-    def schedule(self) -> list[tuple[int, float]]:
-        """Every stage between the warm-up and the last: how many steps thoughts replace, and for what share."""
-        if isinstance(self.stages, list):
-            return [(stage["steps"], stage["share"]) for stage in self.stages]
-        if self.stages == 0:
-            return []
-        return [(steps, self.stages / (self.groups - 1)) for steps in range(1, self.groups)]
+        require(isinstance(self.stages, list) or _is_share(self.stages), "latent.stages", self.stages, right)
 
     @property
     def groups(self) -> int:
@@ -251,6 +227,11 @@ class MethodConfig:
         for section in (self.latent, self.decoder, self.loss):
             values |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The settings of a part that has none of its own."""
 
 
 SECTIONS: dict[str, type] = {"latent": LatentConfig, "decoder": DecoderConfig, "loss": LossConfig}
@@ -455,6 +436,7 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
             method.own |= own
             values = {key: value for key, value in values.items() if key not in own}
         setattr(method, name, typed(cls, values, name))
+    find("curriculum", method.curriculum)(method, run)  # which refuses stages that cannot be
     return run, method
 
 

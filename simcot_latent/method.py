@@ -111,7 +111,7 @@ class Method(nn.Module):
         self.model, self.tokenizer, self.run, self.config = model, tokenizer, run, config
         new = make_loop(config.loop, model.config.n_embd, config)
         self.loop = loop if new is not None and is_like(loop, new) else new
-        self.curriculum: Curriculum = find("curriculum", config.curriculum)(config.latent, config.loop)
+        self.curriculum: Curriculum = find("curriculum", config.curriculum)(config, run)
         self.check_parts()
         self.answers = AnswerFormat(thinks=self.loop is not None)
         self.groups = StepGroups(config.latent.latents_per_step, config.latent.surplus, config.latent.missing)

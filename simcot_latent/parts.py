@@ -22,6 +22,7 @@ NONE = "none"
 
 PARTS: dict[str, dict[str, str | type]] = {
     "curriculum": {
+        "fixed_k": "simcot_latent.curricula.fixed_k.FixedK",
         NONE: "simcot_latent.curricula.none.NoCurriculum",
         "replace": "simcot_latent.curricula.replace.Replace",
     },

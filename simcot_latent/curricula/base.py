@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from simcot_latent.config import LatentConfig
+from simcot_latent.config import MethodConfig, NoSettings, RunConfig
 from simcot_latent.errors import UserError, require
 from simcot_latent.parts import NONE
 
@@ -18,10 +19,12 @@ class Stage:
         thoughts: latent thoughts per question, all of which the model reads.
         first_written: the first step (0, 1, ..) that is written as text; those before it are left to the thoughts.
             None: no step is written.
+        overlap: whether the thoughts stand for the steps that are written, too.
     """
 
     thoughts: int = 0
     first_written: int | None = 0
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         require(self.thoughts >= 0, "stage.thoughts", self.thoughts, "at least 0")
@@ -33,12 +36,19 @@ class Curriculum(ABC):
     """The stages of a training run.
 
     Args:
-        latent: the options of thoughts.
-        loop: the key of the method's thought loop.
+        method: the parts and their settings.
+        run: how long training is.
+
+    Raises:
+        UserError: there are no such stages.
     """
 
-    def __init__(self, latent: LatentConfig, loop: str) -> None:
-        self.latent, self.loop = latent, loop
+    Config: ClassVar[type] = NoSettings
+    """A dataclass of its settings. Those of the command line are the keys of the same name under `latent`."""
+
+    def __init__(self, method: MethodConfig, run: RunConfig) -> None:
+        self.latent, self.loop, self.run = method.latent, method.loop, run
+        self.config: Any = method.settings(self.Config)
 
     @abstractmethod
     def stage_at(self, progress: float) -> Stage:

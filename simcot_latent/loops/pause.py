@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from simcot_latent.loops.base import NoSettings, ThoughtLoop, Thoughts, by_row, keys_and_values, taps_at_last
+from simcot_latent.config import NoSettings
+from simcot_latent.loops.base import ThoughtLoop, Thoughts, by_row, keys_and_values, taps_at_last
 from simcot_latent.model.cache import StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing

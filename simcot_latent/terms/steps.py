@@ -51,7 +51,7 @@ class StepGroups:
             groups: how many there are.
             stage: in an early one, the later steps are still written.
         """
-        steps = steps[: stage.first_written]
+        steps = steps if stage.overlap else steps[: stage.first_written]
         found: list[list[T] | None] = [[step] for step in steps[:groups]]
         if len(steps) > groups > 0 and self.surplus == "merge":
             found[-1] = list(steps[groups - 1 :])
