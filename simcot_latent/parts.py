@@ -30,7 +30,9 @@ PARTS: dict[str, dict[str, str | type]] = {
         "jacobi": "simcot_latent.loops.jacobi.Jacobi",
         "looped": "simcot_latent.loops.looped.Looped",
         "pause": "simcot_latent.loops.pause.Pause",
+        "pause_multipass": "simcot_latent.loops.pause_multipass.PauseMultipass",
         "sequential": "simcot_latent.loops.sequential.Sequential",
+        "soft": "simcot_latent.loops.soft.Soft",
     },
     "steps": {
         "decoder": "simcot_latent.terms.step_decoder.StepDecoderTerm",
