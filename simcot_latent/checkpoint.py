@@ -51,7 +51,7 @@ from simcot_latent.folders import MANIFEST, Fingerprint, fingerprint, verify_fil
 from simcot_latent.loops.base import ThoughtLoop
 from simcot_latent.loops.sequential import Sequential
 from simcot_latent.model.gpt import GPT
-from simcot_latent.parts import find
+from simcot_latent.parts import NONE, find
 from simcot_latent.paths import HUB_ID, expanded
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
@@ -77,6 +77,7 @@ class Checkpoint:
         loop: how it thinks, in evaluation mode; None for a model that writes its steps.
         stage: how problems are put to it: how many thoughts it has, which steps it writes.
         groups: how thoughts stand for steps.
+        steps: who was to say them, by its key in the table of parts; `none`: nobody.
         parts: the weights of whatever else was trained, by name.
         step: optimizer steps it was trained for.
         path: its folder.
@@ -90,6 +91,7 @@ class Checkpoint:
     loop: ThoughtLoop | None = None
     stage: Stage = field(default_factory=Stage)
     groups: StepGroups = field(default_factory=StepGroups)
+    steps: str = NONE
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     step: int = 0
     path: Path | None = None
@@ -98,6 +100,12 @@ class Checkpoint:
     def n_states(self) -> int:
         """K, the states that the loop comes to for each question: the thoughts, and those that are only decoded."""
         return 0 if self.loop is None else self.loop.states(self.stage.thoughts)
+
+    @property
+    def reads_steps(self) -> bool:
+        """Whether there are thoughts, and steps to be read out of them."""
+        says = self.step_decoder is not None if self.steps == "decoder" else self.steps != NONE
+        return says and self.stage.thoughts > 0
 
     @property
     def n_groups(self) -> int:
@@ -265,6 +273,7 @@ def load_checkpoint(
         loop=None if loop is None else loop.to(device).eval(),
         stage=config.stage,
         groups=config.groups,
+        steps=config.steps,
         parts={name: read_tensors(folder / f"{name}.safetensors") for name in config.parts},
         step=config.step,
         path=folder,
@@ -322,6 +331,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, state: TrainerState |
         "answers": asdict(checkpoint.answers),
         "stage": asdict(checkpoint.stage),
         "groups": asdict(checkpoint.groups),
+        "steps": checkpoint.steps,
         "parts": sorted(checkpoint.parts),
         "step": checkpoint.step,
         "run": checkpoint.config,

@@ -16,6 +16,7 @@ from simcot_latent.data.format import AnswerFormat
 from simcot_latent.errors import UserError, require
 from simcot_latent.files import from_plain, read_json
 from simcot_latent.model.gpt import GPTConfig
+from simcot_latent.parts import NONE, find
 from simcot_latent.terms.steps import StepGroups
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class SavedConfig:
         answers: what stands around its answers.
         stage: how problems were put to it when it was saved.
         groups: how thoughts stand for steps.
+        steps: who was to say them, by its key in the table of parts.
         parts: what else was trained, each in a file of its name.
         step: optimizer steps it was trained for.
         run: the run's options. Whoever uses one asks `setting`, since it is what the file says, no more.
@@ -61,6 +63,7 @@ class SavedConfig:
     groups: StepGroups
     step: int
     run: dict[str, Any]
+    steps: str = NONE
     parts: list[str] = field(default_factory=list)
     format: int = FORMAT
 
@@ -73,6 +76,8 @@ class SavedConfig:
             raise UserError(f"stage.thoughts={thoughts}: must be 0 without a loop, and with answers.thinks=false")
         if wrong := [name for name in self.parts if not (isinstance(name, str) and PART.fullmatch(name))]:
             raise UserError(f"parts: {str(wrong[0])[:60]!r} is no name of a part, which is small letters, digits and _")
+        if self.steps != NONE:
+            find("steps", self.steps)
         decoder = self.step_decoder
         if decoder is not None:
             if decoder.n_embd != self.model.n_embd:
@@ -149,6 +154,7 @@ def as_of_format_3(config: dict[str, Any]) -> dict[str, Any]:
         "groups": {"latents_per_step": c}
         | {key: latent[key] for key in ("surplus", "missing") if isinstance(latent.get(key), str)},
     }
+    config["steps"] = "none" if config.get("step_decoder") is None else "decoder"
     if thoughts.thinks:
         settings = {"feeds_last": last, "projector_width": widths[0] if widths else None}
         config["loop"] = {"key": "sequential", "settings": settings}

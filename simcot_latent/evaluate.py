@@ -31,7 +31,7 @@ from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.paths import check_writable, write_lines, write_text
-from simcot_latent.probing.thoughts import decode_taught, gold_groups, latents_of
+from simcot_latent.probing.thoughts import decode_taught, gold_groups, states_of
 from simcot_latent.terms.steps import holds_step
 
 if TYPE_CHECKING:
@@ -174,9 +174,9 @@ def evaluate(name: str, raw: DictConfig) -> None:
             seconds += time.perf_counter() - began
             decoded: list[list[str]] = [[] for _ in chosen]
             gold: list[list[str | None]] = [[] for _ in chosen]
-            if checkpoint.step_decoder is not None and checkpoint.stage.thoughts:
+            if checkpoint.reads_steps:
                 gold = [gold_groups(checkpoint, problem) for problem in chosen]
-                decoded = decode_taught(checkpoint, latents_of(generations), gold)
+                decoded = decode_taught(checkpoint, states_of(checkpoint, generations), gold)
             elif not checkpoint.stage.thoughts and setting(checkpoint, "rationale") != "none":
                 pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
                 decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]

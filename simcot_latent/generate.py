@@ -70,6 +70,7 @@ class Generation:
         finished: whether it came to its end token (else it ran into a limit).
         answer_mark: see `AnswerFormat`.
         latents_KD: its thoughts; None for a model that writes its steps.
+        before_KD: the hidden states before each thought, see `Thoughts`.
     """
 
     text: str
@@ -77,6 +78,7 @@ class Generation:
     finished: bool
     answer_mark: str = ANSWER_MARK
     latents_KD: Tensor | None = field(default=None, compare=False, repr=False)
+    before_KD: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def answer(self) -> str:
@@ -155,9 +157,11 @@ def generate(
     limits = [min(max_new_tokens, model.config.context_length - len(ids) - spent) for ids in prompts]
     B, room = len(prompts), len(opening) + max(limits)
     latents: Sequence[Tensor | None] = [None] * B
+    before: Sequence[Tensor | None] = [None] * B
     if checkpoint.stage.thoughts and checkpoint.loop is not None:
         thoughts = think_about(checkpoint, prompts, room, caches)
         latents = thoughts.latents_BKD.unbind()
+        before = before if thoughts.before_BKD is None else thoughts.before_BKD.unbind()
         opening_PD = model.embedding(torch.tensor(opening * B, device=device))
         packing = checkpoint.loop.pack_texts([len(opening)] * B, [checkpoint.n_states] * B)
         hidden_ND = go_on(model, thoughts, opening_PD, to_device(packing, device))
@@ -202,8 +206,8 @@ def generate(
         hidden_ND = model(ids_N, packing, cache)
     n_thoughts = checkpoint.stage.thoughts
     return [
-        Generation(tokenizer.decode(ids), n_thoughts + len(ids), done, checkpoint.answers.answer_mark, latents_KD)
-        for ids, done, latents_KD in zip(written, finished, latents, strict=True)
+        Generation(tokenizer.decode(ids), n_thoughts + len(ids), done, checkpoint.answers.answer_mark, *states)
+        for ids, done, *states in zip(written, finished, latents, before, strict=True)
     ]
 
 

@@ -151,9 +151,14 @@ class Method(nn.Module):
         if run.rationale != "equations" and self.curriculum.writes_single_steps:
             mode = f"mode={run.mode or 'latent'}"
             raise UserError(f"rationale={run.rationale}: must be equations in {mode}, whose steps become thoughts")
-        for key in config.distill:
-            if find("distill", key).needs_keys and not self.loop.gives_keys:
-                raise UserError(f"distill={key}: needs the keys of thoughts, which loop={config.loop} does not give")
+        for group, key in config.parts:
+            part = find(group, key)
+            for what in ("hidden", "keys"):
+                if getattr(part, f"needs_{what}", False) and not getattr(self.loop, f"gives_{what}"):
+                    states = {"hidden": "hidden states", "keys": "keys"}[what]
+                    raise UserError(
+                        f"{group}={key}: needs the {states} of thoughts, which loop={config.loop} gives not"
+                    )
         if self.loop.states(latent.n_latents) != latent.n_states:
             raise UserError(
                 f"latent.feeds_last={str(latent.feeds_last).lower()}: loop={config.loop} comes to "

@@ -45,6 +45,7 @@ from simcot_latent.interop.published import (
 from simcot_latent.interop.tensor_names import plain_names
 from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
+from simcot_latent.parts import NONE
 from simcot_latent.paths import HUB_ID, expanded
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
@@ -190,6 +191,7 @@ def import_checkpoint(
         loop=None if loop is None else loop.eval(),
         stage=stage,
         groups=groups,
+        steps=NONE if decoder is None else "decoder",
         config={
             "mode": "weighted" if stage_0 else "latent",
             "rationale": "equations",

@@ -57,6 +57,13 @@ class Thoughts:
         """The thoughts, (B, K, D)."""
         return self.latents_BKD
 
+    @property
+    def before_BKD(self) -> Tensor | None:
+        """The hidden states before each thought, that at `<|bot|>` first; None where a loop does not know them."""
+        if self.bot_BD is None or self.hidden_BKD is None:
+            return None
+        return torch.cat((self.bot_BD.unsqueeze(1), self.hidden_BKD[:, :-1]), dim=1)
+
 
 class ThoughtLoop(nn.Module, ABC):
     """How thoughts come about. What it learns are its own parameters.
@@ -76,6 +83,9 @@ class ThoughtLoop(nn.Module, ABC):
     def __init__(self, width: int, config: Any) -> None:
         super().__init__()
         self.width, self.config = width, config
+
+    gives_hidden: ClassVar[bool] = False
+    """Whether it knows the hidden states at all of its thoughts when it has thought them."""
 
     gives_keys: ClassVar[bool] = False
     """Whether it can give the keys and values of its thoughts."""

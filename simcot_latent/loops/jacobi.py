@@ -48,6 +48,7 @@ class Jacobi(ThoughtLoop):
 
     Config = JacobiConfig
     config: JacobiConfig
+    gives_hidden = True
     gives_keys = True
 
     def __init__(self, width: int, config: JacobiConfig) -> None:

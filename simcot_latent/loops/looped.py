@@ -41,6 +41,7 @@ class Looped(ThoughtLoop):
 
     Config = LoopedConfig
     config: LoopedConfig
+    gives_hidden = True
     gives_keys = True
 
     def __init__(self, width: int, config: LoopedConfig) -> None:

@@ -25,6 +25,7 @@ from simcot_latent.model.packing import Packing
 class Pause(ThoughtLoop):
     """All thoughts in the question's pass, from one learned vector."""
 
+    gives_hidden = True
     gives_keys = True
 
     def __init__(self, width: int, config: NoSettings) -> None:

@@ -1,6 +1,6 @@
 """Questions into thoughts, thoughts into the text of their steps.
 
-Shapes: B questions, K thoughts, G step groups, C thoughts per group, N = B * G, D width.
+Shapes: B questions, K thoughts, G step groups, N = B * G, D width.
 """
 
 from __future__ import annotations
@@ -8,18 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, require_decoder
+from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.data.problem import Problem
 from simcot_latent.errors import UserError
 from simcot_latent.generate import Generation, encode_prompts, think_about
 from simcot_latent.loops.base import Thoughts
 from simcot_latent.model.cache import KVCache
-
-MAX_STEP_TOKENS = 128
-"""Where free-running decoding of a group gives up; merged steps of GSM8K stay under it."""
+from simcot_latent.probing.readers import step_reader
 
 
 @torch.no_grad()
@@ -52,40 +49,38 @@ def latents_of(generations: Sequence[Generation]) -> Tensor:
     return torch.stack([g.latents_KD for g in generations if g.latents_KD is not None])
 
 
+def states_of(checkpoint: Checkpoint, generations: Sequence[Generation]) -> Tensor:
+    """What the steps of answers (at least one) of a model that thinks are read of, (B, K, D)."""
+    before = [g.before_KD for g in generations if g.before_KD is not None]
+    return step_reader(checkpoint).states(latents_of(generations), torch.stack(before) if before else None)
+
+
 def decode_steps(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[list[str]]:
-    """What thoughts say: for each question one string a step group, free-running.
+    """What thoughts say: for each question one string per step group, free-running.
 
     Args:
-        thoughts: from `think`, or latents (B, K, D) of your own.
+        thoughts: from `think`, or latents (B, K, D) of your own where a decoder reads them.
 
     Raises:
-        UserError: the checkpoint has no decoder.
+        UserError: the checkpoint has nothing that reads them.
     """
     return [[text for text, _ in groups] for groups in decode_groups(checkpoint, thoughts)]
 
 
 def decode_groups(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[list[tuple[str, float]]]:
     """As `decode_steps`, each text with its probability."""
-    latents_BKD = thoughts if isinstance(thoughts, Tensor) else thoughts.latents
-    decoded = _decode(checkpoint, group_prefix(checkpoint, latents_BKD))
+    reader = step_reader(checkpoint)
+    latents, before = (thoughts, None) if isinstance(thoughts, Tensor) else (thoughts.latents_BKD, thoughts.before_BKD)
+    states_BKD = reader.states(latents, before)
+    with torch.no_grad():
+        decoded = reader.read(reader.groups(states_BKD))
     G = checkpoint.n_groups
     return [decoded[i : i + G] for i in range(0, len(decoded), G)]
 
 
-def decode_taught(checkpoint: Checkpoint, latents_BKD: Tensor, gold: Sequence[Sequence[str | None]]) -> list[list[str]]:
+def decode_taught(checkpoint: Checkpoint, states_BKD: Tensor, gold: Sequence[Sequence[str | None]]) -> list[list[str]]:
     """As `decode_steps`, of the groups with gold alone; the others, which may ramble on, are left empty."""
-    taught_N = torch.tensor([text is not None for groups in gold for text in groups], device=latents_BKD.device)
-    decoded = iter(_decode(checkpoint, group_prefix(checkpoint, latents_BKD)[taught_N]))
+    reader = step_reader(checkpoint)
+    taught_N = torch.tensor([text is not None for groups in gold for text in groups], device=states_BKD.device)
+    decoded = iter(reader.read(reader.groups(states_BKD)[taught_N]))
     return [["" if text is None else next(decoded)[0] for text in groups] for groups in gold]
-
-
-def _decode(checkpoint: Checkpoint, prefix_NCD: Tensor) -> list[tuple[str, float]]:
-    """What each step group's thoughts say, free-running, and its probability."""
-    decoder, tokenizer = require_decoder(checkpoint), checkpoint.tokenizer
-    ids, probabilities = decoder.decode(prefix_NCD, tokenizer.end_id, MAX_STEP_TOKENS)
-    return list(zip(map(tokenizer.decode, ids), probabilities, strict=True))
-
-
-def group_prefix(checkpoint: Checkpoint, latents_BKD: Tensor) -> Tensor:
-    """Thoughts cut into the step groups that the decoder reads, (N, C, D)."""
-    return rearrange(latents_BKD, "b (g c) d -> (b g) c d", c=checkpoint.groups.latents_per_step)

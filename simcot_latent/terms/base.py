@@ -162,6 +162,9 @@ class Term:
     needs_written: bool = False
     """Whether it needs a pass over question and written solution beside the one with thoughts."""
 
+    needs_hidden: bool = False
+    """Whether it needs the hidden states at `<|bot|>` and at all thoughts."""
+
     needs_keys: bool = False
     """Whether it needs the keys and values of the thoughts, see `Thoughts.keys_LBKGE`."""
 

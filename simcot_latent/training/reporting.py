@@ -150,7 +150,7 @@ class Reporter:
             held_out: what it was validated on.
         """
         self.console.print(validation_table(metrics, len(held_out.problems)))
-        has_thoughts = checkpoint.step_decoder is not None and checkpoint.stage.thoughts > 0
+        has_thoughts = checkpoint.reads_steps
         if has_thoughts:
             self.method.eval()
             with torch.no_grad(), autocast(self.job.device, self.job.dtype):

@@ -21,6 +21,7 @@ from simcot_latent.curricula.base import Stage
 from simcot_latent.errors import UserError
 from simcot_latent.folders import move_aside, remove_empty, remove_partial_folder, sync_folder, written_beside
 from simcot_latent.method import Method
+from simcot_latent.parts import NONE
 from simcot_latent.training.memory import in_units
 
 
@@ -39,6 +40,7 @@ def as_checkpoint(method: Method, stage: Stage, options: dict[str, Any], step: i
         loop=method.loop,
         stage=stage,
         groups=method.groups,
+        steps=method.config.steps if "step" in method.terms else NONE,
         parts=method.further_parts(),
         step=step,
     )
