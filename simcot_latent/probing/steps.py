@@ -24,7 +24,7 @@ from simcot_latent.metrics import score_steps, steps_are_right
 from simcot_latent.probing.information import v_information
 from simcot_latent.probing.readers import step_reader
 from simcot_latent.probing.thoughts import (
-    decode_groups,
+    decode_states,
     gold_groups,
     require_thoughts,
     states_of,
@@ -81,7 +81,7 @@ def probe_questions(checkpoint: Checkpoint, questions: Sequence[str]) -> list[Qu
     return [
         QuestionProbe(question, [GroupProbe(text, steps_are_right(text), p) for text, p in groups], generation.answer)
         for question, groups, generation in zip(
-            questions, decode_groups(checkpoint, states_BKD), generations, strict=True
+            questions, decode_states(checkpoint, states_BKD), generations, strict=True
         )
     ]
 
@@ -122,7 +122,7 @@ def probe_problems(
     probes = []
     for i in track(starts, "decoding", console, sizes):
         rows = slice(i, i + batch_size)
-        decoded = chain.from_iterable(decode_groups(checkpoint, states_BKD[rows]))
+        decoded = chain.from_iterable(decode_states(checkpoint, states_BKD[rows]))
         forced = teacher_forced(checkpoint, states_BKD[rows], gold[rows])
         groups = map(score_group, decoded, chain.from_iterable(gold[rows]), forced)
         for row, problem in enumerate(problems[rows], start=i):

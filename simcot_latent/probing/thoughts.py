@@ -71,10 +71,14 @@ def decode_groups(checkpoint: Checkpoint, thoughts: Thoughts | Tensor) -> list[l
     """As `decode_steps`, each text with its probability."""
     reader = step_reader(checkpoint)
     latents, before = (thoughts, None) if isinstance(thoughts, Tensor) else (thoughts.latents_BKD, thoughts.before_BKD)
-    states_BKD = reader.states(latents, before)
-    with torch.no_grad():
-        decoded = reader.read(reader.groups(states_BKD))
-    G = checkpoint.n_groups
+    return decode_states(checkpoint, reader.states(latents, before))
+
+
+@torch.no_grad()
+def decode_states(checkpoint: Checkpoint, states_BKD: Tensor) -> list[list[tuple[str, float]]]:
+    """As `decode_groups`, of what steps are read of; see `states_of`."""
+    reader, G = step_reader(checkpoint), checkpoint.n_groups
+    decoded = reader.read(reader.groups(states_BKD))
     return [decoded[i : i + G] for i in range(0, len(decoded), G)]
 
 

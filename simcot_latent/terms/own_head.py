@@ -2,8 +2,8 @@
 
 Each step group has C thoughts. The tokens of group b's step, and an end token if there is room, are predicted at
 positions b * C .. b * C + C - 1 of [<|bot|>, thought 1, .., thought K], each by the position before it, so `<|bot|>`
-predicts the first. A step of more than C tokens is cut. L_step is the mean over all these tokens. The published code has
-no end tokens (`own_head_end=false`); with them, what a group says can be read. Source: LOTUS,
+predicts the first. A step of more than C tokens is cut. L_step is the mean over all these tokens. The published code
+has no end tokens (`own_head_end=false`); with them, what a group says can be read. Source: LOTUS,
 https://arxiv.org/abs/2606.31779.
 
 Shapes: B rows, K thoughts, D width, M labels.
