@@ -232,6 +232,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "accuracy_last_number": correct_last / n,
         "ci95_last_number": list(wilson_interval(correct_last, n)),
         "tokens_per_answer": sum(p.generation.n_tokens for p in predictions) / n,
+        "passes_per_answer": sum(p.generation.n_passes for p in predictions) / n,
         "unfinished": sum(not p.generation.finished for p in predictions),
     }
     steps = [step for p in predictions for step in p.steps]
@@ -275,6 +276,7 @@ def report_table(report: dict[str, Any]) -> Table:
     if report["tolerance"]:
         table.add_row("tolerance", f"{report['tolerance']:g} of the gold answer")
     table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {report['thoughts']} thoughts")
+    table.add_row("passes an answer", f"{report['passes_per_answer']:.1f}, one after the other")
     table.add_row("without an end token", str(report["unfinished"]))
     table.add_row("questions/s", f"{report['questions_per_s']:.1f} (batch {report['batch_size']}, {report['dtype']})")
     return table
@@ -299,6 +301,7 @@ def write_report(files: tuple[Path, Path], report: dict[str, Any], predictions: 
             "last_number": last_number(p.generation.text),
             "correct_last_number": p.correct_last_number,
             "n_tokens": p.generation.n_tokens,
+            "n_passes": p.generation.n_passes,
             "finished": p.generation.finished,
             "decoded_steps": [s if holds_step(p.problem, k) else "" for k, s in enumerate(p.decoded)],
             "gold_steps": [g if holds_step(p.problem, k) else None for k, g in enumerate(p.gold)],

@@ -69,6 +69,7 @@ class Generation:
         n_tokens: what it took: thoughts, and tokens written, end token included.
         finished: whether it came to its end token (else it ran into a limit).
         answer_mark: see `AnswerFormat`.
+        n_passes: the passes that were taken one after the other, that over the question not counted.
         latents_KD: its thoughts; None for a model that writes its steps.
         before_KD: the hidden states before each thought, see `Thoughts`.
     """
@@ -77,6 +78,7 @@ class Generation:
     n_tokens: int
     finished: bool
     answer_mark: str = ANSWER_MARK
+    n_passes: int = 0
     latents_KD: Tensor | None = field(default=None, compare=False, repr=False)
     before_KD: Tensor | None = field(default=None, compare=False, repr=False)
 
@@ -204,9 +206,10 @@ def generate(
             writes = set(going)
             packing = to_device(Packing.of([row in writes for row in range(len(rows))]), device)
         hidden_ND = model(ids_N, packing, cache)
-    n_thoughts = checkpoint.stage.thoughts
+    n_thoughts, mark = checkpoint.stage.thoughts, checkpoint.answers.answer_mark
+    n_passes = 0 if checkpoint.loop is None else checkpoint.loop.n_passes(n_thoughts)
     return [
-        Generation(tokenizer.decode(ids), n_thoughts + len(ids), done, checkpoint.answers.answer_mark, *states)
+        Generation(tokenizer.decode(ids), n_thoughts + len(ids), done, mark, n_passes + len(ids), *states)
         for ids, done, *states in zip(written, finished, latents, before, strict=True)
     ]
 

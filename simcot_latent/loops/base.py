@@ -121,6 +121,10 @@ class ThoughtLoop(nn.Module, ABC):
         """The states that the loop comes to, where the model reads so many thoughts per question."""
         return thoughts
 
+    def n_passes(self, thoughts: int) -> int:
+        """The passes, one after the other, that so many thoughts take; LOTUS counts that of the question among them."""
+        return thoughts
+
     def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
         """How the first pass is laid out.
 
