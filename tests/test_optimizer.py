@@ -192,7 +192,8 @@ def make_method(
 
     def make(loop: str = "sequential", **run: object) -> Method:
         model = make_model(family, vocab_size=tokenizer.n_vocab)
-        config = MethodConfig.simcot(LatentConfig(projector_width=24), loop=loop)
+        latent = LatentConfig(projector_width=24 if loop == "sequential" else None)
+        config = MethodConfig.simcot(latent, loop=loop)
         return Method(model, tokenizer, make_run(rationale="equations", **run), config)
 
     return make

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from simcot_latent.data.format import Example, encode_problem
+from simcot_latent.data.format import AnswerFormat, Example, encode_problem
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.data.sources import LoadedSplit, Split
 from simcot_latent.data.sources.files import MALFORMED, WrittenSolutions
@@ -238,7 +238,7 @@ def test_what_becomes_of_a_malformed_step(tmp_path: Path, tokenizer: Tokenizer) 
     assert "left out where steps alone are (or thoughts)" in note
 
     def written(rationale: Any) -> Example:
-        return encode_problem(tokenizer, loaded.problems[0], thinks=False, rationale=rationale)
+        return encode_problem(tokenizer, loaded.problems[0], AnswerFormat(), rationale)
 
     assert tokenizer.decode(written("natural").rationale.ids) == "so <<7*21=147>>147, <<sqrt(147)=12.1243>>12.1243\n"
     assert tokenizer.decode(written("equations").rationale.ids) == "<<7*21=147>>\n"

@@ -398,6 +398,13 @@ def test_thoughts_fit_the_context(section: str, key: str, value: Any, checkpoint
     assert f"{section}.{key}" in refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
 
 
+def test_a_decoder_has_room_for_a_step_group(checkpoint: Path) -> None:
+    """Its positions are rotary, so the file does not tell how many it has."""
+    tamper(checkpoint, lambda config: config["step_decoder"].update(context_length=1))
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert "step_decoder.context_length=1: too short for a step group of groups.latents_per_step=1" in message
+
+
 @pytest.mark.parametrize("value", [-1, 2.5, "1", True, [0]])
 def test_a_stage_writes_from_a_step_on(value: Any, checkpoint: Path) -> None:
     tamper(checkpoint, lambda config: config["stage"].update(first_written=value))

@@ -74,11 +74,11 @@ TWO_RANKS = f"{TRAIN}::test_two_ranks_equal_one_with_twice_the_accumulation"
 BLOCKS = "model/test_block_options.py"
 STILL_WRITTEN = "method/test_latent.py::test_a_stage_writes_what_thoughts_do_not_replace_yet"
 LAST_THOUGHT = "method/test_latent.py::test_the_last_thought_is_read_or_only_decoded"
-PROJECTED = f"{LAST_THOUGHT} model/test_reference_numbers.py::test_codi test_import_checkpoint.py"
+PROJECTED = "loops/test_projector.py"
 OLD = "end_to_end/test_old_checkpoints.py"
 THINKS_AS_BEFORE, GOES_ON = f"{OLD}::test_it_thinks_as_it_did", f"{OLD}::test_it_goes_on"
 UNTRUSTED = "end_to_end/test_untrusted.py"
-HOSTILE_THOUGHTS = f"{UNTRUSTED}::test_thoughts_fit_the_context"
+SHORT_DECODER = f"{UNTRUSTED}::test_a_decoder_has_room_for_a_step_group"
 ENDLESS = f"{UNTRUSTED}::test_an_answer_has_an_end"
 OWN_FOLDER = f"{UNTRUSTED}::test_a_part_is_finite_and_no_view_of_its_file"
 
@@ -225,7 +225,7 @@ MUTANTS = [
         ("return hidden if self.projector is None else self.projector(hidden)", "return hidden", PROJECTED),
         ("self.norm(self.down(activated(self.up(hidden), F.gelu, self.down, keeps_input_alone=True)))",
          "self.down(activated(self.up(hidden), F.gelu, self.down, keeps_input_alone=True))", PROJECTED),
-        ("self.projector.apply(init_weights)", "pass", "loops/test_sequential.py model/test_gpt.py"),
+        ("self.projector.apply(init_weights)", "pass", PROJECTED),
         ("int(count > 0 and self.config.feeds_last) for", "int(count > 0) for", LAST_THOUGHT),
         ("(thoughts > 0 and not self.config.feeds_last)", "(not self.config.feeds_last)",
          "loops/test_sequential.py method/test_latent.py test_checkpoint.py"),
@@ -247,27 +247,24 @@ MUTANTS = [
     ),
     *of(
         "curricula/replace.py",
-        "method/test_latent.py",
+        "method/test_stages.py",
         ("progress + 1e-9)", "progress - 1e-9)", "method/test_latent.py::test_the_schedule"),
-        ("accumulate([latent.warmup, ", "accumulate([0.0, ", "method/test_latent.py::test_the_schedule"),
-        ("if groups == latent.groups:", "if False:", STILL_WRITTEN),
-        ("if groups == latent.groups:", "if groups >= 1:", STILL_WRITTEN),
-        ("(not latent.feeds_last)), first_written=groups)", "(not latent.feeds_last)), first_written=0)",
-         STILL_WRITTEN),
-        ("groups * latent.latents_per_step - (not latent.feeds_last)", "groups * latent.latents_per_step",
-         "method/test_latent.py"),
-        ("groups * latent.latents_per_step - (not latent.feeds_last)", "groups - (not latent.feeds_last)",
-         "method/test_latent.py::test_the_schedule"),
-        ("max(0, groups", "max(1, groups", "method/test_latent.py::test_the_schedule"),
+        ("accumulate([latent.warmup, ", "accumulate([0.0, "),
+        ("if groups == latent.groups:", "if False:"),
+        ("if groups == latent.groups:", "if groups >= 1:"),
+        ("(not latent.feeds_last)), first_written=groups)", "(not latent.feeds_last)), first_written=0)"),
+        ("groups * latent.latents_per_step - (not latent.feeds_last)", "groups * latent.latents_per_step"),
+        ("groups * latent.latents_per_step - (not latent.feeds_last)", "groups - (not latent.feeds_last)"),
+        ("max(0, groups", "max(1, groups"),
         ("return self.latent.reset_optimizer", "return False", RESET),
         ("return self.latent.reset_optimizer", "return True", RESET),
         ('self.require_loop("replace")', "pass", "method/test_method.py::test_parts_that_do_not_go_together"),
     ),
     *of(
         "curricula/none.py",
-        "method/test_method.py",
+        "method/test_stages.py",
         ("Stage(self.latent.n_latents, first_written=None)", "Stage(self.latent.n_latents)"),
-        ("return Stage() if self.loop == NONE else", "return", "method/test_weighted.py"),
+        ("return Stage() if self.loop == NONE else", "return"),
     ),
     *of(
         "probing/geometry.py",
@@ -351,7 +348,7 @@ MUTANTS = [
         ("return concatenate([example.rationale, example.answer])", "return example.answer",
          "method/test_latent.py::test_the_warm_up_writes_all_steps_between_bot_eot_and_the_answer"),
         ("[] if stage.first_written is None else example.steps[stage.first_written :]",
-         "example.steps[stage.first_written :]", STILL_WRITTEN),
+         "example.steps[stage.first_written :]", "method/test_latent.py::test_the_batch_of_the_last_stage"),
         ("concatenate([lines(steps, newline), example.answer])", "example.answer", STILL_WRITTEN),
     ),
     *of(
@@ -392,7 +389,7 @@ MUTANTS = [
         ("Rows(examples, stages, counts, mixed)", "Rows(examples, stages, counts)",
          "method/test_latent.py::test_micro_batches_of_different_stages_add_up"),
         ("for stage in stages):", "for stage in stages[:1]):",
-         "method/test_latent.py::test_impossible_stages_of_rows_are_refused"),
+         "method/test_stages.py::test_a_row_of_too_many_thoughts_is_refused"),
         ("position_totals(questions, *self.loop.passes(counts), packed_texts, *added)",
          "position_totals(questions, packed_texts, *added)"),
     ),
@@ -401,7 +398,8 @@ MUTANTS = [
         "method/test_method.py",
         ('shares["loss"] + weights[name] * each.value', 'shares["loss"] + each.value'),
         ("value = value + each.value.detach()", "pass"),
-        ("sum(count > 0 for count in counts)", "len(counts)", "method/test_latent.py method/test_method.py"),
+        ("sum(count > 0 for count in counts)", "len(counts)",
+         "method/test_latent.py::test_rows_of_one_stage_are_counted_as_ever"),
         ("None if x is None else rest.pop(0)", "None if x is None else rest.pop()"),
         ("gathered_gradients(*self.children())", "gathered_gradients(model)",
          "method/test_method.py::test_everything_that_is_trained_gathers_its_gradients"),
@@ -436,8 +434,8 @@ MUTANTS = [
         ("if type(written) is int and written > FORMAT:", "if False:"),
         ("if thoughts and (self.loop is None or not self.answers.thinks):", "if False:"),
         ("most = min(MAX_THOUGHTS, context - 1)", "most = 10**9"),
-        ("isinstance(name, str) and PART.fullmatch(name)", "isinstance(name, str)"),
-        ("if decoder.context_length <= (c", "if 0 == (c", HOSTILE_THOUGHTS),
+        ("isinstance(name, str) and FILE_NAME.fullmatch(name)", "isinstance(name, str)"),
+        ("if decoder.context_length <= (c", "if 0 == (c", SHORT_DECODER),
         ("type(value) is int and least <= value <= most", "type(value) is int and least <= value", ENDLESS),
     ),
     *of(
@@ -446,9 +444,14 @@ MUTANTS = [
         ('name.replace("/model.projector.", "/loop.projector.")', "name", GOES_ON),
         ("if n_states % config.groups.latents_per_step:", "if False:"),
         ("if loop is not None and loop.state_dict():\n            jobs", "if False:\n            jobs"),
-        ("{name: weight.clone() for", "{name: weight for", OWN_FOLDER),
-        ("require_finite(weights, file)", "pass", OWN_FOLDER),
         ("return self.groups.count(self.n_states)", "return self.groups.count(self.stage.thoughts)", THINKS_AS_BEFORE),
+    ),
+    *of(
+        "checkpoint_parts.py",
+        OWN_FOLDER,
+        ("{name: weight.clone() for", "{name: weight for"),
+        ("require_finite(weights, file)", "pass"),
+        ("del model.projector", "pass", f"{OLD}::test_its_projector_belongs_to_the_loop"),
     ),
     *of(
         "training/saving.py",
