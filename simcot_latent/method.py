@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from simcot_latent.config import MethodConfig, RunConfig
 from simcot_latent.curricula.base import Curriculum, Stage
+from simcot_latent.data.batch import Seeds
 from simcot_latent.data.format import AnswerFormat, Example, TaggedIds, encode_problem, newline
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
@@ -201,12 +202,15 @@ class Method(nn.Module):
         """A problem in token ids."""
         return encode_problem(self.tokenizer, problem, self.answers, self.run.rationale)  # type: ignore[arg-type]
 
-    def collate(self, examples: Sequence[Example], stages: Stage | Sequence[Stage]) -> WrittenBatch | ThoughtBatch:
+    def collate(
+        self, examples: Sequence[Example], stages: Stage | Sequence[Stage], seeds: Seeds | None = None
+    ) -> WrittenBatch | ThoughtBatch:
         """A batch of CPU tensors.
 
         Args:
             examples: the problems, one per row.
             stages: the stage of all rows, or that of each (as in Coconut's published code).
+            seeds: of whatever is drawn for the batch; None: nothing is, as in validation.
 
         Raises:
             UserError: there is not one stage per row, or one has more thoughts than `latent.n_latents`, or thoughts
@@ -225,7 +229,7 @@ class Method(nn.Module):
         packed_texts = self.loop.pack_texts(list(map(len, texts)), counts)
         targets = text_targets(texts, self.run.step_weight_multiplier)
         written = None
-        rows = Rows(examples, stages, counts, texts, mixed=mixed)
+        rows = Rows(examples, stages, counts, texts, mixed=mixed, seeds=seeds)
         if any(term.needs_written for term in self.terms.values()):
             solutions = [written_text(example, Stage(), self.newline) for example in examples]
             written = self.written_batch([example.question[:-1] for example in examples], solutions)

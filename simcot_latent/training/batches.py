@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from simcot_latent.curricula.base import Stage
-from simcot_latent.data.batch import BatchOrder, micro_batches, pin
+from simcot_latent.data.batch import BatchOrder, Seeds, micro_batches, pin
 from simcot_latent.data.format import Example
 from simcot_latent.data.lazy import Lazily
 from simcot_latent.errors import UserError
@@ -58,8 +58,10 @@ class Batches:
 
     def prepare(self, step: int) -> PreparedStep:
         """This rank's batches of a step."""
-        job, stage = self.job, self.stage(step)
-        pieces = micro_batches(self.order.batch(step), job.run.device_batch_size, job.ranks.rank, job.ranks.world)
-        batches = [self.method.collate([self.examples[i] for i in piece], stage) for piece in pieces]
+        job, stage, indices = self.job, self.stage(step), self.order.batch(step)
+        batches: list[Any] = []
+        for rows in micro_batches(range(len(indices)), job.run.device_batch_size, job.ranks.rank, job.ranks.world):
+            examples = [self.examples[indices[row]] for row in rows]
+            batches.append(self.method.collate(examples, stage, Seeds.of(job.run.seed, step, rows)))
         totals = add_up([batch.totals for batch in batches])
         return PreparedStep([pin(batch) for batch in batches] if job.device.type == "cuda" else batches, totals)
