@@ -172,6 +172,12 @@ class Method(nn.Module):
         """How problems are put to the model at a share of training (0: start, 1: end)."""
         return self.curriculum.stage_at(progress)
 
+    def stages_of(self, progress: float, seeds: Seeds) -> Stage | list[Stage]:
+        """The stage of all rows of a batch at a share of training, or that of each."""
+        if not self.curriculum.mixes_stages:
+            return self.stage_at(progress)
+        return [self.curriculum.draw_stage(progress, seed) for seed in seeds.rows]
+
     @property
     def last_stage(self) -> Stage:
         """How the trained model answers."""
@@ -216,12 +222,13 @@ class Method(nn.Module):
             UserError: there is not one stage per row, or one has more thoughts than `latent.n_latents`, or thoughts
                 that make no whole step groups.
         """
-        mixed = not isinstance(stages, Stage)
+        mixed, written_only = not isinstance(stages, Stage), self.loop is None
         if isinstance(stages, Stage):
-            if stages.thoughts == 0:
-                return self.collate_written(examples, stages)
+            written_only = written_only or stages.thoughts == 0
             stages = [stages] * len(examples)
         counts = self.check_stages(stages, len(examples))
+        if written_only:
+            return self.collate_written(examples, stages)
         assert self.loop is not None
         texts = [written_text(e, stage, self.newline) for e, stage in zip(examples, stages, strict=True)]
         silent, bots = [e.question[:-1] for e in examples], [e.question[-1:] for e in examples]
@@ -258,20 +265,21 @@ class Method(nn.Module):
 
     def check_stages(self, stages: Sequence[Stage], rows: int) -> list[int]:
         """The states of each row; see `collate`."""
-        most, c = self.config.latent.n_latents, self.groups.latents_per_step
-        if len(stages) != rows or self.loop is None or not all(stage.thoughts <= most for stage in stages):
+        loop, c = self.loop, self.groups.latents_per_step
+        most = 0 if loop is None else self.config.latent.n_latents
+        if len(stages) != rows or not all(stage.thoughts <= most for stage in stages):
             raise UserError(
                 f"stages={list(stages)}: must be one for each of {rows} rows, of at most {most} thoughts each"
             )
-        counts = [self.loop.states(stage.thoughts) for stage in stages]
+        counts = [0 if loop is None else loop.states(stage.thoughts) for stage in stages]
         if self.terms and any(count % c for count in counts):
             raise UserError(f"stages={list(stages)}: thoughts must make whole groups of latents_per_step={c}")
         return counts
 
-    def collate_written(self, examples: Sequence[Example], stage: Stage) -> WrittenBatch:
+    def collate_written(self, examples: Sequence[Example], stages: Sequence[Stage]) -> WrittenBatch:
         """Prompts without loss, then texts."""
         prompts = [[*example.question, *self.answers.opening(self.tokenizer)] for example in examples]
-        texts = [written_text(example, stage, self.newline) for example in examples]
+        texts = [written_text(example, stage, self.newline) for example, stage in zip(examples, stages, strict=True)]
         return self.written_batch(prompts, texts)
 
     def written_batch(self, prompts: Sequence[list[int]], texts: Sequence[TaggedIds]) -> WrittenBatch:
