@@ -176,7 +176,8 @@ class MethodConfig:
 
     Attributes:
         curriculum: what the stages of training look like: `none` (one stage) or `replace` (thoughts replace the written
-            steps one after the other, as in Coconut).
+            steps one after the other, as in Coconut), `fixed_k` (all thoughts from the start, while written steps are
+            removed) or `remove_tokens` (no thoughts; the tokens of the written solution are removed, as in iCoT).
         loop: how thoughts come about: `sequential` (hidden states fed back one by one), `pause` (a learned vector in
             place of each, the control) or `none` (no thoughts).
         steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT) or `none`.

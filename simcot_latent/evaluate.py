@@ -10,18 +10,19 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 
-from simcot_latent.checkpoint import load_checkpoint
+from simcot_latent.checkpoint import Checkpoint, load_checkpoint
 from simcot_latent.checkpoint_config import setting
 from simcot_latent.checkpoint_folders import find_checkpoint
 from simcot_latent.config import require_choices, require_tolerance, typed
 from simcot_latent.data.batch import by_length
+from simcot_latent.data.format import encode_problem, newline
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require
@@ -33,6 +34,7 @@ from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.paths import check_writable, write_lines, write_text
 from simcot_latent.probing.thoughts import decode_taught, gold_groups, states_of
 from simcot_latent.terms.steps import holds_step
+from simcot_latent.terms.text import written_solution
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -178,7 +180,8 @@ def evaluate(name: str, raw: DictConfig) -> None:
                 gold = [gold_groups(checkpoint, problem) for problem in chosen]
                 decoded = decode_taught(checkpoint, states_of(checkpoint, generations), gold)
             elif not checkpoint.stage.thoughts and setting(checkpoint, "rationale") != "none":
-                pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
+                left = [with_steps_left(checkpoint, problem) for problem in chosen]
+                pairs = [written_steps(g.text, p) for g, p in zip(generations, left, strict=True)]
                 decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):
             predictions[i] = Prediction(problem, generation, said, wanted, tolerance)
@@ -210,6 +213,16 @@ def evaluate(name: str, raw: DictConfig) -> None:
     console.print(report_table(report))
     write_report(files, report, ordered)
     console.print(f"written to {files[0]}")
+
+
+def with_steps_left(checkpoint: Checkpoint, problem: Problem) -> Problem:
+    """A problem with what is left of its solution where the model's stage removes tokens: the steps without a gap."""
+    tokenizer, stage = checkpoint.tokenizer, checkpoint.stage
+    if stage.removed == 0:
+        return problem
+    example = encode_problem(tokenizer, problem, checkpoint.answers, setting(checkpoint, "rationale"))
+    left = tokenizer.decode(written_solution(example, stage, newline(tokenizer)).ids)
+    return replace(problem, rationale=left, steps=parse_steps(left)[0])
 
 
 def written_steps(text: str, problem: Problem) -> tuple[list[str], list[str | None]]:

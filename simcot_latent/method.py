@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from simcot_latent.config import MethodConfig, RunConfig
 from simcot_latent.curricula.base import Curriculum, Stage
+from simcot_latent.data.batch import Seeds
 from simcot_latent.data.format import AnswerFormat, Example, TaggedIds, encode_problem, newline
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
@@ -176,6 +177,12 @@ class Method(nn.Module):
         """How problems are put to the model at a share of training (0: start, 1: end)."""
         return self.curriculum.stage_at(progress)
 
+    def stages_of(self, progress: float, seeds: Seeds) -> Stage | list[Stage]:
+        """The stage of all rows of a batch at a share of training, or that of each."""
+        if not self.curriculum.mixes_stages:
+            return self.stage_at(progress)
+        return [self.curriculum.draw_stage(progress, seed) for seed in seeds.rows]
+
     @property
     def last_stage(self) -> Stage:
         """How the trained model answers."""
@@ -206,23 +213,27 @@ class Method(nn.Module):
         """A problem in token ids."""
         return encode_problem(self.tokenizer, problem, self.answers, self.run.rationale)  # type: ignore[arg-type]
 
-    def collate(self, examples: Sequence[Example], stages: Stage | Sequence[Stage]) -> WrittenBatch | ThoughtBatch:
+    def collate(
+        self, examples: Sequence[Example], stages: Stage | Sequence[Stage], seeds: Seeds | None = None
+    ) -> WrittenBatch | ThoughtBatch:
         """A batch of CPU tensors.
 
         Args:
             examples: the problems, one per row.
             stages: the stage of all rows, or that of each (as in Coconut's published code).
+            seeds: of whatever is drawn for the batch; None: nothing is, as in validation.
 
         Raises:
             UserError: there is not one stage per row, or one has more thoughts than `latent.n_latents`, or thoughts
                 that make no whole step groups.
         """
-        mixed = not isinstance(stages, Stage)
+        mixed, written_only = not isinstance(stages, Stage), self.loop is None
         if isinstance(stages, Stage):
-            if stages.thoughts == 0:
-                return self.collate_written(examples, stages)
+            written_only = written_only or stages.thoughts == 0
             stages = [stages] * len(examples)
         counts = self.check_stages(stages, len(examples))
+        if written_only:
+            return self.collate_written(examples, stages)
         assert self.loop is not None
         texts = [written_text(e, stage, self.newline) for e, stage in zip(examples, stages, strict=True)]
         silent, bots = [e.question[:-1] for e in examples], [e.question[-1:] for e in examples]
@@ -230,7 +241,7 @@ class Method(nn.Module):
         packed_texts = self.loop.pack_texts(list(map(len, texts)), counts)
         targets = text_targets(texts, self.run.step_weight_multiplier)
         written = None
-        rows = Rows(examples, stages, counts, texts, mixed=mixed)
+        rows = Rows(examples, stages, counts, texts, mixed=mixed, seeds=seeds)
         if any(term.needs_written for term in self.terms.values()):
             solutions = [written_text(example, Stage(), self.newline) for example in examples]
             written = self.written_batch([example.question[:-1] for example in examples], solutions)
@@ -259,20 +270,21 @@ class Method(nn.Module):
 
     def check_stages(self, stages: Sequence[Stage], rows: int) -> list[int]:
         """The states of each row; see `collate`."""
-        most, c = self.config.latent.n_latents, self.groups.latents_per_step
-        if len(stages) != rows or self.loop is None or not all(stage.thoughts <= most for stage in stages):
+        loop, c = self.loop, self.groups.latents_per_step
+        most = 0 if loop is None else self.config.latent.n_latents
+        if len(stages) != rows or not all(stage.thoughts <= most for stage in stages):
             raise UserError(
                 f"stages={list(stages)}: must be one for each of {rows} rows, of at most {most} thoughts each"
             )
-        counts = [self.loop.states(stage.thoughts) for stage in stages]
+        counts = [0 if loop is None else loop.states(stage.thoughts) for stage in stages]
         if self.terms and any(count % c for count in counts):
             raise UserError(f"stages={list(stages)}: thoughts must make whole groups of latents_per_step={c}")
         return counts
 
-    def collate_written(self, examples: Sequence[Example], stage: Stage) -> WrittenBatch:
+    def collate_written(self, examples: Sequence[Example], stages: Sequence[Stage]) -> WrittenBatch:
         """Prompts without loss, then texts."""
         prompts = [[*example.question, *self.answers.opening(self.tokenizer)] for example in examples]
-        texts = [written_text(example, stage, self.newline) for example in examples]
+        texts = [written_text(example, stage, self.newline) for example, stage in zip(examples, stages, strict=True)]
         return self.written_batch(prompts, texts)
 
     def written_batch(self, prompts: Sequence[list[int]], texts: Sequence[TaggedIds]) -> WrittenBatch:

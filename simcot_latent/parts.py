@@ -28,6 +28,7 @@ PARTS: dict[str, dict[str, str | type]] = {
     "curriculum": {
         "fixed_k": "simcot_latent.curricula.fixed_k.FixedK",
         NONE: "simcot_latent.curricula.none.NoCurriculum",
+        "remove_tokens": "simcot_latent.curricula.remove_tokens.RemoveTokens",
         "replace": "simcot_latent.curricula.replace.Replace",
     },
     "loop": {

@@ -184,7 +184,7 @@ class Trainer:
                         totals,
                         grad_norm,
                         interval,
-                        self.stage_now().thoughts,
+                        self.stage_now(),
                         self.nonfinite.total,
                     )
                     interval = Interval()
@@ -268,7 +268,7 @@ class Trainer:
 
     def begin_stage(self, stage: Stage) -> None:
         """A step before the first of a stage."""
-        self.console.print(f"step {self.step:05d} | stage: {stage.thoughts} thoughts")
+        self.console.print(f"step {self.step:05d} | stage: {stage.in_words}")
         self.method.begin_stage(self.stage_now(), stage)
         self.module = self.wrap(stage)
         if self.method.curriculum.resets_optimizer:

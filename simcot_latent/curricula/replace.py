@@ -48,10 +48,6 @@ class Replace(Curriculum):
     def writes_single_steps(self) -> bool:
         return True
 
-    @property
-    def resets_optimizer(self) -> bool:
-        return self.latent.reset_optimizer
-
 
 def schedule(latent: LatentConfig, run: RunConfig) -> list[tuple[int, float]]:
     """Every stage between the warm-up and the last: how many steps are replaced, and for what share of training.

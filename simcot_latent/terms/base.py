@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from simcot_latent.config import MethodConfig, NoSettings
 from simcot_latent.curricula.base import Stage
+from simcot_latent.data.batch import Seeds
 from simcot_latent.data.format import Example, TaggedIds
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.loops.base import Thoughts
@@ -36,6 +37,7 @@ class Rows:
         texts: what is written after the thoughts of each.
         solutions: the whole written solution of each, which the written pass reads, if a term needs one.
         mixed: whether rows of one optimizer step may be of different stages.
+        seeds: of whatever is drawn for the batch; None: nothing is, as in validation.
     """
 
     examples: Sequence[Example]
@@ -44,6 +46,7 @@ class Rows:
     texts: Sequence[TaggedIds]
     solutions: Sequence[TaggedIds] = ()
     mixed: bool = False
+    seeds: Seeds | None = None
 
     def in_text(self, row: int, token: int) -> int:
         """Which of the A tokens of all texts predicts a token of a row's text; it is the one before it."""

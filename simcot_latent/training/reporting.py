@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint
+from simcot_latent.curricula.base import Stage
 from simcot_latent.data.batch import Prefetch
 from simcot_latent.data.format import Example
 from simcot_latent.data.lazy import Lazily
@@ -87,6 +88,8 @@ class Reporter:
         if not any(example.steps for example in encoded):
             warn(self.console, "no <<expression=result>> step in the training data: step losses, weights and "
                  "accuracies will be empty")  # fmt: skip
+        if self.method.curriculum.warning is not None:
+            warn(self.console, self.method.curriculum.warning)
 
     def step(
         self,
@@ -96,13 +99,13 @@ class Reporter:
         totals: dict[str, Tensor],
         grad_norm: Tensor,
         interval: Interval,
-        n_latents: int,
+        stage: Stage,
         nonfinite: int,
     ) -> None:
         """Writes a step's metrics, over all ranks, and its line on the console.
 
         Args:
-            n_latents: the thoughts per question that it was trained with.
+            stage: how problems were put to the model.
             nonfinite: steps so far whose loss or gradient was not a number.
         """
         run = self.job.run
@@ -117,8 +120,10 @@ class Reporter:
             "tokens_per_s": interval.tokens_per_s(),
             "data_wait": interval.data_wait(),
             "padding": 1 - (totals["positions"] / totals["slots"]).item(),
-            "n_latents": n_latents,
+            "n_latents": stage.thoughts,
         }
+        if stage.removed:
+            metrics["tokens_removed"] = stage.removed
         if run.on_nonfinite == "skip":
             metrics["nonfinite_steps"] = nonfinite
         log.write(step, metrics)
@@ -132,7 +137,7 @@ class Reporter:
         parts += [f"grad {metrics['grad_norm']:.2f}", f"tok/s {metrics['tokens_per_s']:.0f}"]
         self.console.print(" | ".join(parts))
         same = metrics["num_tokens"] == metrics["weighted_tokens"]
-        written = n_latents == 0 and run.rationale != "none"
+        written = stage.thoughts == 0 and stage.removed == 0 and run.rationale != "none"
         if written and same and run.step_weight_multiplier != 1.0 and not self.warned_weights:
             self.warned_weights = True
             warn(self.console, f"step_weight_multiplier={run.step_weight_multiplier} but no token of this step was "

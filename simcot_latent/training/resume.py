@@ -220,9 +220,11 @@ def with_defaults(before: dict[str, Any], method: Method, now: dict[str, Any]) -
         source: type = getattr(import_module(module), name)
         filled["data"] = (defaults(source) if dataclasses.is_dataclass(source) else {}) | data
     for section in dataclasses.fields(method.config):
-        value = getattr(method.config, section.name)
-        if isinstance(filled.get(section.name), dict) and dataclasses.is_dataclass(value):
-            filled[section.name] = defaults(type(value)) | filled[section.name]
+        value, given = getattr(method.config, section.name), now.get(section.name)
+        saved = filled.get(section.name)
+        if isinstance(saved, dict) and isinstance(given, dict) and dataclasses.is_dataclass(value):
+            # A method's section need not have all keys: those that this run leaves out are no change either.
+            filled[section.name] = {k: v for k, v in defaults(type(value)).items() if k in given} | saved
     return filled
 
 
