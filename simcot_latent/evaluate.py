@@ -232,6 +232,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "accuracy_last_number": correct_last / n,
         "ci95_last_number": list(wilson_interval(correct_last, n)),
         "tokens_per_answer": sum(p.generation.n_tokens for p in predictions) / n,
+        "thoughts_per_answer": sum(p.generation.n_thoughts for p in predictions) / n,
         "passes_per_answer": sum(p.generation.n_passes for p in predictions) / n,
         "unfinished": sum(not p.generation.finished for p in predictions),
     }
@@ -275,7 +276,8 @@ def report_table(report: dict[str, Any]) -> Table:
         table.add_row("groups taught the answer, exact match", f"{text} of {report['answer_groups']} groups")
     if report["tolerance"]:
         table.add_row("tolerance", f"{report['tolerance']:g} of the gold answer")
-    table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {report['thoughts']} thoughts")
+    thoughts = f"{report['thoughts_per_answer']:.1f}".removesuffix(".0")
+    table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {thoughts} thoughts")
     table.add_row("passes an answer", f"{report['passes_per_answer']:.1f}, one after the other")
     table.add_row("without an end token", str(report["unfinished"]))
     table.add_row("questions/s", f"{report['questions_per_s']:.1f} (batch {report['batch_size']}, {report['dtype']})")
@@ -301,6 +303,7 @@ def write_report(files: tuple[Path, Path], report: dict[str, Any], predictions: 
             "last_number": last_number(p.generation.text),
             "correct_last_number": p.correct_last_number,
             "n_tokens": p.generation.n_tokens,
+            "n_thoughts": p.generation.n_thoughts,
             "n_passes": p.generation.n_passes,
             "finished": p.generation.finished,
             "decoded_steps": [s if holds_step(p.problem, k) else "" for k, s in enumerate(p.decoded)],

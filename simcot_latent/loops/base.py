@@ -42,6 +42,7 @@ class Thoughts:
             not know all of them.
         bot_BD: the same at `<|bot|>`.
         keys_LBKGE, values_LBKGE: those that the text attends to at the thoughts, by block, where they were asked for.
+        counts: the thoughts of each row, of a loop that decides on their number itself.
     """
 
     latents_BKD: Tensor
@@ -51,6 +52,7 @@ class Thoughts:
     bot_BD: Tensor | None = None
     keys_LBKGE: Tensor | None = None
     values_LBKGE: Tensor | None = None
+    counts: tuple[int, ...] | None = None
 
     @property
     def latents(self) -> Tensor:
@@ -90,6 +92,13 @@ class ThoughtLoop(nn.Module, ABC):
     gives_keys: ClassVar[bool] = False
     """Whether it can give the keys and values of its thoughts."""
 
+    gives_predictions: ClassVar[bool] = False
+    """Whether it is given its thoughts in training, and predicts them afterwards: a term must train that. See
+    `loops.given`."""
+
+    free: ClassVar[tuple[str, ...]] = ()
+    """Those of its settings that may be others afterwards than in training."""
+
     @property
     def key(self) -> str:
         """What the table of parts calls it."""
@@ -119,6 +128,10 @@ class ThoughtLoop(nn.Module, ABC):
 
     def states(self, thoughts: int) -> int:
         """The states that the loop comes to, where the model reads so many thoughts per question."""
+        return thoughts
+
+    def positions(self, thoughts: int) -> int:
+        """The positions that so many thoughts take, with whatever the loop itself reads before them."""
         return thoughts
 
     def n_passes(self, thoughts: int) -> int:

@@ -26,6 +26,13 @@ def written_text(example: Example, stage: Stage, newline: TaggedIds) -> TaggedId
     return concatenate([lines(steps, newline), example.answer])
 
 
+def thought_text(example: Example, stage: Stage, newline: TaggedIds) -> TaggedIds:
+    """What would be written in place of the thoughts of a stage."""
+    if stage.first_written is None or stage.overlap:
+        return example.rationale
+    return lines(example.steps[: stage.first_written], newline)
+
+
 def text_targets(texts: Sequence[TaggedIds], step_weight: float) -> Targets:
     """Every token of every text, one text after the other; the tokens of steps weigh `step_weight`."""
     text = concatenate(texts)
