@@ -15,19 +15,21 @@ heads, E head width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from simcot_latent.config import NoSettings
+from simcot_latent.errors import UserError
+from simcot_latent.files import from_plain
 from simcot_latent.model.cache import KVCache, StaticCaches
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.taps import Taps
-from simcot_latent.parts import key_of
+from simcot_latent.parts import NONE, key_of
 
 
 @dataclass
@@ -97,7 +99,7 @@ class ThoughtLoop(nn.Module, ABC):
     `loops.given`."""
 
     free: ClassVar[tuple[str, ...]] = ()
-    """Those of its settings that may be others afterwards than in training."""
+    """Those of its settings that may be others afterwards than in training; see `with_settings`."""
 
     @property
     def key(self) -> str:
@@ -160,6 +162,22 @@ class ThoughtLoop(nn.Module, ABC):
         """How what follows the thoughts is laid out: what is unread of all rows first, then the texts."""
         unread = self.unread(counts)
         return Packing.of(unread, lengths) if any(unread) else Packing.of(lengths)
+
+
+def with_settings(loop: ThoughtLoop | None, values: Mapping[str, Any]) -> ThoughtLoop | None:
+    """A trained loop, some of whose settings are others now.
+
+    Raises:
+        UserError: there is no loop, or these are none of its `free` settings, or of another type, or impossible.
+    """
+    for key in values:
+        if loop is None or key not in loop.free:
+            name, free = NONE if loop is None else loop.key, () if loop is None else loop.free
+            right = f"one of {', '.join(free)}" if free else "left out"
+            raise UserError(f"loop.{key}: is no setting that may change after training loop={name}; must be {right}")
+    if loop is not None and values:
+        loop.config = from_plain(loop.Config, asdict(loop.config) | dict(values), "loop")
+    return loop
 
 
 def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing, taps: Taps | None = None) -> Tensor:
