@@ -54,8 +54,8 @@ class EvalConfig:
         temperature: of sampling; 0: greedy.
         top_k: draw among the k most likely tokens; None: among all.
         seed: of sampling.
-        loop: settings of the thought loop that are to be others than in training, such as `{compression: 5}`, of those
-            that a loop leaves free.
+        loop_settings: settings of the thought loop that are to be others than in training, such as `{compression: 5}`, of those
+            that a loop leaves free; None: none.
         tolerance: how far an answer may be from gold and still count as right, as a share of gold: `1e-6` for golds
             such as 0.6666666667; None: as the data state it (`data.tolerance`).
         device: as in training.
@@ -74,7 +74,7 @@ class EvalConfig:
     temperature: float = 0.0
     top_k: int | None = None
     seed: int = 0
-    loop: dict[str, Any] = field(default_factory=dict)
+    loop_settings: dict[str, Any] | None = None
     tolerance: float | None = None
     device: str = "auto"
     cuda_graphs: bool = False
@@ -156,7 +156,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
     files = report_files(Path(config.out or f"{config.ckpt}/evals"), name, config.split)
     check_writable(files, "give out=DIR, a folder for the results")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
-    checkpoint.loop = with_settings(checkpoint.loop, config.loop)
+    checkpoint.loop = with_settings(checkpoint.loop, config.loop_settings or {})
     problems, source, data = cli.trained_problems(raw, checkpoint, config.split, config.limit, console)  # type: ignore[arg-type]
     tolerance = cli.choose_tolerance(config.tolerance, source)
 
@@ -204,7 +204,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "temperature": config.temperature,
         "top_k": config.top_k,
         "seed": config.seed,
-        "loop": config.loop,
+        "loop_settings": config.loop_settings,
         "tolerance": tolerance,
         "device": str(device),
         "cuda_graphs": config.cuda_graphs,
