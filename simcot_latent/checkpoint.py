@@ -50,8 +50,9 @@ from simcot_latent.errors import UserError
 from simcot_latent.files import read_json, write_json
 from simcot_latent.folders import MANIFEST, Fingerprint, fingerprint, verify_files
 from simcot_latent.loops.base import ThoughtLoop
+from simcot_latent.loops.given import GivenLoop
 from simcot_latent.model.gpt import GPT
-from simcot_latent.parts import NONE
+from simcot_latent.parts import NONE, find
 from simcot_latent.paths import HUB_ID, expanded
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
@@ -106,14 +107,16 @@ class Checkpoint:
 
     @property
     def n_states(self) -> int:
-        """K, the states that the loop comes to for each question: the thoughts, and those that are only decoded."""
+        """K, the states that the loop comes to for each question: the thoughts, and those that are only decoded. Of a
+        loop that stops by itself, the most.
+        """
         return 0 if self.loop is None else self.loop.states(self.stage.thoughts)
 
     @property
     def reads_steps(self) -> bool:
         """Whether there are thoughts, and steps to be read out of them."""
         says = self.step_decoder is not None if self.steps == "decoder" else self.steps != NONE
-        return says and self.stage.thoughts > 0
+        return says and self.stage.thoughts > 0 and find("steps", self.steps).is_read
 
     @property
     def n_groups(self) -> int:
@@ -196,7 +199,10 @@ def summary(checkpoint: Checkpoint) -> str:
     lines = [f"A language model of {n_parameters:,} parameters, trained with `simcot_latent`."]
     if thoughts:
         c = checkpoint.groups.latents_per_step
-        lines.append(f"Before it answers it thinks {thoughts} latent thoughts, {c} per step.")
+        how_many = f"{thoughts} latent thoughts, {c} per step"
+        if isinstance(checkpoint.loop, GivenLoop):
+            how_many = f"as many latent thoughts as it takes, {thoughts} at most"
+        lines.append(f"Before it answers it thinks {how_many}.")
     if decoder is not None:
         lines.append(
             "An auxiliary decoder, which is not needed to answer, turns thoughts into the steps that they stand for "

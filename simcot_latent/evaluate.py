@@ -28,6 +28,7 @@ from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
 from simcot_latent.logs import make_console, track
+from simcot_latent.loops.base import with_settings
 from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
@@ -55,6 +56,8 @@ class EvalConfig:
         temperature: of sampling; 0: greedy.
         top_k: draw among the k most likely tokens; None: among all.
         seed: of sampling.
+        loop_settings: settings of the thought loop that are to be others than in training, such as `{compression: 5}`,
+            of those that a loop leaves free; None: none.
         tolerance: how far an answer may be from gold and still count as right, as a share of gold: `1e-6` for golds
             such as 0.6666666667; None: as the data state it (`data.tolerance`).
         device: as in training.
@@ -73,6 +76,7 @@ class EvalConfig:
     temperature: float = 0.0
     top_k: int | None = None
     seed: int = 0
+    loop_settings: dict[str, Any] | None = None
     tolerance: float | None = None
     device: str = "auto"
     cuda_graphs: bool = False
@@ -154,6 +158,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
     files = report_files(Path(config.out or f"{config.ckpt}/evals"), name, config.split)
     check_writable(files, "give out=DIR, a folder for the results")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
+    checkpoint.loop = with_settings(checkpoint.loop, config.loop_settings or {})
     problems, source, data = cli.trained_problems(raw, checkpoint, config.split, config.limit, console)  # type: ignore[arg-type]
     tolerance = cli.choose_tolerance(config.tolerance, source)
 
@@ -202,6 +207,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "temperature": config.temperature,
         "top_k": config.top_k,
         "seed": config.seed,
+        "loop_settings": config.loop_settings,
         "tolerance": tolerance,
         "device": str(device),
         "cuda_graphs": config.cuda_graphs,
@@ -245,6 +251,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "accuracy_last_number": correct_last / n,
         "ci95_last_number": list(wilson_interval(correct_last, n)),
         "tokens_per_answer": sum(p.generation.n_tokens for p in predictions) / n,
+        "thoughts_per_answer": sum(p.generation.n_thoughts for p in predictions) / n,
         "passes_per_answer": sum(p.generation.n_passes for p in predictions) / n,
         "unfinished": sum(not p.generation.finished for p in predictions),
     }
@@ -288,7 +295,8 @@ def report_table(report: dict[str, Any]) -> Table:
         table.add_row("groups taught the answer, exact match", f"{text} of {report['answer_groups']} groups")
     if report["tolerance"]:
         table.add_row("tolerance", f"{report['tolerance']:g} of the gold answer")
-    table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {report['thoughts']} thoughts")
+    thoughts = f"{report['thoughts_per_answer']:.1f}".removesuffix(".0")
+    table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {thoughts} thoughts")
     table.add_row("passes an answer", f"{report['passes_per_answer']:.1f}, one after the other")
     table.add_row("without an end token", str(report["unfinished"]))
     table.add_row("questions/s", f"{report['questions_per_s']:.1f} (batch {report['batch_size']}, {report['dtype']})")
@@ -314,6 +322,7 @@ def write_report(files: tuple[Path, Path], report: dict[str, Any], predictions: 
             "last_number": last_number(p.generation.text),
             "correct_last_number": p.correct_last_number,
             "n_tokens": p.generation.n_tokens,
+            "n_thoughts": p.generation.n_thoughts,
             "n_passes": p.generation.n_passes,
             "finished": p.generation.finished,
             "decoded_steps": [s if holds_step(p.problem, k) else "" for k, s in enumerate(p.decoded)],

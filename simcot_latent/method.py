@@ -27,6 +27,7 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.loops.base import ThoughtLoop, go_on
+from simcot_latent.loops.given import Given, GivenLoop
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.losses import Targets, cross_entropy
@@ -37,7 +38,14 @@ from simcot_latent.profiling import part
 from simcot_latent.terms.base import Rows, Term, Trace, Wanted
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
-from simcot_latent.terms.text import target_totals, text_labels, text_targets, written_step_accuracy, written_text
+from simcot_latent.terms.text import (
+    target_totals,
+    text_labels,
+    text_targets,
+    thought_text,
+    written_step_accuracy,
+    written_text,
+)
 
 
 @dataclass
@@ -67,6 +75,7 @@ class ThoughtBatch:
         text_ids_A, texts: `<|eot|>` and the text after it, without the last token; how the last pass lies.
         targets: the text after `<|eot|>`.
         counts: the states of each row; see `ThoughtLoop.states`.
+        given: the thoughts, of a loop that is given them in training.
         terms: each term's own batch, by name.
         totals: see `WrittenBatch`.
         written: the written pass, if a term needs one; its totals are among the others, as `written_...`.
@@ -80,6 +89,7 @@ class ThoughtBatch:
     counts: tuple[int, ...]
     terms: dict[str, Any]
     totals: dict[str, Tensor]
+    given: Given | None = None
     written: WrittenBatch | None = None
 
 
@@ -159,10 +169,11 @@ class Method(nn.Module):
             raise UserError(f"rationale={run.rationale}: must be equations in {mode}, whose steps become thoughts")
         for group, key in config.parts:
             part = find(group, key)
-            for what in ("hidden", "keys"):
+            for what, words in (("hidden", "hidden states"), ("keys", "keys"), ("predictions", "predictions")):
                 if getattr(part, f"needs_{what}", False) and not getattr(self.loop, f"gives_{what}"):
-                    states = {"hidden": "hidden states", "keys": "keys"}[what]
-                    raise UserError(f"{group}={key}: needs the {states} of thoughts, which loop={config.loop} lacks")
+                    raise UserError(f"{group}={key}: needs the {words} of thoughts, which loop={config.loop} lacks")
+        if isinstance(self.loop, GivenLoop):
+            self.check_given()
         if latent.projector_width is not None and not hasattr(self.loop.config, "projector_width"):
             raise UserError(f"latent.projector_width={latent.projector_width}: loop={config.loop} has no projector")
         if self.loop.states(latent.n_latents) != latent.n_states:
@@ -170,6 +181,16 @@ class Method(nn.Module):
                 f"latent.feeds_last={str(latent.feeds_last).lower()}: loop={config.loop} comes to "
                 f"{self.loop.states(latent.n_latents)} states with {latent.n_latents} thoughts, not {latent.n_states}"
             )
+
+    def check_given(self) -> None:
+        """Refuses parts that a loop cannot do with which is given its thoughts in training."""
+        config, loop = self.config, self.config.loop
+        if not any(getattr(find(group, key), "needs_predictions", False) for group, key in config.parts):
+            raise UserError(f"loop={loop}: needs a term that trains what it predicts; take steps=compressed")
+        if config.steps != NONE and config.loss.step_weight == 0:
+            raise UserError(f"loss.step_weight=0.0: must be above 0 with loop={loop}, which learns from steps=")
+        if self.run.rationale == "none":
+            raise UserError(f"rationale=none: loop={loop} makes its thoughts of the written solution; take equations")
 
     # What it trains on
 
@@ -207,7 +228,7 @@ class Method(nn.Module):
     @property
     def extra_length(self) -> int:
         """Positions that this method needs beyond the written form of a problem."""
-        return 0 if self.loop is None else self.config.latent.n_latents + 1
+        return 0 if self.loop is None else self.loop.positions(self.config.latent.n_latents) + 1
 
     def encode(self, problem: Problem) -> Example:
         """A problem in token ids."""
@@ -231,17 +252,21 @@ class Method(nn.Module):
         if isinstance(stages, Stage):
             written_only = written_only or stages.thoughts == 0
             stages = [stages] * len(examples)
-        counts = self.check_stages(stages, len(examples))
+        counts, given = self.check_stages(stages, len(examples)), None
         if written_only:
             return self.collate_written(examples, stages)
         assert self.loop is not None
+        if isinstance(self.loop, GivenLoop):
+            steps = [thought_text(e, stage, self.newline).ids for e, stage in zip(examples, stages, strict=True)]
+            given = self.loop.give(steps, seeds)
+            counts = list(given.counts)
         texts = [written_text(e, stage, self.newline) for e, stage in zip(examples, stages, strict=True)]
         silent, bots = [e.question[:-1] for e in examples], [e.question[-1:] for e in examples]
         questions = self.loop.pack_questions(list(map(len, silent)), counts, tight=True)
         packed_texts = self.loop.pack_texts(list(map(len, texts)), counts)
         targets = text_targets(texts, self.run.step_weight_multiplier)
         written = None
-        rows = Rows(examples, stages, counts, texts, mixed=mixed, seeds=seeds)
+        rows = Rows(examples, stages, counts, texts, mixed=mixed, seeds=seeds, given=given)
         if any(term.needs_written for term in self.terms.values()):
             solutions = [written_text(example, Stage(), self.newline) for example in examples]
             written = self.written_batch([example.question[:-1] for example in examples], solutions)
@@ -255,6 +280,8 @@ class Method(nn.Module):
             totals |= {f"written_{key}": value for key, value in target_totals(written.targets).items()}
         for each in collated.values():
             totals |= each.totals
+            if each.weights is not None:
+                totals["weights"] = totals["weights"] + each.weights
         opening = self.answers.opening(self.tokenizer)
         return ThoughtBatch(
             question_ids_P=flat_ids(silent, bots),
@@ -265,6 +292,7 @@ class Method(nn.Module):
             counts=tuple(counts),
             terms={name: each.batch for name, each in collated.items()},
             totals=totals,
+            given=given,
             written=written,
         )
 
@@ -277,6 +305,10 @@ class Method(nn.Module):
                 f"stages={list(stages)}: must be one for each of {rows} rows, of at most {most} thoughts each"
             )
         counts = [0 if loop is None else loop.states(stage.thoughts) for stage in stages]
+        if isinstance(loop, GivenLoop):
+            if 0 in counts:
+                raise UserError(f"stages={list(stages)}: must all have thoughts with loop={self.config.loop}, or none")
+            return counts  # the most that it comes to by itself
         if self.terms and any(count % c for count in counts):
             raise UserError(f"stages={list(stages)}: thoughts must make whole groups of latents_per_step={c}")
         return counts
@@ -320,19 +352,23 @@ class Method(nn.Module):
         assert loop is not None
         reads = {name: term.reads(batch.terms[name]) for name, term in terms.items()}
         ids = [batch.question_ids_P, batch.text_ids_A, *(x for x in reads.values() if x is not None)]
+        ids += [] if batch.given is None else [batch.given.ids_L]
         with gathered_gradients(*self.children()):
             questions_PD, texts_AD, *rest = model.embedding(torch.cat(ids)).split([len(each) for each in ids])
             read = {name: None if x is None else rest.pop(0) for name, x in reads.items()}
             keys = any(term.needs_keys for term in terms.values())
+            room = batch.texts.longest
             with part("think"):
-                thoughts = loop.think(
-                    model, questions_PD, batch.questions, batch.counts, batch.texts.longest, keys=keys
-                )
+                if batch.given is None:
+                    thoughts = loop.think(model, questions_PD, batch.questions, batch.counts, room, keys=keys)
+                else:
+                    assert isinstance(loop, GivenLoop)
+                    thoughts = loop.think_given(model, questions_PD, batch.questions, batch.given, rest[0], room)
             before = len(batch.texts) - len(texts_AD)  # thoughts that are fed with the texts
             text_taps = tap({name: term.wants_of_text(batch.terms[name]) for name, term in terms.items()}, before)
             with part("go on"):
                 hidden_AD = go_on(model, thoughts, texts_AD, batch.texts, together(text_taps))
-            trace = Trace(thoughts, batch.counts, hidden_AD)
+            trace = Trace(loop, thoughts, batch.counts, hidden_AD)
             written_taps: dict[str, Taps] = {}
             if (written := batch.written) is not None:
                 written_taps = tap({name: term.wants_of_written(batch.terms[name]) for name, term in terms.items()})

@@ -32,6 +32,7 @@ PARTS: dict[str, dict[str, str | type]] = {
         "replace": "simcot_latent.curricula.replace.Replace",
     },
     "loop": {
+        "compressed": "simcot_latent.loops.compressed.Compressed",
         "jacobi": "simcot_latent.loops.jacobi.Jacobi",
         "looped": "simcot_latent.loops.looped.Looped",
         "pause": "simcot_latent.loops.pause.Pause",
@@ -40,6 +41,7 @@ PARTS: dict[str, dict[str, str | type]] = {
         "soft": "simcot_latent.loops.soft.Soft",
     },
     "steps": {
+        "compressed": "simcot_latent.terms.compressed.CompressedTerm",
         "decoder": "simcot_latent.terms.step_decoder.StepDecoderTerm",
         "own_head": "simcot_latent.terms.own_head.OwnHead",
     },

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from simcot_latent.config import LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.format import Example, concatenate, untagged
 from simcot_latent.interop.conversion import build
-from simcot_latent.loops.base import ThoughtLoop
+from simcot_latent.loops.base import ThoughtLoop, go_on
+from simcot_latent.loops.compressed import Compressed
 from simcot_latent.loops.jacobi import Jacobi
 from simcot_latent.loops.looped import Looped
 from simcot_latent.method import Method, ThoughtBatch
 from simcot_latent.model.gpt import GPT
+from simcot_latent.terms.compressed import firsts_first
 from simcot_latent.terms.keys import importance, non_redundancy, pair_distance_L, select
 
 NEWLINE = 12
@@ -251,6 +253,143 @@ def test_lotus(case: Callable[[str], Case], from_hf_gpt2: Callable[..., dict[str
     assert_close(shares["step_loss"], expected["step_ce"], "step")
     assert_close(shares["loss"], expected["loss"], "loss")
     assert_gradients_but_one_row(method, expected, "grad.", ids["latent"], from_hf_gpt2)
+
+
+# CoLaR
+
+
+def colar_method(colar: Case, r: int, distance: str) -> Method:
+    """Trained at r alone, so that it is drawn; its vector is their token's embedding."""
+    latent = LatentConfig(n_latents=32, warmup=0.0, stages=0)
+    own = {
+        "compressions": [r],
+        "compression": r,
+        "embedding_std": 0.12,
+        "head_width": 48,
+        "embedding_distance": distance,
+    }
+    config = MethodConfig(
+        loop="compressed", steps="compressed", latent=latent, loss=LossConfig(step_weight=1.0), own=own
+    )
+    ids = {"bot": colar.facts["separator"], "eot": colar.facts["separator"]}
+    method = replace(colar, facts=colar.facts | {"token_ids": colar.facts["token_ids"] | ids}).method(config)
+    assert isinstance(method.loop, Compressed)
+    parts = {"fc.0": "first", "fc.2": "second", "fc.3": "norm", "mean": "mean", "log_std": "log_std"}
+    weights = {
+        f"head.{ours}.{kind}": colar.tensors[f"latent_policy.{theirs}.{kind}"]
+        for theirs, ours in parts.items()
+        for kind in ("weight", "bias")
+    }
+    weights["speeds.weight"] = method.model.embedding.weight.data[14 + r].unsqueeze(0).clone()
+    method.loop.load_state_dict(weights)
+    return method
+
+
+def colar_batch(colar: Case, method: Method, r: int, rows: list[int]) -> ThoughtBatch:
+    """A batch with the tokens and the noise that the fixture gives."""
+    samples = [colar.facts["samples"][row] for row in rows]
+    steps = [[untagged(step) for step in sample["steps_tokenized"]] for sample in samples]
+    separator = colar.facts["separator"]
+    examples = [
+        Example(
+            [*sample["question_tokenized"], separator],
+            concatenate(its),
+            its,
+            untagged(sample["answer_tokenized"][1:]),
+        )
+        for sample, its in zip(samples, steps, strict=True)
+    ]
+    batch = method.collate(examples, method.last_stage)
+    assert isinstance(batch, ThoughtBatch)
+    tensors = [{name: colar.tensors[f"r{r}.row{row}.{name}"] for name in ("eps", "slot_labels")} for row in rows]
+    labels = [[*x["slot_labels"][1:].tolist(), separator] for x in tensors]
+    label_M = [*(int(x["slot_labels"][0]) for x in tensors), *firsts_first(labels)]
+    assert len(label_M) == len(batch.terms["step"].label_M)
+    batch.terms["step"] = replace(
+        batch.terms["step"],
+        label_M=torch.tensor(label_M),
+        noise_SD=torch.stack(firsts_first([list(x["eps"]) for x in tensors])),
+    )
+    return batch
+
+
+@pytest.mark.parametrize("r", [1, 2, 3])
+@pytest.mark.parametrize("distance", ["mse", "nll"])
+@pytest.mark.parametrize("which", ["batch", "row0", "row1", "row2"])
+def test_colar(case: Callable[[str], Case], r: int, distance: str, which: str) -> None:
+    """All losses: of the batch, and of each row alone."""
+    colar = case("colar")
+    method = colar_method(colar, r, distance)
+    rows = [0, 1, 2] if which == "batch" else [int(which[-1])]
+    batch = colar_batch(colar, method, r, rows)
+    shares = method(batch, batch.totals)
+    prefix = f"r{r}." if which == "batch" else f"r{r}.{which}."
+    expected = {name.removeprefix(prefix): x for name, x in colar.tensors.items() if name.startswith(prefix)}
+    assert_close(shares["answer_loss"] + shares["token_loss"], expected["ce"], "ce")
+    assert_close(shares["embedding_loss"], expected[distance], distance)
+    assert_close(shares["thought_entropy"], expected["entropy"], "entropy")
+    if which == "batch":
+        assert_close(shares["loss"], expected[f"total_{distance}"], "total")
+    else:
+        assert batch.totals["weights"] == expected["n_labels"].item()
+
+
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_colar_thoughts_and_predictions(case: Callable[[str], Case], r: int) -> None:
+    """What is read, what the head says, and logits, of each row."""
+    colar = case("colar")
+    method = colar_method(colar, r, "mse").eval()
+    for row in range(3):
+        batch = colar_batch(colar, method, r, [row])
+        loop, model, given = method.loop, method.model, batch.given
+        assert isinstance(loop, Compressed)
+        assert given is not None
+        with torch.no_grad():
+            thoughts = loop.think_given(
+                model,
+                model.embedding(batch.question_ids_P),
+                batch.questions,
+                given,
+                model.embedding(given.ids_L),
+                batch.texts.longest,
+            )
+            mean_SD, log_std_SD = loop.head(thoughts.states_MD[1:])
+            text_AD = go_on(model, thoughts, model.embedding(batch.text_ids_A), batch.texts)
+        expected = {
+            name.rpartition(".")[2]: x for name, x in colar.tensors.items() if name.startswith(f"r{r}.row{row}.")
+        }
+        assert_close(thoughts.latents_BKD[0], expected["slot_embeds"][1:], "thoughts")
+        assert_close(mean_SD, expected["mean"], "mean")
+        assert_close(log_std_SD.exp(), expected["std"], "std")
+        logits = model.logits(torch.cat((thoughts.states_MD, text_AD)))
+        # Theirs are of all positions, the question's and that of the end token among them.
+        assert_close(logits, expected["logits"][-1 - len(logits) : -1], "logits")
+
+
+def test_colar_gradients(case: Callable[[str], Case], from_hf_gpt2: Callable[..., dict[str, Tensor]]) -> None:
+    colar = case("colar")
+    r = colar.facts["grad_factor"]
+    method = colar_method(colar, r, "mse")
+    batch = colar_batch(colar, method, r, [0, 1, 2])
+    method(batch, batch.totals)["loss"].backward()
+    table, speeds = method.model.embedding.weight.grad, method.loop.speeds.weight.grad  # type: ignore[union-attr]
+    assert table is not None
+    table[14 + r] += speeds[0]  # theirs of that row is the sum
+    prefix = f"r{r}.grad."
+    expected = {name.removeprefix(prefix): x for name, x in colar.tensors.items() if name.startswith(prefix)}
+    ours = {name: method.model.get_parameter(name).grad for name in from_hf_gpt2(expected)}
+    theirs = from_hf_gpt2(expected)
+    parts = {"fc.0": "first", "fc.2": "second", "fc.3": "norm", "mean": "mean", "log_std": "log_std"}
+    for name, gradient in expected.items():
+        if name.startswith("latent_policy."):
+            part, _, kind = name.removeprefix("latent_policy.").rpartition(".")
+            theirs[name] = gradient
+            ours[name] = method.loop.get_parameter(f"head.{parts[part]}.{kind}").grad  # type: ignore[union-attr]
+    assert len(theirs) == len(expected) == 8
+    for name, gradient in theirs.items():
+        found = ours[name]
+        assert found is not None, name
+        assert_close(found, gradient, name)
 
 
 # KaVa

@@ -15,19 +15,21 @@ heads, E head width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from simcot_latent.config import NoSettings
+from simcot_latent.errors import UserError
+from simcot_latent.files import from_plain
 from simcot_latent.model.cache import KVCache, StaticCaches
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.taps import Taps
-from simcot_latent.parts import key_of
+from simcot_latent.parts import NONE, key_of
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Thoughts:
             not know all of them.
         bot_BD: the same at `<|bot|>`.
         keys_LBKGE, values_LBKGE: those that the text attends to at the thoughts, by block, where they were asked for.
+        counts: the thoughts of each row, of a loop that decides on their number itself.
     """
 
     latents_BKD: Tensor
@@ -51,6 +54,7 @@ class Thoughts:
     bot_BD: Tensor | None = None
     keys_LBKGE: Tensor | None = None
     values_LBKGE: Tensor | None = None
+    counts: tuple[int, ...] | None = None
 
     @property
     def latents(self) -> Tensor:
@@ -90,6 +94,13 @@ class ThoughtLoop(nn.Module, ABC):
     gives_keys: ClassVar[bool] = False
     """Whether it can give the keys and values of its thoughts."""
 
+    gives_predictions: ClassVar[bool] = False
+    """Whether it is given its thoughts in training, and predicts them afterwards: a term must train that. See
+    `loops.given`."""
+
+    free: ClassVar[tuple[str, ...]] = ()
+    """Those of its settings that may be others afterwards than in training; see `with_settings`."""
+
     @property
     def key(self) -> str:
         """What the table of parts calls it."""
@@ -121,6 +132,10 @@ class ThoughtLoop(nn.Module, ABC):
         """The states that the loop comes to, where the model reads so many thoughts per question."""
         return thoughts
 
+    def positions(self, thoughts: int) -> int:
+        """The positions that so many thoughts take, with whatever the loop itself reads before them."""
+        return thoughts
+
     def n_passes(self, thoughts: int) -> int:
         """The passes, one after the other, that so many thoughts take; LOTUS counts that of the question among them."""
         return thoughts
@@ -147,6 +162,24 @@ class ThoughtLoop(nn.Module, ABC):
         """How what follows the thoughts is laid out: what is unread of all rows first, then the texts."""
         unread = self.unread(counts)
         return Packing.of(unread, lengths) if any(unread) else Packing.of(lengths)
+
+
+def with_settings(loop: ThoughtLoop | None, values: Mapping[str, Any]) -> ThoughtLoop | None:
+    """A trained loop, some of whose settings are others now.
+
+    Raises:
+        UserError: there is no loop, or these are none of its `free` settings, or of another type, or impossible.
+    """
+    for key in values:
+        if loop is None or key not in loop.free:
+            name, free = NONE if loop is None else loop.key, () if loop is None else loop.free
+            right = f"one of {', '.join(free)}" if free else "left out"
+            raise UserError(
+                f"loop_settings.{key}: is no setting that may change after training loop={name}; must be {right}"
+            )
+    if loop is not None and values:
+        loop.config = from_plain(loop.Config, asdict(loop.config) | dict(values), "loop_settings")
+    return loop
 
 
 def go_on(model: GPT, thoughts: Thoughts, texts_AD: Tensor, packing: Packing, taps: Taps | None = None) -> Tensor:

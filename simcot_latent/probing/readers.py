@@ -17,6 +17,7 @@ from simcot_latent.checkpoint import Checkpoint, require_decoder
 from simcot_latent.data.batch import to_device
 from simcot_latent.errors import UserError
 from simcot_latent.model.losses import Labelled, cross_entropy
+from simcot_latent.parts import NONE
 from simcot_latent.terms.step_decoder import PackedSteps
 
 MAX_STEP_TOKENS = 128
@@ -127,6 +128,11 @@ def step_reader(checkpoint: Checkpoint) -> StepReader:
     Raises:
         UserError: nothing does.
     """
+    if checkpoint.steps not in (*READERS, NONE):
+        raise UserError(
+            f"{checkpoint.path}: steps={checkpoint.steps} leaves nothing that steps could be read out of its thoughts "
+            f"with; probe a checkpoint with steps={' or '.join(READERS)}"
+        )
     if checkpoint.steps not in READERS or (checkpoint.steps == "decoder" and checkpoint.step_decoder is None):
         require_decoder(checkpoint)
     return READERS[checkpoint.steps](checkpoint)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.data.problem import Problem
@@ -45,8 +46,10 @@ def gold_groups(checkpoint: Checkpoint, problem: Problem) -> list[str | None]:
 
 
 def latents_of(generations: Sequence[Generation]) -> Tensor:
-    """The thoughts (B, K, D) that answers (at least one) of a model that thinks came from."""
-    return torch.stack([g.latents_KD for g in generations if g.latents_KD is not None])
+    """The thoughts (B, K, D) that answers (at least one) of a model that thinks came from; zeros beyond those of a row
+    that has fewer.
+    """
+    return pad_sequence([g.latents_KD for g in generations if g.latents_KD is not None], batch_first=True)
 
 
 def states_of(checkpoint: Checkpoint, generations: Sequence[Generation]) -> Tensor:

@@ -19,7 +19,8 @@ from simcot_latent.curricula.base import Stage
 from simcot_latent.data.batch import Seeds
 from simcot_latent.data.format import Example, TaggedIds
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.loops.base import Thoughts
+from simcot_latent.loops.base import ThoughtLoop, Thoughts
+from simcot_latent.loops.given import Given
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.losses import Labelled, Targets
 from simcot_latent.model.packing import Packing
@@ -38,6 +39,7 @@ class Rows:
         solutions: the whole written solution of each, which the written pass reads, if a term needs one.
         mixed: whether rows of one optimizer step may be of different stages.
         seeds: of whatever is drawn for the batch; None: nothing is, as in validation.
+        given: the thoughts, of a loop that is given them in training.
     """
 
     examples: Sequence[Example]
@@ -47,6 +49,7 @@ class Rows:
     solutions: Sequence[TaggedIds] = ()
     mixed: bool = False
     seeds: Seeds | None = None
+    given: Given | None = None
 
     def in_text(self, row: int, token: int) -> int:
         """Which of the A tokens of all texts predicts a token of a row's text; it is the one before it."""
@@ -71,11 +74,14 @@ class Collated:
         batch: a dataclass of CPU tensors; None: the term needs none.
         totals: what its shares are divided by, once summed over the whole optimizer step.
         packings: the passes that it adds, for counting tokens.
+        weights: the weight of those of its labels that the answer loss averages its own together with; their share of
+            that mean is the term's.
     """
 
     batch: Any = None
     totals: dict[str, Tensor] = field(default_factory=dict)
     packings: Sequence[Packing] = ()
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Trace:
     """What the passes over a batch show to a term.
 
     Attributes:
+        loop: what came to them.
         thoughts: of all rows; `thoughts.latents` is (B, K, D), zeros beyond those of a row that has fewer.
         counts: the states of each row.
         hidden_AD: the hidden states that predict the text.
@@ -121,6 +128,7 @@ class Trace:
         written_taps: what the term wanted of the written pass.
     """
 
+    loop: ThoughtLoop
     thoughts: Thoughts
     counts: Sequence[int]
     hidden_AD: Tensor
@@ -170,6 +178,12 @@ class Term:
 
     needs_keys: bool = False
     """Whether it needs the keys and values of the thoughts, see `Thoughts.keys_LBKGE`."""
+
+    needs_predictions: bool = False
+    """Whether it needs a loop that predicts its thoughts, which it trains; see `loops.given`."""
+
+    is_read: ClassVar[bool] = False
+    """Whether steps can be read out of the thoughts that it trains, by a reader of `probing.readers`."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, method: MethodConfig) -> None:
         self.model, self.tokenizer = model, tokenizer

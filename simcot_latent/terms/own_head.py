@@ -56,6 +56,7 @@ class OwnHead(Term):
     config: OwnHeadSettings
     name = "step"
     needs_hidden = True
+    is_read = True
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, method: MethodConfig) -> None:
         super().__init__(model, tokenizer, method)

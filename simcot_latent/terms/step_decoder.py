@@ -211,6 +211,7 @@ class StepDecoderTerm(Term):
     Config = StepSettings
     config: StepSettings
     name = "step"
+    is_read = True
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, method: MethodConfig) -> None:
         super().__init__(model, tokenizer, method)

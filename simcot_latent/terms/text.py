@@ -44,6 +44,13 @@ def kept(length: int, removed: int | None, side: str) -> slice:
     return slice(gone, length) if side == "left" else slice(0, length - gone)
 
 
+def thought_text(example: Example, stage: Stage, newline: TaggedIds) -> TaggedIds:
+    """What would be written in place of the thoughts of a stage."""
+    if stage.first_written is None or stage.overlap:
+        return example.rationale
+    return lines(example.steps[: stage.first_written], newline)
+
+
 def text_targets(texts: Sequence[TaggedIds], step_weight: float) -> Targets:
     """Every token of every text, one text after the other; the tokens of steps weigh `step_weight`."""
     text = concatenate(texts)

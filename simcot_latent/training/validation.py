@@ -20,6 +20,7 @@ from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.distributed import Ranks
 from simcot_latent.generate import generate
+from simcot_latent.loops.given import GivenLoop
 from simcot_latent.method import Method
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.losses import add_up
@@ -71,6 +72,7 @@ def validate(
     correct = torch.zeros((), device=device)
     latents_NKD = torch.zeros(n, checkpoint.n_states, checkpoint.model.config.n_embd, device=device)
     states_NKD = torch.zeros_like(latents_NKD)
+    counts_N = torch.zeros(n, device=device)
     for batch in plan:
         problems = [held_out.problems[i] for i in batch]
         questions = [problem.question for problem in problems]
@@ -78,13 +80,20 @@ def validate(
         answered = zip(generations, problems, strict=True)
         correct += sum(same_number(g.answer, p.answer, held_out.tolerance) for g, p in answered)
         if has_thoughts:
-            latents_NKD[batch] = latents_of(generations).float()
+            latents_BKD = latents_of(generations).float()
+            latents_NKD[batch, : latents_BKD.shape[1]] = latents_BKD
+            counts = [0 if g.latents_KD is None else len(g.latents_KD) for g in generations]
+            counts_N[batch] = torch.tensor(counts, dtype=counts_N.dtype, device=device)
         if checkpoint.reads_steps:
             states_NKD[batch] = states_of(checkpoint, generations).float()
-    everyones = ranks.sum({"correct": correct, "latents": latents_NKD, "states": states_NKD})
+    everyones = ranks.sum({"correct": correct, "latents": latents_NKD, "states": states_NKD, "counts": counts_N})
     metrics["val_accuracy"] = everyones["correct"].item() / n
     if has_thoughts:
-        metrics |= geometry(everyones["latents"], checkpoint.model.embedding.weight)
+        most = int(everyones["counts"].max())
+        is_there_NK = torch.arange(most, device=device) < everyones["counts"].unsqueeze(1)
+        metrics |= geometry(everyones["latents"][:, :most], checkpoint.model.embedding.weight, is_there_NK)
+        if isinstance(checkpoint.loop, GivenLoop):
+            metrics["thoughts_per_problem"] = everyones["counts"].mean().item()
     if checkpoint.reads_steps:
         metrics |= thought_v_information(checkpoint, held_out.problems, everyones["states"], run, ranks)
     method.train()
