@@ -367,8 +367,8 @@ def texts_of_step(method: Method, problems: list[Problem], step: int, world: int
 
 
 def test_training_tells_how_long_it_is(make_method: Callable[..., Method], problems: list[Problem]) -> None:
-    """5 problems in steps of 4: 1.25 steps an epoch, so pretraining takes 2 steps."""
-    method = make_method(remove_per_epoch=1.25, pretrain_epochs=1, remove_all_at=4)
+    """5 problems in steps of 4: 1.25 steps an epoch, so pretraining takes 2; then a token goes in each."""
+    method = make_method(remove_per_epoch=1, pretrain_epochs=1, remove_all_at=4)
     job = SimpleNamespace(run=method.run, ranks=Ranks(0, 1), device=torch.device("cpu"))
     batches = Batches(method, [method.encode(problem) for problem in problems], job)  # type: ignore[arg-type]
     assert [batches.stage(step).removed for step in range(25)] == [0, 0, 0, 1, 2, 3] + [None] * 19
