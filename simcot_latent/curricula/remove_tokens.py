@@ -89,7 +89,8 @@ class RemoveTokens(Curriculum):
                 "written"
             )
         smoothing = self.config.removal_smoothing
-        self.cumulative = list(accumulate(offset_probabilities(math.inf if smoothing is None else smoothing)))
+        probabilities = offset_probabilities(math.inf if smoothing is None else smoothing)
+        self.at_most = list(accumulate(probabilities[:-1]))  # how likely an offset of at most 0, 1, .. is
         self.begin(UNTOLD_STEPS, UNTOLD_STEPS * run.num_epochs)
 
     def begin(self, steps_per_epoch: float, num_steps: int) -> None:
@@ -121,7 +122,7 @@ class RemoveTokens(Curriculum):
     def draw_offset(self, seed: int) -> int:
         """What a row loses beyond its share."""
         # Of Python's draws, `random` is the one that stays the same in later versions.
-        return min(bisect_right(self.cumulative, Random(seed).random()), MOST_OFFSET)
+        return bisect_right(self.at_most, Random(seed).random())
 
     @property
     def warning(self) -> str | None:

@@ -165,7 +165,11 @@ def test_without_steps_it_goes_by_shares(make_run: MakeRun) -> None:
 @pytest.mark.parametrize(
     ("settings", "begun", "said"),
     [
-        ({}, (100, 400), "33 tokens are removed in the last step, not all; raise num_epochs, or latent.remove_per_epoch"),
+        (
+            {},
+            (100, 400),
+            "33 tokens are removed in the last step, not all; raise num_epochs, or latent.remove_per_epoch",
+        ),
         ({}, (100, 469), None),
         ({"remove_all_at": None}, (100, 400), None),  # whoever asks for no end
     ],
@@ -281,6 +285,7 @@ def texts_of(batch: Any, method: Method) -> list[str]:
         (Stage(removed=None), "#### 10"),
         (Stage(removed=3, removed_side="right"), "<<3*4=12>>\n<<12-2=1#### 10"),
         (Stage(removed=19, removed_side="right"), "#### 10"),
+        (Stage(removed=25, removed_side="right"), "#### 10"),
         (Stage(removed=None, removed_side="right"), "#### 10"),
     ],
 )
@@ -359,6 +364,14 @@ def texts_of_step(method: Method, problems: list[Problem], step: int, world: int
             found.update(texts_of(batch, method))
     assert found.total() == 4
     return found
+
+
+def test_training_tells_how_long_it_is(make_method: Callable[..., Method], problems: list[Problem]) -> None:
+    """5 problems in steps of 4: 1.25 steps an epoch, so pretraining takes 2; then a token goes in each."""
+    method = make_method(remove_per_epoch=1, pretrain_epochs=1, remove_all_at=4)
+    job = SimpleNamespace(run=method.run, ranks=Ranks(0, 1), device=torch.device("cpu"))
+    batches = Batches(method, [method.encode(problem) for problem in problems], job)  # type: ignore[arg-type]
+    assert [batches.stage(step).removed for step in range(25)] == [0, 0, 0, 1, 2, 3] + [None] * 19
 
 
 @pytest.mark.parametrize(("world", "size"), [(1, 1), (1, 3), (2, 2), (4, 1)])
