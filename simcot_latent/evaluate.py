@@ -54,8 +54,8 @@ class EvalConfig:
         temperature: of sampling; 0: greedy.
         top_k: draw among the k most likely tokens; None: among all.
         seed: of sampling.
-        loop_settings: settings of the thought loop that are to be others than in training, such as `{compression: 5}`, of those
-            that a loop leaves free; None: none.
+        loop_settings: settings of the thought loop that are to be others than in training, such as `{compression: 5}`,
+            of those that the loop leaves free; None: none.
         tolerance: how far an answer may be from gold and still count as right, as a share of gold: `1e-6` for golds
             such as 0.6666666667; None: as the data state it (`data.tolerance`).
         device: as in training.
