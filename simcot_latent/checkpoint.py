@@ -3,6 +3,7 @@
     model.safetensors           the model, usable without the rest
     loop.safetensors            what the thought loop has learned, if anything: a projector, a pause vector
     step_decoder.safetensors    the auxiliary decoder, if there is one; the embedding it shares is the model's
+    lora.safetensors            what the model has learned beside its frozen layers, unless it is merged (lora.merge)
     <part>.safetensors          any further part of a method that learns
     config.json                 all that is needed to rebuild these and the tokenizer
     tokenizer/                  self-contained
@@ -36,6 +37,7 @@ from simcot_latent.checkpoint_folders import (
     CONFIG,
     DECODER,
     LOOP,
+    LORA,
     MODEL,
     STATE_JSON,
     STATE_TENSORS,
@@ -51,11 +53,21 @@ from simcot_latent.folders import MANIFEST, Fingerprint, fingerprint, verify_fil
 from simcot_latent.loops.base import ThoughtLoop
 from simcot_latent.loops.sequential import Sequential
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.lora import LoRA, add_lora, added_weights, merge, plain_weights
 from simcot_latent.parts import NONE, find
 from simcot_latent.paths import HUB_ID, expanded
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
-from simcot_latent.weights import load_module, load_weights, read_shapes, read_tensors, save_tensors, save_weights
+from simcot_latent.weights import (
+    load_module,
+    load_weights,
+    read_shapes,
+    read_tensors,
+    require_finite,
+    require_shapes,
+    save_tensors,
+    save_weights,
+)
 
 if TYPE_CHECKING:
     from simcot_latent.hub import HubFolder
@@ -79,6 +91,7 @@ class Checkpoint:
         groups: how thoughts stand for steps.
         steps: who was to say them, by its key in the table of parts; `none`: nobody.
         parts: the weights of whatever else was trained, by name.
+        lora: how the model was trained, where it was not as a whole. Its layers have factors still, or are merged.
         step: optimizer steps it was trained for.
         path: its folder.
     """
@@ -93,6 +106,7 @@ class Checkpoint:
     groups: StepGroups = field(default_factory=StepGroups)
     steps: str = NONE
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    lora: LoRA | None = None
     step: int = 0
     path: Path | None = None
 
@@ -219,7 +233,11 @@ def require_decoder(checkpoint: Checkpoint) -> StepDecoder:
 
 
 def load_checkpoint(
-    path: str | Path, device: str | torch.device = "cpu", key: str = "ckpt", verify: bool = True
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    key: str = "ckpt",
+    verify: bool = True,
+    merge_lora: bool = True,
 ) -> Checkpoint:
     """Rebuilds a checkpoint from its folder, or from a run's `out_dir`. Needs no network, runs nothing in the folder.
 
@@ -228,6 +246,7 @@ def load_checkpoint(
     Args:
         key: the config key that the path came from, for the error.
         verify: whether files are compared with the checkpoint's manifest first.
+        merge_lora: whether what is kept in `lora.safetensors` is merged into the model's weights.
 
     Raises:
         UserError: there is no checkpoint, or one of its files is missing, broken, or not the one that was saved; the
@@ -238,9 +257,10 @@ def load_checkpoint(
     if verify:
         verify_files(folder, [CONFIG, MODEL, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES)])
     config = read_config(folder / CONFIG)
+    is_apart = config.lora is not None and not config.lora.merged
     loop = None if config.loop is None else empty_loop(config.loop, config.model.n_embd, folder / CONFIG)
     if verify:
-        further = [DECODER] * has_decoder + [LOOP] * (folder / LOOP).exists()
+        further = [DECODER] * has_decoder + [LOOP] * (folder / LOOP).exists() + [LORA] * is_apart
         verify_files(folder, further + [f"{name}.safetensors" for name in config.parts])
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     if tokenizer.n_vocab != config.model.vocab_size:
@@ -248,7 +268,12 @@ def load_checkpoint(
             f"{folder / TOKENIZER}: has {tokenizer.n_vocab} tokens, but {CONFIG} says "
             f"model.vocab_size={config.model.vocab_size}; they are not of one checkpoint"
         )
-    model = load_model_and_loop(config, loop, folder)
+    model, lora = load_model_and_loop(config, loop, folder), config.lora
+    if lora is not None and is_apart:
+        load_lora(model, lora, folder / LORA)
+        if merge_lora:
+            merge(model)
+            lora = replace(lora, merged=True)
     n_states = 0 if loop is None else loop.states(config.stage.thoughts)
     if n_states % config.groups.latents_per_step:
         raise UserError(
@@ -275,6 +300,7 @@ def load_checkpoint(
         groups=config.groups,
         steps=config.steps,
         parts={name: read_tensors(folder / f"{name}.safetensors") for name in config.parts},
+        lora=lora,
         step=config.step,
         path=folder,
     )
@@ -312,6 +338,19 @@ def load_model_and_loop(config: SavedConfig, loop: ThoughtLoop | None, folder: P
     return load_module(GPT, config.model, folder / MODEL)
 
 
+def load_lora(model: GPT, lora: LoRA, file: Path) -> None:
+    """Puts the factors of a file beside the layers of a model.
+
+    Raises:
+        UserError: the file is missing or broken, or a factor is missing, left over, of another shape or not finite.
+    """
+    add_lora(model, lora, device="meta")
+    require_shapes(read_shapes(file), {name: x.shape for name, x in added_weights(model).items()}, file)
+    weights = {name: x.to(torch.float32, copy=True) for name, x in read_tensors(file).items()}
+    require_finite(weights, file)
+    model.load_state_dict(weights, strict=False, assign=True)
+
+
 def with_projector(model: GPT, projector: nn.Module) -> GPT:
     """A model as it was up to format 2, where the projector was a part of it."""
     model.projector = projector
@@ -336,12 +375,18 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, state: TrainerState |
         "step": checkpoint.step,
         "run": checkpoint.config,
     }
+    lora, model = checkpoint.lora, checkpoint.model
+    if lora is not None:  # which earlier versions do not know
+        config["lora"] = asdict(lora)
     small = [CONFIG, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES)]
     jobs: dict[str, Future[Fingerprint]] = {}
     with ThreadPoolExecutor() as pool:
         if state is not None:
             jobs[STATE_TENSORS] = pool.submit(save_tensors, state.tensors, folder / STATE_TENSORS)
-        jobs[MODEL] = pool.submit(save_weights, checkpoint.model, folder / MODEL)
+        weights = plain_weights(model, merged=lora is None or lora.merged)
+        jobs[MODEL] = pool.submit(save_tensors, weights, folder / MODEL)
+        if lora is not None and not lora.merged:
+            jobs[LORA] = pool.submit(save_tensors, added_weights(model), folder / LORA)
         if decoder is not None:
             jobs[DECODER] = pool.submit(save_weights, decoder, folder / DECODER, shared="embedding.")
         if loop is not None and loop.state_dict():

@@ -42,6 +42,7 @@ def as_checkpoint(method: Method, stage: Stage, options: dict[str, Any], step: i
         groups=method.groups,
         steps=method.config.steps if "step" in method.terms else NONE,
         parts=method.further_parts(),
+        lora=method.lora,
         step=step,
     )
 
@@ -108,7 +109,11 @@ def make_room(out_dir: Path, trained: nn.Module, optimizer: str) -> None:
     """
     remove_partial(out_dir)
     moments = 2 if optimizer == "adamw" else 1  # at least; Muon has one per matrix
-    needed = 4 * sum(parameter.numel() for parameter in trained.parameters()) * (1 + moments)
+    frozen, learned = (
+        sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad == wanted)
+        for wanted in (False, True)
+    )
+    needed = 4 * (frozen + learned * (1 + moments))
     free = shutil.disk_usage(out_dir).free
     if free < needed:
         raise UserError(
