@@ -21,15 +21,17 @@ from rich.table import Table
 
 from benchmarks.common import SIZES, compare, load_problems, make_parser, report, take_turns
 from benchmarks.peers import think_and_answer, transformers_model, write
+from simcot_latent.checkpoint import Checkpoint
+from simcot_latent.curricula.base import Stage
 from simcot_latent.data.batch import by_length
-from simcot_latent.data.format import encode_question
+from simcot_latent.data.format import AnswerFormat, encode_question
 from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.generate import generate
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import keep_weights_in
-from simcot_latent.model.thoughts import ThoughtFormat
 
 
 def main() -> None:
@@ -86,24 +88,25 @@ def measure(size: str, questions: Sequence[str], args: argparse.Namespace) -> li
     config, tokenizer = SIZES[size], endless(default_tokenizer())
     with device:
         ours, peer = GPT(config).eval(), transformers_model(config).to(dtype)
-    prompts = [encode_question(tokenizer, question, thinks=True) for question in questions]
+    thinks = AnswerFormat(thinks=True)
+    prompts = [encode_question(tokenizer, question, thinks) for question in questions]
     batches = by_length(list(map(len, prompts)), args.batch_size)
-    latent = ThoughtFormat(thinks=True, n_latents=args.thoughts)
     default = pick_dtype("auto", device)
     # A model of its own: graphs hold on to the copies of its weights.
     graphed, caches = (deepcopy(ours) if args.cuda_graphs else ours), StaticCaches(config.context_length)
     if args.cuda_graphs:
         keep_weights_in(graphed, dtype)
 
-    def answer(
-        thoughts: ThoughtFormat, tokens: int, dtype: torch.dtype, caches: StaticCaches | None = None
-    ) -> Callable[[], None]:
-        model = ours if caches is None else graphed
+    def answer(way: str, tokens: int, dtype: torch.dtype, caches: StaticCaches | None = None) -> Callable[[], None]:
+        checkpoint = Checkpoint(ours if caches is None else graphed, None, tokenizer, {})
+        if way == "latent":
+            checkpoint.answers, checkpoint.loop = thinks, Sequential(config.n_embd, SequentialConfig())
+            checkpoint.stage = Stage(args.thoughts, first_written=None)
 
         def run() -> None:
             with autocast(device, dtype):
                 for batch in batches:
-                    generate(model, tokenizer, thoughts, [questions[i] for i in batch], tokens, caches=caches)
+                    generate(checkpoint, [questions[i] for i in batch], tokens, caches=caches)
 
         return run
 
@@ -116,16 +119,16 @@ def measure(size: str, questions: Sequence[str], args: argparse.Namespace) -> li
             write(peer, [prompts[i] for i in batch], args.written_tokens)
 
     ways = {
-        "latent": (latent, args.answer_tokens, peer_thinks),
-        "written": (ThoughtFormat(), args.written_tokens, peer_writes),
+        "latent": (args.answer_tokens, peer_thinks),
+        "written": (args.written_tokens, peer_writes),
     }
     rows: list[dict[str, Any]] = []
-    for way, (thoughts, tokens, theirs) in ways.items():
-        sides = {"ours": answer(thoughts, tokens, dtype), "peer": theirs}
+    for way, (tokens, theirs) in ways.items():
+        sides = {"ours": answer(way, tokens, dtype), "peer": theirs}
         if default != dtype:
-            sides["default"] = answer(thoughts, tokens, default)
+            sides["default"] = answer(way, tokens, default)
         if args.cuda_graphs:
-            sides["graphs"] = answer(thoughts, tokens, dtype, caches)
+            sides["graphs"] = answer(way, tokens, dtype, caches)
         seconds = take_turns(sides, args.repeats, warmup=1, device=device)
         fast = "default" if "default" in sides else "ours"
         per_s = {name: len(questions) / statistics.median(values) for name, values in seconds.items()}

@@ -28,13 +28,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.common import SIZES, add_block_options, load_problems, make_parser, report
-from benchmarks.train_step import make_objective, median_batch
+from benchmarks.train_step import make_method, median_batch
 from simcot_latent.data.batch import to_device
 from simcot_latent.distributed import autocast, pick_device
+from simcot_latent.method import Method, ThoughtBatch
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import set_block_options
 from simcot_latent.model.packing import Packing
-from simcot_latent.objectives.latent import LatentBatch, LatentObjective
+from simcot_latent.terms.step_decoder import StepBatch
 from simcot_latent.training.optimizer import make_optimizers, update
 
 SIDES = ("ours", "padded")
@@ -98,17 +99,16 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    objective = make_objective(args.sizes[0], args, device)
-    assert isinstance(objective, LatentObjective)
+    method = make_method(args.sizes[0], args, device)
     if args.side == "ours":
-        set_block_options(objective, args.compile, args.activation_checkpointing)
-    optimizers = make_optimizers(objective, objective.run)
+        set_block_options(method, args.compile, args.activation_checkpointing)
+    optimizers = make_optimizers(method, method.run)
     problems = load_problems(args.data, "train", 2048)
-    batch = to_device(median_batch(objective, problems, args.batch_sizes[0], args.seed)[0], device)
+    batch = to_device(median_batch(method, problems, args.batch_sizes[0], args.seed)[0], device)
     totals = {key: value.to(device) for key, value in batch.totals.items()}
     losses: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: objective(batch, totals)["loss"],
-        "padded": lambda: padded_loss(objective, batch),
+        "ours": lambda: method(batch, totals)["loss"],
+        "padded": lambda: padded_loss(method, batch),
     }
     memory = CudaMemory() if device.type == "cuda" else ProcessMemory()
     held = memory.reset()
@@ -118,16 +118,18 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             loss = losses[args.side]()
         loss.backward()
         del loss
-        update(objective.parameters(), optimizers, max_norm=1.0)
+        update(method.parameters(), optimizers, max_norm=1.0)
     moments = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
     held += sum(x.nbytes for x in moments) / 2**20
     return {"peak_mb": memory.peak(), "step_mb": memory.peak() - held}
 
 
-def padded_loss(objective: LatentObjective, batch: LatentBatch) -> Tensor:
+def padded_loss(method: Method, batch: ThoughtBatch) -> Tensor:
     """The same losses (each a plain mean over its labels) with padding, full logits and a decoder call a group."""
-    model, decoder, c = objective.model, objective.step_decoder, objective.config.latent.latents_per_step
-    K = max(batch.counts)
+    model, decoder, c = method.model, method.step_decoder, method.groups.latents_per_step
+    assert decoder is not None
+    K, taught = max(batch.counts), batch.terms["step"]
+    assert isinstance(taught, StepBatch)
     questions = pad_sequence(split_rows(batch.question_ids_P, batch.questions), batch_first=True)
     texts = pad_sequence(list(batch.text_ids_A.split((batch.texts.length_B - 1).tolist())), batch_first=True)
     labels = pad_sequence(
@@ -146,10 +148,10 @@ def padded_loss(objective: LatentObjective, batch: LatentBatch) -> Tensor:
     logits_BSV = model.logits(hidden_BSD)
     labels_BS = F.pad(labels, (T + K, 0), value=-100)
     loss = F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=-100)
-    groups_NCD = rearrange(latents_BKD, "b (g c) d -> (b g) c d", c=c)[batch.row_N]
-    rows = batch.steps.packing.length_B - c
-    steps = pad_sequence(list(batch.steps.ids_L.split(rows.tolist())), batch_first=True)
-    group_N = batch.row_N % (K // c)
+    groups_NCD = rearrange(latents_BKD, "b (g c) d -> (b g) c d", c=c)[taught.row_N]
+    rows = taught.steps.packing.length_B - c
+    steps = pad_sequence(list(taught.steps.ids_L.split(rows.tolist())), batch_first=True)
+    group_N = taught.row_N % (K // c)
     for group in range(K // c):
         mine = group_N == group
         inputs = torch.cat((groups_NCD[mine], decoder.embedding(steps[mine])), dim=1)

@@ -29,7 +29,6 @@ from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint
 from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.folders import Fingerprint
 from simcot_latent.model.gpt import GPT, GPTConfig
-from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.training.saving import save_checkpoint
 
 SMOLLM2_135M = {
@@ -61,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = default_tokenizer().filled_up_to(49_152)
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **SMOLLM2_135M))
-    checkpoint = Checkpoint(model, None, tokenizer, ThoughtFormat(), {"max_new_tokens": 256}, step=1)
+    checkpoint = Checkpoint(model, None, tokenizer, {"max_new_tokens": 256}, step=1)
     moments = {f"optimizer/{n}/{key}": torch.randn_like(p) for n, p in model.named_parameters()
                for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
     state = TrainerState(moments, {"step": 1, "num_steps": 2})

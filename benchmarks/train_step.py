@@ -41,17 +41,16 @@ from benchmarks.common import (
     take_turns,
 )
 from benchmarks.peers import coconut_step, transformers_step
-from simcot_latent.config import LatentConfig, LossConfig, RunConfig
+from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.batch import BatchOrder, to_device
 from simcot_latent.data.format import Example, concatenate
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.distributed import autocast, pick_device
+from simcot_latent.method import Method, ThoughtBatch, WrittenBatch
 from simcot_latent.model.gpt import GPT, set_block_options
 from simcot_latent.model.linear import Linear, product
-from simcot_latent.objectives.base import Objective, WrittenBatch
-from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
-from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
+from simcot_latent.terms.step_decoder import StepBatch
 from simcot_latent.training.optimizer import make_optimizers, update
 
 
@@ -103,7 +102,7 @@ class Bench:
     """A model of a size with a batch to train on, ready to take steps.
 
     Attributes:
-        objective: what is trained.
+        method: what is trained.
         batch: the batch, on the device; `examples` are what it was made of.
         totals: its totals, there too.
         bound_loss: the loss of the bound; see the module.
@@ -111,7 +110,7 @@ class Bench:
         dtype: number format of a step, unless it is told another.
     """
 
-    objective: Objective
+    method: Method
     optimizers: list[torch.optim.Optimizer]
     batch: Any
     examples: list[Example]
@@ -126,20 +125,20 @@ class Bench:
         """As the arguments of the command say, at one size and batch size."""
         torch.manual_seed(args.seed)
         device = pick_device(args.device)
-        objective = make_objective(size, args, device)
-        set_block_options(objective, args.compile, args.activation_checkpointing)
-        cpu_batch, examples = median_batch(objective, problems, batch_size, args.seed)
+        method = make_method(size, args, device)
+        set_block_options(method, args.compile, args.activation_checkpointing)
+        cpu_batch, examples = median_batch(method, problems, batch_size, args.seed)
         batch = to_device(cpu_batch, device)
-        make_bound = latent_bound if isinstance(batch, LatentBatch) else weighted_bound
-        bound_loss, tokens = make_bound(objective, batch)  # type: ignore[arg-type]
+        make_bound = latent_bound if isinstance(batch, ThoughtBatch) else weighted_bound
+        bound_loss, tokens = make_bound(method, batch)  # type: ignore[arg-type]
         totals = {key: value.to(device) for key, value in cpu_batch.totals.items()}
-        optimizers = make_optimizers(objective, objective.run)
+        optimizers = make_optimizers(method, method.run)
         dtype = getattr(torch, args.dtype)
-        return cls(objective, optimizers, batch, examples, totals, bound_loss, tokens, device, dtype)
+        return cls(method, optimizers, batch, examples, totals, bound_loss, tokens, device, dtype)
 
     def ours(self, dtype: torch.dtype | None = None) -> None:
         """A training step as ours is."""
-        self._step(lambda: self.objective(self.batch, self.totals)["loss"], dtype or self.dtype)
+        self._step(lambda: self.method(self.batch, self.totals)["loss"], dtype or self.dtype)
 
     def bound(self) -> None:
         """A training step of the bound."""
@@ -149,21 +148,21 @@ class Bench:
         with autocast(self.device, dtype):
             loss = find_loss()
         loss.backward()
-        update(self.objective.parameters(), self.optimizers, max_norm=1.0)
+        update(self.method.parameters(), self.optimizers, max_norm=1.0)
 
 
 def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argparse.Namespace) -> dict[str, Any]:
     """Medians of our step, of the bound and of what else is timed, in seconds, at one size and batch size."""
     bench = Bench.make(size, batch_size, problems, args)
-    objective, batch = bench.objective, bench.batch
+    method, batch = bench.method, bench.batch
     sides: dict[str, Callable[[], None]] = {"ours": bench.ours, "bound": bench.bound}
-    if isinstance(batch, LatentBatch):
-        products = partial(thought_products, objective.model, batch.questions.rows, max(batch.counts), bench.dtype)
+    if isinstance(batch, ThoughtBatch):
+        products = partial(thought_products, method.model, batch.questions.rows, max(batch.counts), bench.dtype)
         sides["products"] = products
     if bench.dtype != torch.float32:
         sides["float32"] = partial(bench.ours, torch.float32)
     if args.peers:
-        sides["peer"] = make_peer(objective, bench.examples, args.thoughts)
+        sides["peer"] = make_peer(method, bench.examples, args.thoughts)
     seconds = take_turns(sides, args.repeats, device=bench.device)
     found: dict[str, Any] = {"size": size, "batch_size": batch_size, **bench.tokens}
     found["padding"] = 1 - batch.totals["positions"].item() / batch.totals["slots"].item()
@@ -176,50 +175,45 @@ def measure(size: str, batch_size: int, problems: Sequence[Problem], args: argpa
     return found
 
 
-def make_objective(size: str, args: argparse.Namespace, device: torch.device) -> Objective:
-    """A new model of a size, and what it is trained for; both are made where they are to be."""
+def make_method(size: str, args: argparse.Namespace, device: torch.device) -> Method:
+    """A new model of a size, and the method that trains it; both are made where they are to be."""
     with device:
-        return _make_objective(GPT(SIZES[size]), args)
+        return _make_method(GPT(SIZES[size]), args)
 
 
-def _make_objective(model: GPT, args: argparse.Namespace) -> Objective:
+def _make_method(model: GPT, args: argparse.Namespace) -> Method:
     tokenizer = default_tokenizer()
     rationale = "equations" if args.mode == "latent" else "natural"
-    run = RunConfig(
-        objective="", mode=args.mode, model={}, data={}, tokenizer={}, rationale=rationale, optimizer=args.optimizer
-    )
+    run = RunConfig(mode=args.mode, model={}, data={}, tokenizer={}, rationale=rationale, optimizer=args.optimizer)
     if args.mode == "weighted":
-        return WeightedObjective(model, tokenizer, run, WeightedConfig())
-    sections = LatentObjectiveConfig(
-        latent=LatentConfig(args.thoughts, args.latents_per_step), loss=LossConfig(step_weight=1.0)
-    )
-    sections.decoder.n_layer = args.decoder_layers
-    return LatentObjective(model, tokenizer, run, sections)
+        return Method(model, tokenizer, run, MethodConfig())
+    latent, decoder = LatentConfig(args.thoughts, args.latents_per_step), DecoderConfig(args.decoder_layers)
+    return Method(model, tokenizer, run, MethodConfig.simcot(latent, decoder, LossConfig(step_weight=1.0)))
 
 
-def median_batch(
-    objective: Objective, problems: Sequence[Problem], batch_size: int, seed: int
-) -> tuple[Any, list[Example]]:
+def median_batch(method: Method, problems: Sequence[Problem], batch_size: int, seed: int) -> tuple[Any, list[Example]]:
     """Of 16 batches that training would see (shuffled, in buckets of length), the one of median size; its examples."""
-    examples = [objective.encode(problem) for problem in problems]
+    examples = [method.encode(problem) for problem in problems]
     order = BatchOrder([example.length for example in examples], batch_size, seed)
     candidates = [[examples[i] for i in order.batch(n)] for n in range(16)]
-    sized = [(objective.collate(rows, objective.thoughts), rows) for rows in candidates]
+    sized = [(method.collate(rows, method.last_stage), rows) for rows in candidates]
     return sorted(sized, key=lambda pair: pair[0].totals["positions"].item())[len(sized) // 2]
 
 
-def latent_bound(objective: LatentObjective, batch: LatentBatch) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
+def latent_bound(method: Method, batch: ThoughtBatch) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
     """The bound's loss for a batch, and how many tokens it goes through: never fewer than the batch has."""
-    model, decoder, V = objective.model, objective.step_decoder, objective.model.config.vocab_size
-    B, K, N, device = batch.questions.rows, max(batch.counts), len(batch.row_N), batch.row_N.device
+    model, decoder, V = method.model, method.step_decoder, method.model.config.vocab_size
+    taught: StepBatch = batch.terms["step"]
+    B, K, N, device = batch.questions.rows, max(batch.counts), len(taught.row_N), taught.row_N.device
     base_tokens = len(batch.question_ids_P) + B * K + len(batch.text_ids_A)
     # As many inputs as teacher forcing takes: the group's thoughts, and its labels but the last.
-    step_labels, decoder_tokens = len(batch.steps.label_M), len(batch.steps.packing)
+    step_labels, decoder_tokens = len(taught.steps.label_M), len(taught.steps.packing)
     ids_BT = torch.randint(V, (B, -(-base_tokens // B)), device=device)
     ids_NL = torch.randint(V, (N, -(-decoder_tokens // N)), device=device)
     answer_labels = torch.randint(V, (len(batch.targets),), device=device)
     step_label_M = torch.randint(V, (step_labels,), device=device)
-    weights = objective.config.loss
+    weights = method.config.loss
+    assert decoder is not None
 
     def loss() -> torch.Tensor:
         answer_hidden = model(ids_BT).flatten(0, 1)[-len(answer_labels) :]
@@ -249,9 +243,9 @@ def thought_products(model: GPT, rows: int, n_latents: int, dtype: torch.dtype) 
             torch.mm(x[weight_OI.shape[0]], weight_OI)
 
 
-def weighted_bound(objective: Objective, batch: WrittenBatch) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
+def weighted_bound(method: Method, batch: WrittenBatch) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
     """As `latent_bound`, of written solutions."""
-    model, V, B = objective.model, objective.model.config.vocab_size, batch.packing.rows
+    model, V, B = method.model, method.model.config.vocab_size, batch.packing.rows
     device = batch.ids_P.device
     ids_BT = torch.randint(V, (B, -(-len(batch.ids_P) // B)), device=device)
     label_M = torch.randint(V, (len(batch.targets),), device=device)
@@ -262,10 +256,10 @@ def weighted_bound(objective: Objective, batch: WrittenBatch) -> tuple[Callable[
     return loss, {"base_tokens": ids_BT.numel(), "decoder_tokens": 0}
 
 
-def make_peer(objective: Objective, rows: Sequence[Example], thoughts: int) -> Callable[[], None]:
+def make_peer(method: Method, rows: Sequence[Example], thoughts: int) -> Callable[[], None]:
     """The peer's step on the same problems."""
-    config = objective.model.config
-    if objective.run.mode == "latent":
+    config = method.model.config
+    if method.run.mode == "latent":
         return coconut_step(config, [row.question[:-1] for row in rows], [row.answer.ids for row in rows], thoughts)
     texts = [concatenate([row.rationale, row.answer]).ids for row in rows]
     return transformers_step(config, [row.question for row in rows], texts)

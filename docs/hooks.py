@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -22,7 +22,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from omegaconf import OmegaConf
 
-from simcot_latent.config import config_dir
+from simcot_latent.config import SECTIONS, MethodConfig, config_dir
+from simcot_latent.parts import NONE
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -48,7 +49,7 @@ COMMANDS = {
     "Exporting": ("python -m simcot_latent.export", "export", "simcot_latent.export.ExportConfig"),
 }
 MODEL = "simcot_latent.model.gpt.GPTConfig"
-NOT_KEYS = {"objective", "vocab_size"}  # a mode's file, and the tokenizer, set them
+NOT_KEYS = {"vocab_size"}  # the tokenizer sets it
 
 # A section of a docstring (Google's style), and an item in it: names, and what they mean.
 SECTION = re.compile(r"^(?:Attributes|Args):\n((?: {4}.*\n?|\n)+)", re.MULTILINE)
@@ -57,8 +58,14 @@ ITEM = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 # Where a configuration's default is not what a command has.
 DEFAULTS = {("eval", "data"): "NAME"}
 
-# Hydra groups of which no dataclass has a field.
-GROUPS = {"experiment": "a preset of many keys, a file in `configs/experiment/`."}
+# The groups that the parts of a method are chosen from.
+PARTS = ("curriculum", "loop", "steps")
+
+# What no dataclass has a field for.
+OTHERS = {
+    "experiment": "a preset of many keys, a file in `configs/experiment/`.",
+    "use": "modules that register parts of your own, such as `[my_parts]`, see [Extending](extending.md).",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -109,7 +116,15 @@ def _lines() -> Iterator[str]:
     for title, (command, name, cls) in COMMANDS.items():
         yield from ("", f"## {title}", "", f"`{command}`", "", *table(options_of(name, get_class(cls))))
         if name == "train":
-            yield from (*_modes(), *_sources(), *_models(), *_tokenizers(), *_presets())
+            yield from (*_parts(), *_modes(), *_sources(), *_models(), *_tokenizers(), *_presets())
+
+
+def _parts() -> Iterator[str]:
+    yield from ("", "### Parts of a method", "")
+    yield "A mode chooses them; each may be replaced on the command line, as in `mode=latent loop=pause`."
+    for group in PARTS:
+        yield ""
+        yield from (f"- `{group}={name}`: {comment(group, name)}" for name in choices(group))
 
 
 def _modes() -> Iterator[str]:
@@ -118,9 +133,9 @@ def _modes() -> Iterator[str]:
         raw = composed("train", f"mode={mode}")
         sets = {key: value for key, value in read_yaml("mode", mode).items() if key in run_keys}
         yield from ("", f"### Keys of mode={mode}", "", comment("mode", mode))
-        if sets:
-            yield "It sets " + ", ".join(f"`{key}={text_of(value)}`" for key, value in sets.items()) + "."
-        sections = get_type_hints(get_class(raw["objective"]).Config)
+        sets = {key: raw[key] for key in PARTS} | sets
+        yield "It sets " + ", ".join(f"`{key}={text_of(value)}`" for key, value in sets.items()) + "."
+        sections = {} if raw["loop"] == NONE else SECTIONS
         options = [o for key, cls in sections.items() for o in options_in(cls, raw[key], f"{key}.")]
         yield from ("", *(table(options) if options else ["It has no further keys."]))
 
@@ -161,13 +176,15 @@ def options_of(config: str, cls: type) -> list[Option]:
     """The keys of a command, groups included; not the sections that belong to a choice of a group."""
     overrides = ("mode=latent",) if config == "train" else ()
     values = composed(config, *overrides)
-    found = meanings(cls)
+    found = meanings(MethodConfig) | OTHERS | meanings(cls)
     keys = [field.name for field in dataclasses.fields(cls) if field.name not in NOT_KEYS]
+    if config == "train":
+        keys = ["mode", *PARTS, "terms", *(key for key in keys if key != "mode")]
     groups = chosen(config)
     options = []
-    for key in [*(key for key in groups if key not in keys), *keys]:
+    for key in [*keys, "use", *(key for key in groups if key not in keys)]:
         default = DEFAULTS.get((config, key), groups[key] if key in groups else values[key])
-        options.append(Option(key, text_of(default), found[key] if key in found else GROUPS[key]))
+        options.append(Option(key, text_of(default), found[key]))
     return sorted(options, key=lambda option: option.key not in groups)
 
 

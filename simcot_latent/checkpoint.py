@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from simcot_latent.checkpoint_config import FORMAT, SavedConfig, SavedLoop, read_config
+from simcot_latent.checkpoint_config import FORMAT, read_config
 from simcot_latent.checkpoint_folders import (
     CONFIG,
     DECODER,
@@ -44,27 +44,23 @@ from simcot_latent.checkpoint_folders import (
     TOKENIZER,
     find_checkpoint,
 )
+from simcot_latent.checkpoint_parts import empty_loop, load_lora, load_model_and_loop, read_part
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.files import from_plain, read_json, write_json
+from simcot_latent.files import read_json, write_json
 from simcot_latent.folders import MANIFEST, Fingerprint, fingerprint, verify_files
 from simcot_latent.loops.base import ThoughtLoop
-from simcot_latent.loops.sequential import Sequential
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.lora import LoRA, add_lora, added_weights, merge, plain_weights
-from simcot_latent.parts import NONE, find
+from simcot_latent.model.lora import LoRA, added_weights, merge, plain_weights
+from simcot_latent.parts import NONE
 from simcot_latent.paths import HUB_ID, expanded
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
 from simcot_latent.weights import (
     load_module,
-    load_weights,
-    read_shapes,
     read_tensors,
-    require_finite,
-    require_shapes,
     save_tensors,
     save_weights,
 )
@@ -72,8 +68,11 @@ from simcot_latent.weights import (
 if TYPE_CHECKING:
     from simcot_latent.hub import HubFolder
 
-ON_HUB = [CONFIG, MODEL, "*.safetensors", MANIFEST, f"{TOKENIZER}/*"]
-"""What of a repository on the hub is downloaded: a checkpoint but for the state of training."""
+ON_HUB = [CONFIG, "*.safetensors", MANIFEST, f"{TOKENIZER}/*"]
+"""What of a repository on the hub is downloaded, but for `LEFT_ON_HUB`: a checkpoint."""
+
+LEFT_ON_HUB = [STATE_TENSORS, "*/*.safetensors"]
+"""The state of training, and weights in folders that are not ours."""
 
 
 @dataclass
@@ -149,6 +148,7 @@ class Checkpoint:
         from simcot_latent.hub import download  # and with it huggingface_hub, which few need
 
         # The mixin's own `from_pretrained` would hand values of the repository's `config.json` on as arguments.
+        options = {"ignore_patterns": LEFT_ON_HUB} | options
         checkpoint = load_checkpoint(download(str(source), ON_HUB, **options), device, "source", verify)
         return replace(checkpoint, config=without_local_paths(checkpoint.config))
 
@@ -259,7 +259,7 @@ def load_checkpoint(
     config = read_config(folder / CONFIG)
     is_apart = config.lora is not None and not config.lora.merged
     loop = None if config.loop is None else empty_loop(config.loop, config.model.n_embd, folder / CONFIG)
-    if verify:
+    if verify and (folder / MANIFEST).exists():  # without, the note has been given
         further = [DECODER] * has_decoder + [LOOP] * (folder / LOOP).exists() + [LORA] * is_apart
         verify_files(folder, further + [f"{name}.safetensors" for name in config.parts])
     tokenizer = Tokenizer.load(folder / TOKENIZER)
@@ -299,62 +299,11 @@ def load_checkpoint(
         stage=config.stage,
         groups=config.groups,
         steps=config.steps,
-        parts={name: read_tensors(folder / f"{name}.safetensors") for name in config.parts},
+        parts={name: read_part(folder / f"{name}.safetensors") for name in config.parts},
         lora=lora,
         step=config.step,
         path=folder,
     )
-
-
-def empty_loop(saved: SavedLoop, width: int, file: Path) -> ThoughtLoop:
-    """The loop that a checkpoint names, of which no weight is there yet.
-
-    Raises:
-        UserError: the table of parts has none of its key, or it has no such settings.
-    """
-    cls = find("loop", saved.key, f"{file}: loop.key={saved.key}")
-    try:
-        settings = from_plain(cls.Config, saved.settings, "loop.settings")
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    with torch.device("meta"):
-        return cls(width, settings)
-
-
-def load_model_and_loop(config: SavedConfig, loop: ThoughtLoop | None, folder: Path) -> GPT:
-    """The model, and the weights of its loop.
-
-    Raises:
-        UserError: see `load_module`.
-    """
-    projector = loop.projector if isinstance(loop, Sequential) else None
-    if projector is not None and "projector.up.weight" in read_shapes(folder / MODEL):  # up to format 2
-        model = load_module(lambda shape: with_projector(GPT(shape), projector), config.model, folder / MODEL)
-        loop.projector = model.projector  # type: ignore[union-attr, assignment]
-        del model.projector
-        return model
-    if loop is not None and loop.state_dict():
-        load_weights(loop, folder / LOOP)
-    return load_module(GPT, config.model, folder / MODEL)
-
-
-def load_lora(model: GPT, lora: LoRA, file: Path) -> None:
-    """Puts the factors of a file beside the layers of a model.
-
-    Raises:
-        UserError: the file is missing or broken, or a factor is missing, left over, of another shape or not finite.
-    """
-    add_lora(model, lora, device="meta")
-    require_shapes(read_shapes(file), {name: x.shape for name, x in added_weights(model).items()}, file)
-    weights = {name: x.to(torch.float32, copy=True) for name, x in read_tensors(file).items()}
-    require_finite(weights, file)
-    model.load_state_dict(weights, strict=False, assign=True)
-
-
-def with_projector(model: GPT, projector: nn.Module) -> GPT:
-    """A model as it was up to format 2, where the projector was a part of it."""
-    model.projector = projector
-    return model
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Path, state: TrainerState | None = None) -> None:

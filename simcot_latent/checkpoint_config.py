@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simcot_latent.checkpoint_folders import CONFIG, PART
+from simcot_latent.checkpoint_folders import CONFIG
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.format import AnswerFormat
 from simcot_latent.errors import UserError, require
 from simcot_latent.files import from_plain, read_json
 from simcot_latent.model.gpt import GPTConfig
 from simcot_latent.model.lora import LoRA
-from simcot_latent.parts import NONE, find
+from simcot_latent.parts import FILE_NAME, NONE, find
 from simcot_latent.terms.steps import StepGroups
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class SavedConfig:
         require(thoughts <= most, "stage.thoughts", thoughts, f"at most {most}, to fit the context")
         if thoughts and (self.loop is None or not self.answers.thinks):
             raise UserError(f"stage.thoughts={thoughts}: must be 0 without a loop, and with answers.thinks=false")
-        if wrong := [name for name in self.parts if not (isinstance(name, str) and PART.fullmatch(name))]:
+        if wrong := [name for name in self.parts if not (isinstance(name, str) and FILE_NAME.fullmatch(name))]:
             raise UserError(f"parts: {str(wrong[0])[:60]!r} is no name of a part, which is small letters, digits and _")
         if self.lora is not None:
             rows, most = self.lora.rows, self.model.vocab_size
@@ -88,8 +88,11 @@ class SavedConfig:
         if decoder is not None:
             if decoder.n_embd != self.model.n_embd:
                 raise UserError(f"step_decoder.n_embd={decoder.n_embd}: must be {self.model.n_embd} as model.n_embd")
-            if decoder.context_length <= self.groups.latents_per_step:
-                raise UserError(f"step_decoder.context_length={decoder.context_length}: too short for a step group")
+            if decoder.context_length <= (c := self.groups.latents_per_step):
+                raise UserError(
+                    f"step_decoder.context_length={decoder.context_length}: too short for a step group of "
+                    f"groups.latents_per_step={c}"
+                )
 
 
 def read_config(file: Path) -> SavedConfig:

@@ -16,14 +16,13 @@ from simcot_latent.data.tokenizer import TOKENIZER_FILES
 from simcot_latent.errors import UserError
 from simcot_latent.files import read_json
 from simcot_latent.folders import MANIFEST
+from simcot_latent.parts import FILE_NAME
 from simcot_latent.paths import expanded, free_name
 
 MODEL, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 DECODER, LOOP, LORA = "step_decoder.safetensors", "loop.safetensors", "lora.safetensors"
 STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
 LATEST = "latest"
-PART = re.compile(r"[a-z][a-z0-9_]*")
-"""The name of a part of a method, and of its file."""
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
@@ -105,7 +104,8 @@ def parts_of(folder: Path) -> list[str]:
     """The further parts that a checkpoint's `config.json` names; each has a file of its name."""
     with suppress(UserError, OSError):
         parts = read_json(folder / CONFIG).get("parts")
-        return [name for name in parts if PART.fullmatch(name)] if isinstance(parts, list) else []
+        if isinstance(parts, list):
+            return [name for name in parts if isinstance(name, str) and FILE_NAME.fullmatch(name)]
     return []
 
 

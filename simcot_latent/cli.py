@@ -16,7 +16,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from simcot_latent.config import as_plain, config_dir, instantiate, literal, one_line
@@ -127,24 +127,20 @@ def flags_last(arguments: Sequence[str]) -> list[str]:
     actions = {option: action for action in get_args_parser()._actions for option in action.option_strings}
     overrides: list[str] = []
     flags: list[str] = []
-    waiting = 0  # values that the last option still takes
+    before: Any = None  # the option before, if a value of it may follow
     for argument in arguments:
-        if waiting and not argument.startswith("-"):
-            flags.append(argument)
-            waiting -= 1
-        elif argument.startswith("-"):
-            flags.append(argument)
-            matches = [action for option, action in actions.items() if option.startswith(argument.partition("=")[0])]
-            waiting = int(bool(matches) and matches[0].nargs is None and "=" not in argument)
-        else:
-            overrides.append(argument)
+        is_option = argument.startswith("-")
+        is_value = before is not None and not is_option and (before.nargs is None or argument in before.choices)
+        (flags if is_option or is_value else overrides).append(argument)
+        matches = [action for option, action in actions.items() if option.startswith(argument)] if is_option else []
+        before = matches[0] if matches and matches[0].nargs in (None, "?") else None
     return [*overrides, *flags]
 
 
 def use_parts(raw: DictConfig) -> None:
     """Imports the modules of `use=[..]`, which register parts; only a command line or its own yaml files name any."""
-    modules = raw.get("use") or []
-    if isinstance(modules, str) or not all(isinstance(module, str) for module in modules):
+    modules = [] if raw.get("use") is None else raw.use
+    if not isinstance(modules, list | ListConfig) or not all(isinstance(module, str) for module in modules):
         raise UserError(f"use={modules}: must be a list of modules, such as use=[my_parts]")
     use(list(modules))
     with open_dict(raw):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from simcot_latent.errors import UserError, did_you_mean, require, require_choice
+from simcot_latent.errors import UserError, did_you_mean, require, require_choice, some
 from simcot_latent.parts import NONE, find
 
 if TYPE_CHECKING:  # hydra and omegaconf are imported where a command line is read: the rest does without them
@@ -468,6 +468,8 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
     several = typed(_Several, {key: sections[key] for key in ("distill", "terms") if key in sections})
     method = MethodConfig(**chosen, distill=several.distill, terms=several.terms)
     parts = [find(group, key) for group, key in method.parts]
+    if not parts and (given := [key for key in SECTIONS if key in sections]) and run.mode != "weighted":
+        raise UserError(f"loop=none: has no thoughts, so {some(given)} of mode={run.mode} can set nothing; take a loop")
     known = {*shared_keys, *chosen, "distill", "terms", *(SECTIONS if parts else ())}
     if unknown := [key for key in sections if key not in known]:
         raise UserError(f"{unknown[0]}: mode={run.mode} has no such key{did_you_mean(str(unknown[0]), known)}")
@@ -479,6 +481,9 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
             values = {key: value for key, value in values.items() if key not in own}
         setattr(method, name, typed(cls, values, name))
     find("curriculum", method.curriculum)(method, run)  # which refuses stages that cannot be
+    for part in parts:
+        if hasattr(part, "Config"):
+            method.settings(part.Config)  # which refuses impossible values now, not after the data are loaded
     return run, method
 
 
@@ -495,10 +500,11 @@ def own_settings(values: Mapping[Any, Any], cls: type, parts: list[Any], section
     left = {key: value for key, value in values.items() if key not in {f.name for f in dataclasses.fields(cls)}}
     found: dict[str, Any] = {}
     for config in (part.Config for part in parts if hasattr(part, "Config")):
-        names = [f.name for f in dataclasses.fields(config) if f.name in left]
-        if names:
-            settings = typed(config, {key: left[key] for key in names}, section)
-            found |= {key: getattr(settings, key) for key in names}
+        names = {f.name for f in dataclasses.fields(config)}
+        if own := [name for name in left if name in names]:
+            # With the shared settings that it takes, too: it may compare them with its own.
+            settings = typed(config, {key: value for key, value in values.items() if key in names}, section)
+            found |= {key: getattr(settings, key) for key in own}
     return found
 
 

@@ -33,7 +33,7 @@ from simcot_latent.model.lora import LoRA, add_lora
 from simcot_latent.model.losses import Targets, cross_entropy
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.taps import SeveralTaps, Taps
-from simcot_latent.parts import NONE, find
+from simcot_latent.parts import FILE_NAME, NONE, find
 from simcot_latent.profiling import part
 from simcot_latent.terms.base import Rows, Term, Trace, Wanted
 from simcot_latent.terms.step_decoder import StepDecoder
@@ -150,7 +150,8 @@ class Method(nn.Module):
         """Adds a term, whose loss is logged as `<name>_loss`.
 
         Raises:
-            UserError: there is one of that name, or a module of the name of one of its modules.
+            UserError: there is one of that name, or a module of the name of one of its modules, or that is no name of a
+                part of a checkpoint.
         """
         if name in {"answer", *self.terms}:
             raise UserError(f"terms: there are two of the name {name}")
@@ -158,6 +159,9 @@ class Method(nn.Module):
         for module_name, module in term.modules.items():
             if getattr(self, module_name, None) is not None:
                 raise UserError(f"terms: {name} has a module of the name {module_name}, which there is already")
+            if not FILE_NAME.fullmatch(module_name) or module_name == "trainer_state":  # see `Checkpoint`
+                right = "small letters, digits and _, and not trainer_state, whose file a checkpoint has already"
+                raise UserError(f"terms: {name} has a module of the name {module_name!r}: must be {right}")
             self.register_module(module_name, module)
 
     def check_parts(self) -> None:
@@ -166,7 +170,8 @@ class Method(nn.Module):
         if self.loop is None:
             for group, key in config.parts:
                 if group not in ("curriculum", "loop"):
-                    raise UserError(f"{group}={key}: needs thoughts, which loop=none has not; take a loop")
+                    named = {"term": f"terms=[{key}]", "distill": f"distill=[{key}]"}.get(group, f"{group}={key}")
+                    raise UserError(f"{named}: needs thoughts, which loop=none has not; take a loop")
             return
         if run.rationale != "equations" and self.curriculum.writes_single_steps:
             mode = f"mode={run.mode or 'latent'}"
@@ -176,9 +181,9 @@ class Method(nn.Module):
             for what in ("hidden", "keys"):
                 if getattr(part, f"needs_{what}", False) and not getattr(self.loop, f"gives_{what}"):
                     states = {"hidden": "hidden states", "keys": "keys"}[what]
-                    raise UserError(
-                        f"{group}={key}: needs the {states} of thoughts, which loop={config.loop} gives not"
-                    )
+                    raise UserError(f"{group}={key}: needs the {states} of thoughts, which loop={config.loop} lacks")
+        if latent.projector_width is not None and not hasattr(self.loop.config, "projector_width"):
+            raise UserError(f"latent.projector_width={latent.projector_width}: loop={config.loop} has no projector")
         if self.loop.states(latent.n_latents) != latent.n_states:
             raise UserError(
                 f"latent.feeds_last={str(latent.feeds_last).lower()}: loop={config.loop} comes to "
@@ -260,7 +265,7 @@ class Method(nn.Module):
             rows = replace(rows, solutions=solutions)
         collated = {name: term.collate(rows) for name, term in self.terms.items()}
         added = chain.from_iterable(each.packings for each in collated.values())
-        totals = target_totals(targets) | {"rows": torch.tensor(float(len(examples)))}
+        totals = target_totals(targets) | {"problems": torch.tensor(float(len(examples)))}
         passes = [questions, *self.loop.passes(counts), packed_texts, *added]
         totals |= position_totals(*passes, *([] if written is None else [written.packing]))
         if written is not None:

@@ -9,6 +9,7 @@ a file could choose. A part of your own registers itself where its module is imp
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from simcot_latent.errors import UserError, did_you_mean
+
+FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
+"""What a part that learns may be called, since a checkpoint keeps it in a file of its name."""
 
 NONE = "none"
 """The key of no part, in every group of which a method has one."""
@@ -88,7 +92,7 @@ def find(group: str, key: str, where: str | None = None) -> Any:
     """
     found = PARTS[group].get(key)
     if found is None:
-        known = keys(group)
+        known = [other for other in keys(group) if other != key]  # a checkpoint may not say loop.key=none
         right = f"one of {', '.join(known)}" if known else "registered"
         raise UserError(
             f"{where or f'{group}={key}'}: must be {right}{did_you_mean(key, known)}; a part of your own is registered "

@@ -135,10 +135,10 @@ def load_weights(module: nn.Module, file: Path, shared: str | None = None) -> No
 @torch.no_grad()
 def broken_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of weights that hold what is no number, or one so large (over 1e19) that no model computes with it."""
-    names, weights = zip(*named, strict=True)
+    norms = {name: weight.float().norm() for name, weight in named}
     # One read for all of them; a norm squares, so it is infinite long before the numbers are.
-    finite = torch.stack([weight.float().norm() for weight in weights]).isfinite().tolist()
-    return [name for name, ok in zip(names, finite, strict=True) if not ok]
+    finite = torch.stack(list(norms.values())).isfinite().tolist() if norms else []
+    return [name for name, ok in zip(norms, finite, strict=True) if not ok]
 
 
 def require_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:

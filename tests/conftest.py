@@ -207,6 +207,7 @@ def make_run() -> Callable[..., RunConfig]:
     """`make_run(**changes)`: a RunConfig for methods that are built by hand."""
 
     def make(**changes: Any) -> RunConfig:
-        return RunConfig(mode="", model={}, data={}, tokenizer={}, **changes)
+        shared: dict[str, Any] = {"mode": "", "model": {}, "data": {}, "tokenizer": {}}
+        return RunConfig(**(shared | changes))
 
     return make

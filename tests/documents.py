@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and `docs/` tell readers to type: the blocks of their code, and the commands in them."""
+"""What README, CONTRIBUTING and `docs/` tell readers to type: files, blocks of code, and the commands in them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^`([\w./]+\.\w+)`\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 PROGRAMS = ("python", "torchrun", "pip", "pytest", "ruff", "pyright", "mkdocs")
 SETTING = re.compile(r"[a-z_]+(?:\.[a-z_]+)*=.*", re.DOTALL)
@@ -63,6 +64,11 @@ def load_hooks() -> Any:
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a page in a language; commands have none."""
     return [body for found, body in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def files(page: Path) -> dict[str, str]:
+    """The files that a page prints: blocks below a line that is a name alone."""
+    return dict(FILE.findall(page.read_text(encoding="utf-8")))
 
 
 def commands(page: Path) -> list[Command]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from simcot_latent import cli
+from simcot_latent import cli, parts
 from simcot_latent.errors import UserError
 
 PARSER = OverridesParser.create()
@@ -221,6 +223,143 @@ def test_a_key_written_as_an_option(typed: str, means: str, capsys: pytest.Captu
 )  # fmt: skip
 def test_options_of_hydras_stay(arguments: str) -> None:
     cli.check_dashes(arguments.split())
+
+
+# Options of hydra's with their values, as its parser takes them.
+OPTIONS = ["-m", "--multirun", "--multi", "--help", "--resolve", "--run", "--cfg=job", "-cjob", "-c job", "--cfg job",
+           "--config-dir /x", "--config-dir=/x=y", "-cd /x", "--config-n probe", "-cn=eval", "--package _global_",
+           "-p a", "--info", "--info=all", "--info plugins", "-i defaults-tree", "-sc"]  # fmt: skip
+OVERRIDES = ["seed=3", "loop=noisy", "~data", "+latent.noise=1", "question=--cfg job", "use=[my_parts]", "a='b c'"]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_keeps_its_value_and_no_more(option: str) -> None:
+    words = option.split()
+    apart = ["seed=3", "loop=noisy", "run=x", *words]
+    assert cli.flags_last(["seed=3", *words, "loop=noisy", "run=x"]) == apart
+    assert get_args_parser().parse_args(apart).overrides == apart[:3]
+
+
+@given(st.data())
+def test_what_follows_an_option_counts_too(data: st.DataObject) -> None:
+    """Hydra's parser refuses `--config-dir /x loop=noisy` behind another `key=value`; the order of the rest stays."""
+    options = data.draw(st.lists(st.sampled_from(OPTIONS), max_size=3))
+    overrides = data.draw(st.lists(st.sampled_from(OVERRIDES), max_size=4))
+    # Each an index of the place before which it stands among the others.
+    places = data.draw(st.lists(st.integers(0, len(overrides)), min_size=len(options), max_size=len(options)))
+    mixed: list[str] = []
+    for place in range(len(overrides) + 1):
+        mixed += [word for option, at in zip(options, places, strict=True) if at == place for word in option.split()]
+        mixed += overrides[place : place + 1]
+    in_order = [option for _, option in sorted(zip(places, options, strict=True), key=lambda pair: pair[0])]
+    apart = [*overrides, *(word for option in in_order for word in option.split())]
+    assert cli.flags_last(mixed) == apart
+    parsed = get_args_parser().parse_args(apart)
+    assert parsed.overrides == overrides
+
+
+def test_an_option_between_two_keys(tmp_path: Path) -> None:
+    """As one types a folder of one's own files, and then a choice from it."""
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop/noisy.yaml").write_text("# @package _global_\nloop: noisy\n")
+    for arguments in (
+        ("seed=3", "--config-dir", str(tmp_path), "loop=noisy", "run=x"),
+        (f"--config-dir={tmp_path}", "loop=noisy", "seed=3", "run=x"),
+    ):
+        seen: list[DictConfig] = []
+        assert call(seen.append, *arguments, config="train") == 0
+        assert (seen[0].seed, seen[0].loop, seen[0].run) == (3, "noisy", "x")
+
+
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
+        ("model.projector_width=24", "latent.projector_width=24"),
+        ("+model.projector_width=24", "+latent.projector_width=24"),
+        ("++model.projector_width=a=b", "++latent.projector_width=a=b"),
+        ("~model.projector_width", "~latent.projector_width"),
+        ("latent.projector_width=24", "latent.projector_width=24"),
+        ("model.n_layer=2", "model.n_layer=2"),
+        ("run=model.projector_width", "run=model.projector_width"),
+        ("my.model.projector_width=1", "my.model.projector_width=1"),
+        ("--help", "--help"),
+    ],
+)
+def test_a_key_of_an_earlier_version_serves(typed: str, means: str) -> None:
+    assert cli.under_new_name(typed) == means
+
+
+def test_keys_of_an_earlier_version_reach_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed in ("model.projector_width=24", "+model.projector_width=24", "++model.projector_width=24"):
+        seen: list[DictConfig] = []
+        assert call(seen.append, typed, config="train") == 0
+        assert seen[0].latent.projector_width == 24
+        assert "projector_width" not in seen[0].model
+    assert set(cli.RENAMED.values()) <= set(cli.dotted_keys(seen[0]))
+    assert not set(cli.RENAMED) & set(cli.dotted_keys(seen[0]))
+    assert capsys.readouterr().err == ""
+
+
+# --- parts of one's own ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder with a module `my_cli_parts`, which registers a loop; all is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(parts, "PARTS", {group: dict(found) for group, found in parts.PARTS.items()})
+    (tmp_path / "my_cli_parts.py").write_text(
+        "from simcot_latent.loops.pause import Pause\nfrom simcot_latent.parts import register\n"
+        "@register('loop', 'theirs')\nclass Theirs(Pause): ...\n"
+    )
+    yield tmp_path
+    sys.modules.pop("my_cli_parts", None)
+
+
+@pytest.mark.parametrize("config", ["train", "probe", "eval", "export", "import"])
+def test_modules_are_imported_before_a_command_begins(config: str, own_module: Path) -> None:
+    """Whatever the command: each may meet a checkpoint of such a part. What a command gets is as without."""
+    seen: list[tuple[DictConfig, str]] = []
+
+    def main(raw: DictConfig) -> None:
+        seen.append((raw, parts.find("loop", "theirs").__name__))
+
+    assert call(main, "use=[my_cli_parts]", config=config) == 0
+    raw, name = seen[0]
+    assert name == "Theirs"
+    assert "use" not in raw
+    plain: list[DictConfig] = []
+    assert call(plain.append, config=config) == 0
+    assert plain[0] == raw
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("use=my_cli_parts", "use=my_cli_parts: must be a list of modules, such as use=[my_parts]"),
+        ("use=[1]", "use=[1]: must be a list of modules, such as use=[my_parts]"),
+        ("use=[my_cli_parts,null]", "use=['my_cli_parts', None]: must be a list of modules"),
+        ("use=3", "use=3: must be a list of modules"),
+        ("use=false", "use=False: must be a list of modules"),
+        ("use=[no_such_parts]", "use=[no_such_parts]: cannot be imported (ModuleNotFoundError: No module named"),
+    ],
+)
+def test_what_is_no_list_of_modules(
+    typed: str, says: str, own_module: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(print, typed) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {says}")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("typed", ["use=null", "use=[]"])
+def test_no_module_at_all(typed: str) -> None:
+    seen: list[DictConfig] = []
+    assert call(seen.append, typed) == 0
+    assert "use" not in seen[0]
 
 
 EXPERIMENTS = "smollm2_gsm8k_latent, smollm2_gsm8k_weighted"

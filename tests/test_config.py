@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from simcot_latent.config import LatentConfig, RunConfig, as_plain, config_dir, instantiate, parse, typed
+from simcot_latent.cli import use_parts
+from simcot_latent.config import (
+    LatentConfig,
+    LossConfig,
+    MethodConfig,
+    RunConfig,
+    as_plain,
+    config_dir,
+    instantiate,
+    parse,
+    typed,
+)
 from simcot_latent.data.sources import Source
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.errors import UserError
+from simcot_latent.errors import UserError, require
+from simcot_latent.loops.sequential import Sequential
 from simcot_latent.model.gpt import GPTConfig
-from simcot_latent.objectives.latent import LatentObjectiveConfig
+from simcot_latent.parts import PARTS, keys
+from simcot_latent.terms.base import Term
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +42,10 @@ def hydra_ready() -> Iterator[None]:
 
 
 def composed(*overrides: str) -> DictConfig:
-    return compose("train", overrides=list(overrides))
+    """What a command's main gets."""
+    raw = compose("train", overrides=list(overrides))
+    use_parts(raw)
+    return raw
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +78,11 @@ def test_experiments_are_runs_that_can_be_changed(experiment: str) -> None:
 
 
 def test_the_default_is_latent_mode_on_embedded_data_and_downloads_nothing() -> None:
-    run, sections = parse(composed())
+    run, method = parse(composed())
     assert (run.mode, run.run, run.num_iterations, run.step_weight_multiplier) == ("latent", "", -1, 2.0)
     assert run.out_dir is run.init_from is None
     assert not run.resume
-    assert isinstance(sections, LatentObjectiveConfig)
+    assert method == MethodConfig.simcot()
     assert run.data["_target_"].endswith("arithmetic.Arithmetic")
     assert run.tokenizer["_target_"].endswith("default_tokenizer")
 
@@ -107,7 +124,8 @@ def test_tokenizers_can_be_made() -> None:
 
 def test_every_key_of_the_yaml_files_is_one_of_the_declared_and_the_other_way_round() -> None:
     keys = set(composed("mode=latent")) | set(composed("mode=weighted"))
-    assert keys == set(RunConfig.__dataclass_fields__) | set(LatentObjectiveConfig.__dataclass_fields__)
+    # `own` is no key: it holds those of the sections that a part of one's own declares.
+    assert keys == (set(RunConfig.__dataclass_fields__) | set(MethodConfig.__dataclass_fields__)) - {"own"}
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -153,7 +171,13 @@ REFUSED = {
     "compile=null": ("compile=null: must be true or false",),
     "betas=null": ("betas=null: must be a list",),
     "resume=null": ("resume=null: must be true, false, or auto",),
-    "objective=null": ("objective=null: must be where a class is",),
+    "+objective=null": ("objective: is no key any more", "curriculum=, loop=, steps= and terms=", "docs/extending.md"),
+    "+objective=simcot_latent.objectives.latent.LatentObjective": ("objective: is no key any more", "loop="),
+    "+model.projector_width=24": ("model.projector_width: is latent.projector_width now",),
+    "latent.projector_width=0": ("latent.projector_width=0: must be at least 1, or null for no projector",),
+    "terms=null": ("terms=null: must be a list; leave it out for its default",),
+    "terms=contrast": ("terms: ",),
+    "terms=[contrast]": ("term=contrast: must be registered", "use=[module]"),
     "latent=null": ("latent=null: must be a section of keys",),
     "latent.missing=null": ("latent.missing=null: must be a text",),
     "loss.step_weight=null": ("loss.step_weight=null: must be a number",),
@@ -206,10 +230,10 @@ def test_edges_that_are_fine() -> None:
         "latent.stages=[{steps:1,share:0.1},{steps:2,share:0.1}]", "learning_rate=1",
     ):  # fmt: skip
         raw = composed(override)
-        run, sections = parse(raw)
+        run, method = parse(raw)
         key = override.partition("=")[0]
         section, _, name = key.rpartition(".")
-        assert getattr(getattr(sections, section) if section else run, name) == OmegaConf.select(raw, key), override
+        assert getattr(getattr(method, section) if section else run, name) == OmegaConf.select(raw, key), override
     stages = parse(composed("latent.stages=[{steps:1,share:0.1}]"))[1].latent.stages
     assert stages == [{"steps": 1, "share": 0.1}]
 
@@ -227,6 +251,144 @@ def test_edges_that_are_fine() -> None:
 def test_sections_that_name_a_class_are_checked_by_it(section: str, override: str, named: str) -> None:
     with pytest.raises(UserError, match=named) as caught:
         instantiate(composed(override)[section], section)
+    assert "\n" not in str(caught.value)
+
+
+# --- the parts of a method -------------------------------------------------------------------------------------------
+
+
+def with_parts(*overrides: str, **parts: Any) -> DictConfig:
+    """What a command composes where a yaml file of one's own chooses parts."""
+    raw = composed(*overrides)
+    for key, value in parts.items():
+        OmegaConf.update(raw, key, value, merge=False)
+    return raw
+
+
+PARTS_OF = {
+    (): ("replace", "sequential", "decoder"),
+    ("mode=weighted",): ("none", "none", "none"),
+    ("loop=pause",): ("replace", "pause", "decoder"),
+    ("curriculum=none", "loop=pause", "steps=none"): ("none", "pause", "none"),
+    ("mode=latent", "steps=none"): ("replace", "sequential", "none"),
+    ("mode=weighted", "loop=sequential"): ("none", "sequential", "none"),
+}
+
+
+@pytest.mark.parametrize("overrides", PARTS_OF)
+def test_each_part_can_be_chosen_by_itself(overrides: tuple[str, ...]) -> None:
+    curriculum, loop, steps = PARTS_OF[overrides]
+    _, method = parse(composed(*overrides))
+    assert (method.curriculum, method.loop, method.steps, method.terms) == (curriculum, loop, steps, [])
+    assert method.parts == [
+        pair for pair in (("curriculum", curriculum), ("loop", loop), ("steps", steps)) if pair[1] != "none"
+    ]
+
+
+def test_every_part_of_the_table_is_a_file_that_chooses_it() -> None:
+    for group in ("curriculum", "loop", "steps"):
+        assert choices(group) == keys(group)
+        for key in choices(group):
+            assert getattr(parse(composed(f"{group}={key}"))[1], group) == key
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"loop": "paus"}, ("loop=paus: must be one of none, pause, sequential; did you mean pause?", "use=[module]")),
+        ({"loop": "NONE"}, ("loop=NONE: must be one of none, pause", "did you mean none?")),
+        ({"curriculum": "x"}, ("curriculum=x: must be one of none, replace; a part of your own",)),
+        ({"steps": "decode"}, ("steps=decode: must be one of decoder, none; did you mean decoder",)),
+        ({"loop": None}, ("loop=null: must be the name of a part",)),
+        ({"loop": 3}, ("loop=3: must be the name of a part",)),
+        ({"curriculum": {"a": 1}}, ("curriculum={'a': 1}: must be the name of a part",)),
+        ({"steps": ["decoder"]}, ("steps=['decoder']: must be the name of a part",)),
+    ],
+)
+def test_a_part_that_is_not_there_is_named(parts: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(with_parts(**parts))
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class NoisyConfig:
+    """One setting of its own, one that `latent` has, one with a default that nobody gives."""
+
+    noise: float = 0.1
+    feeds_last: bool = True
+    shape: str = "normal"
+
+    def __post_init__(self) -> None:
+        require(self.noise >= 0, "latent.noise", self.noise, "at least 0")
+
+
+class Noisy(Sequential):
+    Config = NoisyConfig  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    margin: float = 1.0
+    negatives: int = 4
+
+
+class Contrast(Term):
+    Config = ContrastConfig
+
+
+@pytest.fixture
+def own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop and a term of somebody's own in the table."""
+    monkeypatch.setitem(PARTS["loop"], "noisy", Noisy)
+    monkeypatch.setitem(PARTS["term"], "contrast", Contrast)
+
+
+@pytest.mark.usefixtures("own_parts")
+def test_a_part_of_ones_own_has_settings_of_its_own() -> None:
+    raw = with_parts(
+        "+latent.noise=3", "latent.feeds_last=false", "latent.n_latents=3", "latent.latents_per_step=2",
+        "+loss.margin=0.25",
+        loop="noisy", terms=["contrast"],
+    )  # fmt: skip
+    before = as_plain(raw)
+    _, method = parse(raw)
+    assert as_plain(raw) == before
+    assert method.parts[1:] == [("loop", "noisy"), ("steps", "decoder"), ("term", "contrast")]
+    assert method.own == {"noise": 3.0, "margin": 0.25}
+    assert isinstance(method.own["noise"], float)
+    assert method.settings(NoisyConfig) == NoisyConfig(noise=3.0, feeds_last=False, shape="normal")
+    assert method.settings(ContrastConfig) == ContrastConfig(margin=0.25, negatives=4)
+    assert method.latent == LatentConfig(n_latents=3, latents_per_step=2, feeds_last=False)
+    assert method.loss == LossConfig()
+    # Nothing given: its defaults, and what the sections say.
+    _, method = parse(with_parts(loop="noisy"))
+    assert method.own == {}
+    assert method.settings(NoisyConfig) == NoisyConfig()
+
+
+@pytest.mark.usefixtures("own_parts")
+@pytest.mark.parametrize(
+    ("override", "parts", "words"),
+    [
+        ("+latent.noise=much", {"loop": "noisy"}, ("latent.noise: ", "'much'")),
+        ("+latent.noise=null", {"loop": "noisy"}, ("latent.noise=null: must be a number",)),
+        ("+latent.noise=-1", {"loop": "noisy"}, ("latent.noise=-1.0: must be at least 0",)),
+        ("+latent.nois=1", {"loop": "noisy"}, ("latent.nois: no such key",)),
+        ("+latent.noise=1", {}, ("latent.noise: no such key",)),  # the loop that is chosen has none
+        ("+latent.margin=1", {"loop": "noisy"}, ("latent.margin: no such key",)),
+        ("+loss.margin=1", {"loop": "noisy"}, ("loss.margin: no such key",)),
+        ("+loss.negatives=1.5", {"terms": ["contrast"]}, ("loss.negatives: ", "1.5")),
+        ("+noise=1", {"loop": "noisy"}, ("noise: mode=latent has no such key",)),
+    ],
+)
+def test_own_settings_are_checked_as_all_others(override: str, parts: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(with_parts(override, **parts))
+    for word in words:
+        assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -280,6 +442,9 @@ def test_typed_converts_to_the_declared_types() -> None:
 
 # Of every key a value that is not its default.
 OTHER_VALUES: dict[str, Any] = {
+    "curriculum": "none",
+    "loop": "pause",
+    "steps": "none",
     "rationale": "natural",
     "on_too_long": "drop",
     "step_weight_multiplier": 1.5,
@@ -331,6 +496,7 @@ OTHER_VALUES: dict[str, Any] = {
     "latent.stages": 0.125,
     "latent.reset_optimizer": True,
     "latent.feeds_last": False,
+    "latent.projector_width": 24,
     "decoder.n_layer": 2,
     "decoder.init": "base",
     "loss.answer_weight": 0.5,
@@ -346,9 +512,10 @@ def test_every_key_reaches_the_run() -> None:
     for key, value in OTHER_VALUES.items():
         assert OmegaConf.select(raw, key) != value, f"{key}: that is the default"
         OmegaConf.update(raw, key, value)
-    run, sections = parse(raw)
-    found = dict(vars(run)) | {f"{name}.{key}": value for name in ("latent", "decoder", "loss")
-                               for key, value in vars(getattr(sections, name)).items()}  # fmt: skip
-    groups = {"objective", "mode", "model", "data", "tokenizer"}
+    run, method = parse(raw)
+    found = dict(vars(run)) | {key: getattr(method, key) for key in ("curriculum", "loop", "steps")}
+    found |= {f"{name}.{key}": value for name in ("latent", "decoder", "loss")
+              for key, value in vars(getattr(method, name)).items()}  # fmt: skip
+    groups = {"mode", "model", "data", "tokenizer"}
     assert found.keys() - groups == OTHER_VALUES.keys(), "a key is missing in the table above"
     assert {key: found[key] for key in OTHER_VALUES} == OTHER_VALUES

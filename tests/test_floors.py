@@ -26,6 +26,7 @@ FLOORS = (
     "method",
     "checkpoint_folders hub",
     "checkpoint_config",
+    "checkpoint_parts",
     "checkpoint",
     "generate cli",
     "probing interop",

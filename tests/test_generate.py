@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise, permutations
 from typing import Any
 
@@ -12,19 +13,67 @@ from torch import Tensor
 
 from simcot_latent import generate as generate_module
 from simcot_latent.checkpoint import Checkpoint
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.generate import Generation, Sampling, answer, encode_prompts, generate, generate_all, pack_prompts
+from simcot_latent.generate import Generation, Sampling, answer, encode_prompts, generate, generate_all, last_behind
+from simcot_latent.loops.base import NoSettings, ThoughtLoop
+from simcot_latent.loops.pause import Pause
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, Transformer
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.terms.steps import StepGroups
 
-FORMATS = {
-    "written": ThoughtFormat(),
-    "written after bot and eot": ThoughtFormat(thinks=True),  # what the warm-up of mode=latent trains
-    "one thought": ThoughtFormat(thinks=True, n_latents=1),
-    "four thoughts": ThoughtFormat(thinks=True, n_latents=4, latents_per_step=2),
+WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to answer: how a model thinks, how many thoughts, and how many of them are a step group."""
+
+    loop: ThoughtLoop | None = None
+    thoughts: int = 0
+    per_step: int = 1
+    answer_mark: str = "####"
+
+    @property
+    def thinks(self) -> bool:
+        return self.loop is not None
+
+    def of(self, model: GPT, tokenizer: Tokenizer, max_new_tokens: int = 24) -> Checkpoint:
+        """A checkpoint whose model answers so."""
+        return Checkpoint(
+            model,
+            None,
+            tokenizer,
+            {"max_new_tokens": max_new_tokens},
+            answers=AnswerFormat(thinks=self.thinks, answer_mark=self.answer_mark),
+            loop=self.loop,
+            stage=Stage(self.thoughts, first_written=None if self.thoughts else 0),
+            groups=StepGroups(self.per_step),
+        )
+
+
+def sequential(feeds_last: bool = True) -> Sequential:
+    return Sequential(WIDTH, SequentialConfig(feeds_last))
+
+
+def pause() -> Pause:
+    loop = Pause(WIDTH, NoSettings())
+    loop.pause_D.data = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
+    return loop.requires_grad_(False)
+
+
+WRITTEN = Way()
+WAYS = {
+    "written": WRITTEN,
+    "written after bot and eot": Way(sequential()),  # what the warm-up of mode=latent trains
+    "one thought": Way(sequential(), 1),
+    "four thoughts": Way(sequential(), 4, per_step=2),
+    "three thoughts and a state that is only decoded": Way(sequential(feeds_last=False), 3, per_step=2),
+    "three pauses": Way(pause(), 3),
 }
 
 QUESTIONS = [
@@ -74,7 +123,7 @@ def build_ending_model(
 
 @torch.no_grad()
 def naive_generation(
-    model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, question: str, max_new_tokens: int
+    model: GPT, tokenizer: Tokenizer, way: Way, question: str, max_new_tokens: int
 ) -> tuple[Generation, float]:
     """One question, greedy: a list of input vectors, and a whole new pass for every thought and every token.
 
@@ -85,12 +134,20 @@ def naive_generation(
     def last_state() -> Tensor:
         return model.transformer(torch.stack(vectors).unsqueeze(0))[0, -1]
 
-    prompt = tokenizer.encode(question) + ([tokenizer.bot_id] if thoughts.thinks else tokenizer.encode("\n"))
+    prompt = tokenizer.encode(question) + ([tokenizer.bot_id] if way.thinks else tokenizer.encode("\n"))
     vectors = [model.embedding.weight[i] for i in prompt]
-    for _ in range(thoughts.n_latents):
-        vectors.append(last_state())
-    latents_KD = torch.stack(vectors[len(prompt) :]) if thoughts.n_latents else None
-    if thoughts.thinks:
+    latents: list[Tensor] = []
+    for _ in range(way.thoughts):
+        if isinstance(way.loop, Pause):
+            vectors.append(way.loop.pause_D)
+            latents.append(last_state())
+        else:
+            latents.append(last_state())
+            vectors.append(latents[-1])
+    if latents and isinstance(way.loop, Sequential) and not way.loop.config.feeds_last:
+        latents.append(last_state())
+    latents_KD = torch.stack(latents) if latents else None
+    if way.thinks:
         vectors.append(model.embedding.weight[tokenizer.eot_id])
     written: list[int] = []
     lead = float("inf")
@@ -100,17 +157,17 @@ def naive_generation(
         written.append(int(ids[0]))
         vectors.append(model.embedding.weight[written[-1]])
     text, finished = tokenizer.decode(written), tokenizer.end_id in written
-    return Generation(text, thoughts.n_latents + len(written), finished, latents_KD=latents_KD), lead
+    return Generation(text, way.thoughts + len(written), finished, latents_KD=latents_KD), lead
 
 
 # The same alone and in company
 
 
-@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
-def test_equals_a_naive_loop(ending_model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat) -> None:
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_equals_a_naive_loop(ending_model: GPT, tokenizer: Tokenizer, way: Way) -> None:
     """All questions in one packed batch, each against its own loop; they end at different times, some not at all."""
-    generations = generate(ending_model, tokenizer, thoughts, QUESTIONS, MAX_NEW_TOKENS)
-    expected = [naive_generation(ending_model, tokenizer, thoughts, q, MAX_NEW_TOKENS) for q in QUESTIONS]
+    generations = generate(way.of(ending_model, tokenizer), QUESTIONS, MAX_NEW_TOKENS)
+    expected = [naive_generation(ending_model, tokenizer, way, q, MAX_NEW_TOKENS) for q in QUESTIONS]
     assert min(lead for _, lead in expected) > 1e-3, "so near a tie that rounding decides: take another seed"
     assert generations == [generation for generation, _ in expected]
     for found, (wanted, _) in zip(generations, expected, strict=True):
@@ -121,24 +178,22 @@ def test_equals_a_naive_loop(ending_model: GPT, tokenizer: Tokenizer, thoughts: 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
-def test_the_same_at_any_batch_size(
-    ending_model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, batch_size: int
-) -> None:
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_the_same_at_any_batch_size(ending_model: GPT, tokenizer: Tokenizer, way: Way, batch_size: int) -> None:
     """`generate_all` sorts by length and cuts into batches; results come in the order of the questions."""
-    checkpoint = Checkpoint(ending_model, None, tokenizer, thoughts, {"max_new_tokens": MAX_NEW_TOKENS})
-    at_once = generate(ending_model, tokenizer, thoughts, QUESTIONS, MAX_NEW_TOKENS)
+    checkpoint = way.of(ending_model, tokenizer, MAX_NEW_TOKENS)
+    at_once = generate(checkpoint, QUESTIONS, MAX_NEW_TOKENS)
     assert generate_all(checkpoint, QUESTIONS, batch_size) == at_once
 
 
-@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
-def test_lengths_make_no_difference(ending_model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat) -> None:
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_lengths_make_no_difference(ending_model: GPT, tokenizer: Tokenizer, way: Way) -> None:
     """A question alone, beside another of its own length, and beside longer ones, wherever it stands."""
     short, same_length, long = "How many?", "How much?", QUESTIONS[3]
     assert len({len(tokenizer.encode(q)) for q in (short, same_length)}) == 1
 
     def answers_to(*questions: str) -> dict[str, Generation]:
-        generations = generate(ending_model, tokenizer, thoughts, questions, MAX_NEW_TOKENS)
+        generations = generate(way.of(ending_model, tokenizer), questions, MAX_NEW_TOKENS)
         return dict(zip(questions, generations, strict=True))
 
     alone = {question: answers_to(question)[question] for question in (short, same_length, long)}
@@ -148,9 +203,9 @@ def test_lengths_make_no_difference(ending_model: GPT, tokenizer: Tokenizer, tho
 
 
 @pytest.mark.parametrize("share", [0.0, generate_module.COMPACT_BELOW, 1.0])
-@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_nothing_is_read_in_vain(
-    ending_model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, share: float, monkeypatch: pytest.MonkeyPatch
+    ending_model: GPT, tokenizer: Tokenizer, way: Way, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whenever rows are taken out: a batch reads as many tokens as its questions alone would, no padding and nothing
     after a row has stopped. That is the prompt, the thoughts, `<|eot|>` and all that it writes but the last token."""
@@ -163,26 +218,29 @@ def test_nothing_is_read_in_vain(
         return forward(transformer, x, packing, *args, **kwargs)
 
     monkeypatch.setattr(Transformer, "forward", spy)
-    generations = generate(ending_model, tokenizer, thoughts, QUESTIONS, MAX_NEW_TOKENS)
+    generations = generate(way.of(ending_model, tokenizer), QUESTIONS, MAX_NEW_TOKENS)
     assert len({generation.n_tokens for generation in generations}) >= 4, "they must stop at different times"
-    prompts = encode_prompts(ending_model, tokenizer, thoughts, QUESTIONS)
-    after = sum(thoughts.thinks + generation.n_tokens - 1 for generation in generations)
+    prompts = encode_prompts(way.of(ending_model, tokenizer), QUESTIONS)
+    after = sum(way.thinks + generation.n_tokens - 1 for generation in generations)
     assert sum(read) == sum(map(len, prompts)) + after
 
 
-def test_the_last_tokens_of_packed_prompts_are_theirs() -> None:
+@pytest.mark.parametrize("loop", [None, sequential(), pause()], ids=["written", "sequential", "pause"])
+def test_the_last_tokens_of_packed_prompts_are_theirs(loop: ThoughtLoop | None) -> None:
     """Where thinking or writing starts, in the order of the rows."""
     prompts = [[5, 6, 7], [8], [9, 10]]
-    ids_P, packing = pack_prompts(prompts, torch.device("cpu"))
+    before = [len(prompt) - 1 for prompt in prompts]
+    packing = Packing.of(before, [1] * 3) if loop is None else loop.pack_questions(before, [0] * 3)
+    ids_P = last_behind(prompts, torch.device("cpu"))
     assert ids_P.tolist() == [5, 6, 9, 7, 8, 10]
     places = zip(packing.row_P.tolist(), packing.offset_P.tolist(), strict=True)
     assert [prompts[row][offset] for row, offset in places] == ids_P.tolist()
     assert packing.row_P[-3:].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_taking_rows_out_makes_no_difference(
-    ending_model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, monkeypatch: pytest.MonkeyPatch
+    ending_model: GPT, tokenizer: Tokenizer, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that have stopped stay in the cache, leave when enough have stopped, or leave at once: all the same."""
     kept: list[int] = []
@@ -193,19 +251,19 @@ def test_taking_rows_out_makes_no_difference(
         keep(cache, rows_N)
 
     monkeypatch.setattr(KVCache, "keep", spy)
-    usual = generate(ending_model, tokenizer, thoughts, QUESTIONS, MAX_NEW_TOKENS)
+    usual = generate(way.of(ending_model, tokenizer), QUESTIONS, MAX_NEW_TOKENS)
     assert len(kept) >= 2, "the default must have taken rows out, more than once, for this to prove it"
     assert all(a > b for a, b in pairwise([len(QUESTIONS), *kept]))
     for share, expects_calls in ((0.0, False), (1.0, True)):
         kept.clear()
         monkeypatch.setattr(generate_module, "COMPACT_BELOW", share)
-        assert generate(ending_model, tokenizer, thoughts, QUESTIONS, MAX_NEW_TOKENS) == usual
+        assert generate(way.of(ending_model, tokenizer), QUESTIONS, MAX_NEW_TOKENS) == usual
         assert bool(kept) == expects_calls
 
 
 def test_no_questions(ending_model: GPT, tokenizer: Tokenizer) -> None:
-    assert generate(ending_model, tokenizer, ThoughtFormat(), [], MAX_NEW_TOKENS) == []
-    checkpoint = Checkpoint(ending_model, None, tokenizer, ThoughtFormat(), {"max_new_tokens": MAX_NEW_TOKENS})
+    checkpoint = WRITTEN.of(ending_model, tokenizer)
+    assert generate(checkpoint, [], MAX_NEW_TOKENS) == []
     assert generate_all(checkpoint, [], batch_size=4) == []
 
 
@@ -213,9 +271,9 @@ def test_no_questions(ending_model: GPT, tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_each_row_stops_where_its_own_context_ends(
-    make_model: Callable[..., GPT], tokenizer: Tokenizer, thoughts: ThoughtFormat, family: str
+    make_model: Callable[..., GPT], tokenizer: Tokenizer, way: Way, family: str
 ) -> None:
     """A model that never ends: prompt, thoughts, `<|eot|>` and what is written fill the context and go no further,
     for every row, whatever company it is in; a row that has stopped waits for the others without going on. Learned
@@ -223,48 +281,48 @@ def test_each_row_stops_where_its_own_context_ends(
     context = 40
     model = build_ending_model(make_model, tokenizer, family, end_factor=0.0, context_length=context)
     questions = ["How many?", "12+12-3?", "Ann has 3 pears and eats 2. How many are left?", "If x is 7, what is x+1?"]
-    prompts = encode_prompts(model, tokenizer, thoughts, questions)
+    checkpoint = way.of(model, tokenizer)
+    prompts = encode_prompts(checkpoint, questions)
     assert len(set(map(len, prompts))) == len(prompts)
     assert 1 - 1 / len(prompts) > generate_module.COMPACT_BELOW, "the longest must stay in the batch for a while"
-    together = generate(model, tokenizer, thoughts, questions, max_new_tokens=1000)
+    together = generate(checkpoint, questions, max_new_tokens=1000)
     for question, prompt, generation in zip(questions, prompts, together, strict=True):
         assert not generation.finished
-        assert len(prompt) + thoughts.thinks + generation.n_tokens == context
-        assert generate(model, tokenizer, thoughts, [question], max_new_tokens=1000) == [generation]
+        assert len(prompt) + way.thinks + generation.n_tokens == context
+        assert generate(checkpoint, [question], max_new_tokens=1000) == [generation]
 
 
 def test_max_new_tokens_does_not_count_thoughts(make_model: Callable[..., GPT], tokenizer: Tokenizer) -> None:
     model = build_ending_model(make_model, tokenizer, "llama", end_factor=0.0)
-    for generation in generate(model, tokenizer, FORMATS["four thoughts"], QUESTIONS, max_new_tokens=5):
+    for generation in generate(WAYS["four thoughts"].of(model, tokenizer), QUESTIONS, max_new_tokens=5):
         assert (generation.n_tokens, generation.finished) == (4 + 5, False)
 
 
-@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_the_longest_question_that_fits_and_one_more(
-    make_model: Callable[..., GPT], tokenizer: Tokenizer, thoughts: ThoughtFormat
+    make_model: Callable[..., GPT], tokenizer: Tokenizer, way: Way
 ) -> None:
     """A question that leaves room for a single token is answered with one; the next is refused, by its number."""
     model = build_ending_model(make_model, tokenizer, "gpt2", end_factor=0.0, context_length=40)
-    room = (
-        40 - 1 - thoughts.thinks - thoughts.n_latents - 1
-    )  # less the answer's token, <eot>, thoughts, <bot> or newline
+    checkpoint = way.of(model, tokenizer)
+    room = 40 - 1 - way.thinks - way.thoughts - 1  # less the answer's token, <eot>, thoughts, <bot> or newline
     question = "7" * room
     assert len(tokenizer.encode(question)) == room
-    (generation,) = generate(model, tokenizer, thoughts, [question], max_new_tokens=10)
-    assert generation.n_tokens == thoughts.n_latents + 1
+    (generation,) = generate(checkpoint, [question], max_new_tokens=10)
+    assert generation.n_tokens == way.thoughts + 1
     with pytest.raises(UserError, match=rf"question 1 \('777.*has {room + 2} tokens: at most {room + 1} fit"):
-        generate(model, tokenizer, thoughts, ["Short?", question + "7"], max_new_tokens=10)
+        generate(checkpoint, ["Short?", question + "7"], max_new_tokens=10)
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])
 def test_an_empty_question(ending_model: GPT, tokenizer: Tokenizer, question: str) -> None:
     with pytest.raises(UserError, match="question 1 is empty"):
-        generate(ending_model, tokenizer, ThoughtFormat(), ["How many?", question], MAX_NEW_TOKENS)
+        generate(WRITTEN.of(ending_model, tokenizer), ["How many?", question], MAX_NEW_TOKENS)
 
 
 def test_all_questions_are_checked_before_any_is_answered(ending_model: GPT, tokenizer: Tokenizer) -> None:
     """And numbered over all of them, not within a batch."""
-    checkpoint = Checkpoint(ending_model, None, tokenizer, ThoughtFormat(), {"max_new_tokens": MAX_NEW_TOKENS})
+    checkpoint = WRITTEN.of(ending_model, tokenizer)
     with pytest.raises(UserError, match="question 5 is empty"):
         generate_all(checkpoint, [*QUESTIONS[:5], " "], batch_size=2)
 
@@ -285,22 +343,20 @@ def test_the_answer_stands_behind_the_models_own_mark(ending_model: GPT, tokeniz
     text = "#### 5 pens, so The answer is: 1,200"
     assert Generation(text, 1, True, "The answer is:").answer == "1200"
     assert Generation(text, 1, True).answer == "5"
-    thoughts = ThoughtFormat(answer_mark="The answer is:")
-    assert {g.answer_mark for g in generate(ending_model, tokenizer, thoughts, QUESTIONS[:2], 2)} == {"The answer is:"}
+    checkpoint = Way(answer_mark="The answer is:").of(ending_model, tokenizer)
+    assert {g.answer_mark for g in generate(checkpoint, QUESTIONS[:2], 2)} == {"The answer is:"}
 
 
 def test_answer_reads_generations(ending_model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the questions, at any batch size, and with the run's max_new_tokens unless told otherwise."""
     asked: list[int] = []
 
-    def echo(
-        model: GPT, tokenizer: Tokenizer, thoughts: ThoughtFormat, questions: list[str], limit: int, *_: None
-    ) -> list[Generation]:
+    def echo(checkpoint: Checkpoint, questions: Sequence[str], limit: int, *_: None) -> list[Generation]:
         asked.append(limit)
         return [Generation(f"#### {len(question)}", 1, True) for question in questions]
 
     monkeypatch.setattr(generate_module, "generate", echo)
-    checkpoint = Checkpoint(ending_model, None, tokenizer, ThoughtFormat(), {"max_new_tokens": 77})
+    checkpoint = WRITTEN.of(ending_model, tokenizer, max_new_tokens=77)
     assert answer(checkpoint, QUESTIONS, batch_size=3) == [str(len(question)) for question in QUESTIONS]
     assert asked == [77] * 6
     answer(checkpoint, QUESTIONS, max_new_tokens=9)
@@ -311,15 +367,16 @@ def test_answer_reads_generations(ending_model: GPT, tokenizer: Tokenizer, monke
 
 
 def test_top_1_is_greedy(ending_model: GPT, tokenizer: Tokenizer) -> None:
-    greedy = generate(ending_model, tokenizer, ThoughtFormat(), QUESTIONS, MAX_NEW_TOKENS)
-    sampled = generate(ending_model, tokenizer, ThoughtFormat(), QUESTIONS, MAX_NEW_TOKENS, Sampling(1.0, top_k=1))
+    checkpoint = WRITTEN.of(ending_model, tokenizer)
+    greedy = generate(checkpoint, QUESTIONS, MAX_NEW_TOKENS)
+    sampled = generate(checkpoint, QUESTIONS, MAX_NEW_TOKENS, Sampling(1.0, top_k=1))
     assert sampled == greedy
 
 
 def test_seeds_reproduce(ending_model: GPT, tokenizer: Tokenizer) -> None:
     def draw(seed: int) -> list[Generation]:
         sampling = Sampling(1.0, top_k=20, generator=torch.Generator().manual_seed(seed))
-        return generate(ending_model, tokenizer, FORMATS["one thought"], QUESTIONS, MAX_NEW_TOKENS, sampling)
+        return generate(WAYS["one thought"].of(ending_model, tokenizer), QUESTIONS, MAX_NEW_TOKENS, sampling)
 
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)

@@ -20,14 +20,17 @@ import yaml
 
 import simcot_latent as sl
 from simcot_latent.checkpoint import Checkpoint, TrainerState
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.data.word_problems.situations import MEN, WOMEN
 from simcot_latent.errors import UserError
 from simcot_latent.hub import CARD
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.terms.step_decoder import StepDecoder
+from simcot_latent.terms.steps import StepGroups
 from simcot_latent.training.saving import save_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
@@ -48,8 +51,17 @@ def checkpoint(make_model: Callable[..., GPT], tokenizer: Tokenizer) -> Checkpoi
     """A small random model that thinks, with an auxiliary decoder."""
     model = make_model("llama", vocab_size=tokenizer.n_vocab)
     decoder = StepDecoder.from_base(model, 1, "base").eval()
-    thoughts = ThoughtFormat(thinks=True, n_latents=4, latents_per_step=2)
-    return Checkpoint(model, decoder, tokenizer, thoughts, {"mode": "latent", "max_new_tokens": 8}, step=7)
+    return Checkpoint(
+        model,
+        decoder,
+        tokenizer,
+        {"mode": "latent", "max_new_tokens": 8},
+        answers=AnswerFormat(thinks=True),
+        loop=Sequential(32, SequentialConfig()).eval(),
+        stage=Stage(4, first_written=None),
+        groups=StepGroups(latents_per_step=2),
+        step=7,
+    )
 
 
 @pytest.fixture
@@ -86,7 +98,8 @@ def assert_same(loaded: Checkpoint, checkpoint: Checkpoint) -> None:
     assert sl.decode_steps(loaded, ours) == sl.decode_steps(checkpoint, theirs)
     assert sl.answer(loaded, QUESTIONS) == sl.answer(checkpoint, QUESTIONS)
     assert loaded.tokenizer == checkpoint.tokenizer
-    assert (loaded.thoughts, loaded.config, loaded.step) == (checkpoint.thoughts, checkpoint.config, checkpoint.step)
+    for name in ("answers", "stage", "groups", "config", "step"):
+        assert getattr(loaded, name) == getattr(checkpoint, name)
 
 
 def test_what_is_saved_comes_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -136,29 +149,38 @@ def test_a_repository_is_loaded_from_the_cache(
 
 
 def test_what_is_downloaded(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The options arrive, and so does no file that loading does not need."""
+    """The options arrive, and so does all that a method has learned, and no file that loading does not need."""
+    checkpoint.loop = Sequential(32, SequentialConfig(projector_width=8)).eval()
+    checkpoint.parts = {"judge": {"w": torch.arange(3.0)}}
     checkpoint.save_pretrained(tmp_path / "saved")
     asked: dict[str, Any] = {}
 
-    def download(repo_id: str, allow_patterns: list[str], **options: Any) -> str:
+    def download(repo_id: str, allow_patterns: list[str], ignore_patterns: list[str], **options: Any) -> str:
         asked.update(options, repo_id=repo_id)
-        everything = [*files_of(tmp_path / "saved"), "trainer_state.safetensors", "onnx/model.onnx", "image.png"]
-        for file in huggingface_hub.utils.filter_repo_objects(everything, allow_patterns=allow_patterns):
+        everything = [*files_of(tmp_path / "saved"), "trainer_state.safetensors", "onnx/model.safetensors", "image.png"]
+        for file in huggingface_hub.utils.filter_repo_objects(
+            everything, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
             (tmp_path / "got" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / "saved" / file, tmp_path / "got" / file)  # fails for what was not pushed
         return str(tmp_path / "got")
 
     monkeypatch.setattr("simcot_latent.hub.snapshot_download", download)
-    assert_same(Checkpoint.from_pretrained("me/name", revision="v2", token="t"), checkpoint)
+    loaded = Checkpoint.from_pretrained("me/name", revision="v2", token="t")
+    assert_same(loaded, checkpoint)
+    assert loaded.parts["judge"]["w"].tolist() == [0.0, 1.0, 2.0]
     assert (asked["repo_id"], asked["revision"], asked["token"]) == ("me/name", "v2", "t")
-    assert files_of(tmp_path / "got") == FILES - {"README.md"} | {"step_decoder.safetensors"}
+    assert files_of(tmp_path / "got") == FILES - {"README.md"} | {
+        "step_decoder.safetensors", "loop.safetensors", "judge.safetensors"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("decoder", [True, False])
 def test_what_is_pushed(decoder: bool, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that training wrote goes up without its state of training."""
     if not decoder:
-        checkpoint.step_decoder, checkpoint.thoughts = None, ThoughtFormat()
+        checkpoint.step_decoder, checkpoint.loop = None, None
+        checkpoint.answers, checkpoint.stage = AnswerFormat(), Stage()
     folder = save_checkpoint(checkpoint, tmp_path / "run", TrainerState({"x": torch.ones(1)}, {"step": 7}), keep=1)
     pushed: dict[str, Any] = {}
 

@@ -30,10 +30,10 @@ from simcot_latent.data.problem import Problem, parse_steps
 from simcot_latent.errors import UserError
 from simcot_latent.generate import encode_prompts, generate_all, think_about
 from simcot_latent.interop.imported import KINDS, import_checkpoint
-from simcot_latent.model.step_decoder import PackedSteps
-from simcot_latent.model.thoughts import go_on, pack_texts
-from simcot_latent.probing.gold import gold_groups
-from simcot_latent.probing.thoughts import decode_steps, think
+from simcot_latent.loops.base import go_on
+from simcot_latent.loops.sequential import Sequential
+from simcot_latent.probing.thoughts import decode_steps, gold_groups, think
+from simcot_latent.terms.step_decoder import PackedSteps
 
 QUESTIONS = [
     "Ann has 3 bags of 4 pears and eats 2. How many are left?",
@@ -284,24 +284,25 @@ def test_thinks_and_answers_as_published(kind: str, base: Base, tmp_path: Path) 
     published = publish(kind, base)
     fed, c = (6, 1) if published.is_codi else (10, 2)
     checkpoint = imported(published, save(published, tmp_path / "checkpoint_28"))
-    thoughts = checkpoint.thoughts
-    assert thoughts.n_latents == (6 if published.is_codi else 10), "as the papers count them"
-    assert thoughts.n_states == (7 if published.is_codi else 10)
-    assert thoughts.latents_per_step == c
+    loop, n_latents = checkpoint.loop, checkpoint.stage.thoughts
+    assert isinstance(loop, Sequential)
+    assert n_latents == (6 if published.is_codi else 10), "as the papers count them"
+    assert checkpoint.n_states == (7 if published.is_codi else 10)
+    assert checkpoint.groups.latents_per_step == c
     assert checkpoint.model.config.vocab_size == checkpoint.tokenizer.n_vocab == base.vocab_size + 3
 
     expected = [reference(published, question, fed, 12) for question in QUESTIONS]
-    prompts = encode_prompts(checkpoint.model, checkpoint.tokenizer, thoughts, QUESTIONS)
-    state = think_about(checkpoint.model, thoughts, prompts, room=1)
+    prompts = encode_prompts(checkpoint, QUESTIONS)
+    state = think_about(checkpoint, prompts, room=1)
     assert_close(state.latents, torch.stack([row.latents_KD for row in expected]))
     eot_BD = checkpoint.model.embedding(torch.full((3,), checkpoint.tokenizer.eot_id))
-    hidden_BD = go_on(checkpoint.model, state, eot_BD, pack_texts([1] * 3, thoughts.feeds_last))
+    hidden_BD = go_on(checkpoint.model, state, eot_BD, loop.pack_texts([1] * 3, [checkpoint.n_states] * 3))
     assert_close(checkpoint.model.logits(hidden_BD), torch.stack([row.logits_V for row in expected]))
 
     answers = generate_all(checkpoint, QUESTIONS, batch_size=3, max_new_tokens=12)
     for row, answer in zip(expected, answers, strict=True):
         assert answer.text == base.tokenizer.decode(row.answer)
-        assert answer.n_tokens == thoughts.n_latents + len(row.answer)
+        assert answer.n_tokens == n_latents + len(row.answer)
         assert answer.finished == (row.answer[-1] == base.end_id)
     assert len({answer.text for answer in answers}) == 3, "the same answer to every question would prove little"
 
@@ -312,7 +313,7 @@ def test_the_decoder_says_as_published(kind: str, base: Base, tmp_path: Path) ->
     """Teacher-forced on steps, and free-running."""
     published = publish(kind, base)
     checkpoint = imported(published, save(published, tmp_path / "model.bin"))
-    decoder, c = checkpoint.step_decoder, checkpoint.thoughts.latents_per_step
+    decoder, c = checkpoint.step_decoder, checkpoint.groups.latents_per_step
     assert decoder is not None
     latents_BKD = think(checkpoint, QUESTIONS).latents
     groups_NCD = latents_BKD.unflatten(1, (-1, c)).flatten(0, 1)
@@ -343,7 +344,8 @@ def test_codi_without_a_projector_or_lora(gpt2_base: Base, tmp_path: Path) -> No
     assert "codi.transformer.wte.weight" in state
     torch.save(state, tmp_path / "model.pt")
     checkpoint = imported(published, tmp_path / "model.pt")
-    assert checkpoint.model.projector is None
+    assert isinstance(checkpoint.loop, Sequential)
+    assert checkpoint.loop.projector is None
     expected = reference(published, QUESTIONS[0], 6, 1)
     assert_close(think(checkpoint, QUESTIONS[:1]).latents[0], expected.latents_KD)
 
@@ -418,9 +420,9 @@ def test_numbers_of_thoughts(gpt2_base: Base, tmp_path: Path) -> None:
     files = save(coconut, tmp_path / "coconut.pt"), save(codi, tmp_path / "codi.pt")
     for published, file, fed, c, K in ((coconut, files[0], 6, 3, 6), (codi, files[1], 5, 2, 6)):
         checkpoint = imported(published, file, n_latents=fed, latents_per_step=c)
-        assert checkpoint.thoughts.n_latents == fed
-        assert checkpoint.thoughts.n_states == K
-        assert checkpoint.thoughts.groups == K // c
+        assert checkpoint.stage.thoughts == fed
+        assert checkpoint.n_states == K
+        assert checkpoint.n_groups == K // c
         expected = reference(published, QUESTIONS[0], fed, 8)
         assert_close(think(checkpoint, QUESTIONS[:1]).latents[0], expected.latents_KD)
         (answer,) = generate_all(checkpoint, QUESTIONS[:1], 1, 8)
@@ -433,11 +435,11 @@ def test_numbers_of_thoughts(gpt2_base: Base, tmp_path: Path) -> None:
 def test_prompts_and_special_tokens(kind: str, gpt2_base: Base, tmp_path: Path) -> None:
     published = publish(kind, gpt2_base)
     checkpoint = imported(published, save(published, tmp_path / "model.bin"))
-    tokenizer, thoughts, V = checkpoint.tokenizer, checkpoint.thoughts, gpt2_base.vocab_size
+    tokenizer, V = checkpoint.tokenizer, gpt2_base.vocab_size
     assert tokenizer.end_id == gpt2_base.end_id
     problem = Problem(QUESTIONS[1], parse_steps("<<9/2=4.5>>")[0], "<<9/2=4.5>>", "4.5")
-    example = encode_problem(tokenizer, problem, thinks=True, rationale="equations",
-                             question_end=thoughts.question_end, answer_mark=thoughts.answer_mark)  # fmt: skip
+    assert checkpoint.answers.thinks
+    example = encode_problem(tokenizer, problem, checkpoint.answers, "equations")
     if published.is_codi:
         assert (tokenizer.bot_id, tokenizer.eot_id) == (V + 1, V + 2)
         assert example.question == [*gpt2_base.ids(QUESTIONS[1]), V + 1]
@@ -521,11 +523,10 @@ def test_tied_weights_under_either_name(gpt2_base: Base, tmp_path: Path) -> None
 
 
 def assert_same_weights(found: Checkpoint, expected: Checkpoint) -> None:
-    pairs: list[tuple[Any, Any]] = [(found.model, expected.model)]
-    assert (found.step_decoder is None) == (expected.step_decoder is None)
-    if found.step_decoder is not None:
-        pairs.append((found.step_decoder, expected.step_decoder))
-    for ours, theirs in pairs:
+    parts = ("model", "loop", "step_decoder")
+    pairs: list[tuple[Any, Any]] = [(getattr(found, part), getattr(expected, part)) for part in parts]
+    assert [ours is None for ours, _ in pairs] == [theirs is None for _, theirs in pairs]
+    for ours, theirs in ((ours, theirs) for ours, theirs in pairs if ours is not None):
         state, wanted = ours.state_dict(), theirs.state_dict()
         assert state.keys() == wanted.keys()
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
@@ -641,18 +642,17 @@ def test_coconuts_stage_0(rows: str, gpt2_base: Base, tmp_path: Path) -> None:
     theirs = gpt2_base.model(V, seed=3)
     torch.save({f"module.{name}": x for name, x in theirs.state_dict().items()}, tmp_path / "checkpoint_3")
     checkpoint = import_checkpoint(tmp_path / "checkpoint_3", "coconut", gpt2_base.folder)
-    assert (checkpoint.thoughts.n_latents, checkpoint.step_decoder) == (0, None)
+    assert (checkpoint.stage.thoughts, checkpoint.loop, checkpoint.step_decoder) == (0, None, None)
+    assert not checkpoint.answers.thinks
     assert checkpoint.tokenizer.n_vocab == checkpoint.model.config.vocab_size == V
     ids = gpt2_base.ids(f"{QUESTIONS[1]}\n")
-    prompts = encode_prompts(checkpoint.model, checkpoint.tokenizer, checkpoint.thoughts, QUESTIONS[1:2])
-    assert prompts == [ids]
+    assert encode_prompts(checkpoint, QUESTIONS[1:2]) == [ids]
     expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, eos_token_id=gpt2_base.end_id,
                                pad_token_id=gpt2_base.end_id)[0, len(ids):].tolist()  # fmt: skip
     (answer,) = generate_all(checkpoint, QUESTIONS[1:2], 1, 8)
     assert answer.text == gpt2_base.tokenizer.decode([i for i in expected if i != gpt2_base.end_id])
     problem = Problem(QUESTIONS[1], parse_steps("<<9/2=4.5>>")[0], "<<9/2=4.5>>", "4.5")
-    example = encode_problem(checkpoint.tokenizer, problem, thinks=False, rationale="equations",
-                             answer_mark=checkpoint.thoughts.answer_mark)  # fmt: skip
+    example = encode_problem(checkpoint.tokenizer, problem, checkpoint.answers, "equations")
     written = [*example.question, *example.rationale.ids, *example.answer.ids]
     assert checkpoint.tokenizer.decode(written[:-1]) == f"{QUESTIONS[1]}\n<<9/2=4.5>>\n### 4.5"
     assert checkpoint.config["rationale"] == "equations", "evals score the steps that it writes"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simcot_latent.config import DecoderConfig, LatentConfig, RunConfig
+from simcot_latent.config import LatentConfig, MethodConfig, RunConfig
 from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
-from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
 from simcot_latent.training.optimizer import Muon, make_optimizers, orthogonalise, update
 
 # --- Muon ------------------------------------------------------------------------------------------------------------
@@ -159,13 +159,14 @@ def test_muon_runs_its_closure() -> None:
 
 # --- which optimizer has which parameter -----------------------------------------------------------------------------
 
-# By name, written out: the matrices of hidden layers, in the base's blocks, its projector and the decoder's blocks.
+# By name, written out: the matrices of hidden layers, in the base's blocks, the loop's projector and the decoder's
+# blocks.
 IN_BLOCK = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 MATRICES = {
     *(f"model.transformer.blocks.{i}.{part}.weight" for i in range(2) for part in IN_BLOCK),
     *(f"step_decoder.transformer.blocks.0.{part}.weight" for part in IN_BLOCK),
 }
-PROJECTOR = {"model.projector.up.weight", "model.projector.down.weight"}
+PROJECTOR = {"loop.projector.up.weight", "loop.projector.down.weight"}
 # Tables with a row per token or position: AdamW's whatever `optimizer` is, and they decay.
 POSITIONS = "transformer.positions.weight"
 TABLES = {
@@ -180,44 +181,44 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-MakeObjective = Callable[..., LatentObjective]
+MakeMethod = Callable[..., Method]
 
 
 @pytest.fixture
-def make_objective(
+def make_method(
     family: str, make_model: Callable[..., GPT], make_run: Callable[..., RunConfig], tokenizer: Tokenizer
-) -> MakeObjective:
-    """`make_objective(**run)`: all that can be trained, of one family: a base, a projector and a decoder."""
+) -> MakeMethod:
+    """`make_method(loop="sequential", **run)`: all that can be trained, of one family: a base, a loop, a decoder."""
 
-    def make(**run: object) -> LatentObjective:
-        model = make_model(family, vocab_size=tokenizer.n_vocab, projector_width=24)
-        config = LatentObjectiveConfig(LatentConfig(), DecoderConfig())
-        return LatentObjective(model, tokenizer, make_run(rationale="equations", **run), config)
+    def make(loop: str = "sequential", **run: object) -> Method:
+        model = make_model(family, vocab_size=tokenizer.n_vocab)
+        config = MethodConfig.simcot(LatentConfig(projector_width=24), loop=loop)
+        return Method(model, tokenizer, make_run(rationale="equations", **run), config)
 
     return make
 
 
-def names_of(objective: LatentObjective, parameters: Sequence[Tensor]) -> set[str]:
-    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+def names_of(method: Method, parameters: Sequence[Tensor]) -> set[str]:
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
     found = [names[id(parameter)] for parameter in parameters]
     assert len(set(found)) == len(found), "a parameter is there twice"
     return set(found)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_which_optimizer_has_which_parameter(make_objective: MakeObjective, family: str, optimizer: str) -> None:
+def test_which_optimizer_has_which_parameter(make_method: MakeMethod, family: str, optimizer: str) -> None:
     """Every parameter is in one group of one optimizer: matrices of hidden layers are Muon's; tables decay, scales and
     biases do not."""
-    objective = make_objective(optimizer=optimizer, weight_decay=0.3, learning_rate=0.01, matrix_lr=0.04,
+    method = make_method(optimizer=optimizer, weight_decay=0.3, learning_rate=0.01, matrix_lr=0.04,
                                betas=[0.8, 0.9])  # fmt: skip
     matrices, tables = MATRICES | PROJECTOR, TABLES[family]
-    everything = {name for name, _ in objective.named_parameters()}
+    everything = {name for name, _ in method.named_parameters()}
     vectors = everything - matrices - tables
     assert matrices | tables <= everything
     assert all(name.endswith(("norm.weight", ".bias")) for name in vectors)
     assert vectors, "the projector has biases and a norm in every family"
 
-    made = make_optimizers(objective, objective.run)
+    made = make_optimizers(method, method.run)
     wanted: list[tuple[str, set[str], dict[str, Any]]]
     if optimizer == "muon":
         assert [type(each) for each in made] == [torch.optim.AdamW, Muon]
@@ -235,32 +236,45 @@ def test_which_optimizer_has_which_parameter(make_objective: MakeObjective, fami
     ]
     assert len(groups) == len(wanted)
     for group, (what, names, options) in zip(groups, wanted, strict=True):
-        assert names_of(objective, group["params"]) == names, what
+        assert names_of(method, group["params"]) == names, what
         assert {key: group[key] for key in options} == options, what
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_pause_vector_is_adamws_and_does_not_decay(make_method: MakeMethod, optimizer: str) -> None:
+    method = make_method(loop="pause", optimizer=optimizer, weight_decay=0.3)
+    made = make_optimizers(method, method.run)
+    (found,) = [
+        (type(each), group["weight_decay"])
+        for each in made
+        for group in each.param_groups
+        if "loop.pause_D" in names_of(method, group["params"])
+    ]
+    assert found == (torch.optim.AdamW, 0.0)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_updates_are_pytorchs_adamw_and_the_closed_form_of_muon(
-    make_objective: MakeObjective, family: str, optimizer: str
+    make_method: MakeMethod, family: str, optimizer: str
 ) -> None:
     """Four steps of `update` on random gradients: every parameter ends where a plain AdamW of a hand-made group, or
     Muon's formula, leaves it."""
-    objective = make_objective(optimizer=optimizer, weight_decay=0.3, learning_rate=0.01, matrix_lr=0.04,
+    method = make_method(optimizer=optimizer, weight_decay=0.3, learning_rate=0.01, matrix_lr=0.04,
                                betas=[0.8, 0.9])  # fmt: skip
     matrices = MATRICES | PROJECTOR if optimizer == "muon" else set()
     decays = TABLES[family] | MATRICES | PROJECTOR
-    parameters = dict(objective.named_parameters())
+    parameters = dict(method.named_parameters())
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     generator = torch.Generator().manual_seed(3)
     gradients = [
         {name: 10.0 ** (i % 2) * torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
         for i in range(4)
     ]
-    optimizers = make_optimizers(objective, objective.run)
+    optimizers = make_optimizers(method, method.run)
     for step in gradients:
         for name, parameter in parameters.items():
             parameter.grad = step[name].clone()
-        update(objective.parameters(), optimizers, math.inf)
+        update(method.parameters(), optimizers, math.inf)
         assert all(parameter.grad is None for parameter in parameters.values()), "gradients are dropped"
 
     for name, parameter in parameters.items():

@@ -1,29 +1,35 @@
-"""What `init_from` makes of a model: rows for new tokens, a projector; nothing else changes."""
+"""What `init_from` makes of a model: rows for new tokens; nothing else changes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, TrainerState
+from simcot_latent.config import LatentConfig, MethodConfig, RunConfig
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import END, EOT, VOCABULARY_MULTIPLE, Tokenizer
+from simcot_latent.distributed import Ranks
 from simcot_latent.errors import UserError
-from simcot_latent.interop.pretrained import (
-    OURS,
-    grow_vocabulary,
-    load_pretrained,
-    with_latent_tokens,
-    with_projector,
-)
+from simcot_latent.interop.pretrained import OURS, grow_vocabulary, load_pretrained, with_latent_tokens
+from simcot_latent.loops.base import NoSettings, ThoughtLoop
+from simcot_latent.loops.pause import Pause
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.terms.steps import StepGroups
 from simcot_latent.training.saving import save_checkpoint
+from simcot_latent.training.setup import Job, Start, make_method
+from simcot_latent.training.stopping import StopSignal
 
 FAMILIES = ["gpt2", "llama", "nanochat"]
 PLAIN = 300  # tokens of the published tokenizer: 256 bytes, pairs of letters, <|endoftext|>
@@ -45,7 +51,6 @@ def published(make_model: Callable[..., GPT], plain_tokenizer: Tokenizer) -> Cal
         make_model(family, vocab_size=PLAIN),
         None,
         plain_tokenizer,
-        ThoughtFormat(),
         {"max_new_tokens": 8},
         path=Path("x"),
     )
@@ -117,13 +122,60 @@ def test_roles_survive_saving(plain_tokenizer: Tokenizer, tmp_path: Path) -> Non
         Tokenizer.load(tmp_path)
 
 
-def test_a_projector_is_new_and_all_else_stays(make_model: Callable[..., GPT]) -> None:
-    model = make_model("gpt2")
-    grown = with_projector(model, 24)
-    assert grown.projector is not None
-    assert grown.projector.up.weight.shape == (24, model.config.n_embd)
+# The loop that comes with a model, that which the run asks for, and what is said where they are not alike.
+PROJECTS = SequentialConfig(projector_width=24)
+LOOPS: dict[str, tuple[ThoughtLoop | None, MethodConfig, str | None]] = {
+    "new": (None, MethodConfig.simcot(LatentConfig(projector_width=24)), None),
+    "the same": (Sequential(32, PROJECTS), MethodConfig.simcot(LatentConfig(projector_width=24)), None),
+    "another width": (
+        Sequential(32, PROJECTS), MethodConfig.simcot(LatentConfig(projector_width=8)),
+        "loop=sequential has learned is left out, since this run has loop=sequential of other settings",
+    ),
+    "none any more": (
+        Sequential(32, PROJECTS), MethodConfig.simcot(),
+        "loop=sequential has learned is left out, since this run has loop=sequential of other settings",
+    ),
+    "another last state": (
+        Sequential(32, PROJECTS),
+        MethodConfig.simcot(LatentConfig(3, 2, feeds_last=False, projector_width=24)),
+        "loop=sequential has learned is left out, since this run has loop=sequential of other settings",
+    ),
+    "another loop": (
+        Sequential(32, PROJECTS), MethodConfig.simcot(loop="pause"),
+        "loop=sequential has learned is left out, since this run has loop=pause of other settings",
+    ),
+    "no loop": (
+        Pause(32, NoSettings()), MethodConfig(),
+        "loop=pause has learned is left out, since this run has loop=none",
+    ),
+    "a loop that has learned nothing": (Sequential(32, SequentialConfig()), MethodConfig.simcot(loop="pause"), None),
+    "the same pause": (Pause(32, NoSettings()), MethodConfig.simcot(loop="pause"), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_a_loop_goes_on_where_it_is_the_runs_and_else_is_new(
+    case: str, make_model: Callable[..., GPT], make_run: Callable[..., RunConfig], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """What is left out is said in a line. All else stays, whatever becomes of the loop."""
+    before, config, words = LOOPS[case]
+    model = make_model("gpt2", vocab_size=tokenizer.n_vocab)
     ids = torch.arange(20).reshape(2, 10)
-    assert torch.equal(logits(grown, ids), logits(model, ids))
+    wanted = logits(model, ids)
+    console = Console(file=StringIO(), width=300)
+    run = make_run(rationale="equations", init_from="x")
+    cpu = torch.device("cpu")
+    job = Job(run, {}, tmp_path, None, cpu, torch.float32, Ranks(), console, cast(StopSignal, None))
+    method = make_method(job, config, Start(model, tokenizer, before))
+    assert method.model is model
+    assert torch.equal(logits(method.model, ids), wanted)
+    assert (method.loop is before) == case.startswith("the same")
+    if case == "new":
+        assert isinstance(method.loop, Sequential)
+        assert method.loop.projector is not None
+        assert method.loop.projector.up.weight.shape == (24, 32)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said == ("" if words is None else f"warning: init_from=x: what its {words}\n")
 
 
 def test_training_mode_and_vocabulary_of_a_grown_model(make_model: Callable[..., GPT]) -> None:
@@ -135,10 +187,15 @@ def test_training_mode_and_vocabulary_of_a_grown_model(make_model: Callable[...,
 
 def test_our_own_checkpoints_come_as_they_are(published: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     checkpoint = with_latent_tokens(published("llama"))
-    checkpoint.thoughts = ThoughtFormat(True, 3, 2, feeds_last=False, question_end="\n", answer_mark="###")
+    checkpoint.answers = AnswerFormat(thinks=True, question_end="\n", answer_mark="###")
+    checkpoint.loop = Sequential(32, SequentialConfig(feeds_last=False))
+    checkpoint.stage, checkpoint.groups = Stage(3, first_written=None), StepGroups(2)
     save_checkpoint(checkpoint, tmp_path, TrainerState({}, {}), keep=1)
     for source in (tmp_path, tmp_path / "latest"):
         loaded = load_pretrained(source)
-        assert loaded.thoughts == checkpoint.thoughts
+        for name in ("answers", "stage", "groups"):
+            assert getattr(loaded, name) == getattr(checkpoint, name)
+        assert isinstance(loaded.loop, Sequential)
+        assert loaded.loop.config == SequentialConfig(feeds_last=False)
         assert loaded.tokenizer == checkpoint.tokenizer
         assert torch.equal(loaded.model.embedding.weight, checkpoint.model.embedding.weight)

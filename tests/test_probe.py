@@ -16,22 +16,24 @@ from rich.console import Console
 
 import simcot_latent as sl
 from simcot_latent.checkpoint import Checkpoint, TrainerState
-from simcot_latent.config import DecoderConfig, LatentConfig, RunConfig
+from simcot_latent.config import LatentConfig, MethodConfig, RunConfig
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
+from simcot_latent.method import Method, ThoughtBatch
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat
-from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
 from simcot_latent.probing import information, thoughts
 from simcot_latent.probing import steps as steps_module
-from simcot_latent.probing.gold import gold_groups
 from simcot_latent.probing.information import _v_information, text_entropy
 from simcot_latent.probing.steps import GroupProbe, QuestionProbe, probe_problems, probe_questions, teacher_forced
 from simcot_latent.probing.summary import probe_table, summarise, summary_table
-from simcot_latent.probing.thoughts import decode_groups
+from simcot_latent.probing.thoughts import decode_groups, gold_groups
+from simcot_latent.terms.step_decoder import StepDecoder
+from simcot_latent.terms.steps import StepGroups
 from simcot_latent.training.saving import save_checkpoint
 
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -43,22 +45,27 @@ GROUPS, PER_STEP, WIDTH = 3, 2, 32
 def make_checkpoint(
     make_model: Callable[..., GPT], randomise: Callable[..., None], tokenizer: Tokenizer
 ) -> MakeCheckpoint:
-    """`make_checkpoint(family="llama", **latent)`: random weights; three groups of two thoughts."""
+    """`make_checkpoint(family="llama", **groups)`: random weights; three groups of two thoughts."""
     # With these seeds no two tokens are likely to within rounding, which might decide otherwise on another machine.
     seeds = {"gpt2": 74, "llama": 9, "nanochat": 20}
 
-    def make(family: str = "llama", **latent: Any) -> Checkpoint:
+    def make(family: str = "llama", **groups: Any) -> Checkpoint:
         model = make_model(family, seed=seeds[family], vocab_size=tokenizer.n_vocab, context_length=256)
         decoder = StepDecoder.from_base(model, 1, "random")
         randomise(decoder.transformer, seed=1)
         with torch.no_grad():  # so that the random decoder ends its steps
             model.embedding.weight[tokenizer.end_id] *= 6
-        config = {
-            "latent": asdict(LatentConfig(n_latents=GROUPS * PER_STEP, latents_per_step=PER_STEP, **latent)),
-            "max_new_tokens": 8,
-        }
-        thoughts = ThoughtFormat(thinks=True, n_latents=GROUPS * PER_STEP, latents_per_step=PER_STEP)
-        return Checkpoint(model, decoder.eval(), tokenizer, thoughts, config, path=Path("runs/x"))
+        return Checkpoint(
+            model,
+            decoder.eval(),
+            tokenizer,
+            {"max_new_tokens": 8},
+            answers=AnswerFormat(thinks=True),
+            loop=Sequential(WIDTH, SequentialConfig()),
+            stage=Stage(GROUPS * PER_STEP, first_written=None),
+            groups=StepGroups(PER_STEP, **groups),
+            path=Path("runs/x"),
+        )
 
     return make
 
@@ -154,7 +161,7 @@ def test_a_checkpoint_without_a_decoder(checkpoint: Checkpoint, questions: list[
 
 
 def test_a_checkpoint_that_does_not_think(checkpoint: Checkpoint, questions: list[str]) -> None:
-    written = replace(checkpoint, step_decoder=None, thoughts=ThoughtFormat())
+    written = replace(checkpoint, step_decoder=None, answers=AnswerFormat(), loop=None, stage=Stage())
     with pytest.raises(UserError, match="runs/x: this model writes its steps and has no thoughts"):
         sl.think(written, questions)
 
@@ -183,20 +190,20 @@ def test_gold_is_what_was_taught(
     surplus: str,
     missing: str,
 ) -> None:
-    """Read back from the objective's own batch, for the last stage (3 groups) and for checkpoints of stages before."""
-    latent = {"surplus": surplus, "missing": missing}
-    whole = make_checkpoint(**latent)
-    thoughts = ThoughtFormat(True, groups * PER_STEP, PER_STEP)
-    checkpoint = replace(whole, thoughts=thoughts)
-    config = LatentObjectiveConfig(LatentConfig(**whole.config["latent"]), DecoderConfig())
-    objective = LatentObjective(whole.model, whole.tokenizer, make_run(rationale="equations"), config)
+    """Read back from the method's own batch, for the last stage (3 groups) and for checkpoints of stages before."""
+    whole = make_checkpoint(surplus=surplus, missing=missing)
+    latent = LatentConfig(GROUPS * PER_STEP, PER_STEP, surplus, missing)
+    method = Method(whole.model, whole.tokenizer, make_run(rationale="equations"), MethodConfig.simcot(latent))
+    stage = Stage(groups * PER_STEP, first_written=None if groups == GROUPS else groups)
+    checkpoint = replace(whole, stage=stage)
     for problem in problems:
-        batch = objective.collate([objective.encode(problem)], thoughts)
-        assert isinstance(batch, LatentBatch)
+        batch = method.collate([method.encode(problem)], stage)
+        assert isinstance(batch, ThoughtBatch)
+        step = batch.terms["step"]
         taught: list[str | None] = [None] * groups
         for group in range(groups):
             # The first label of every group comes before the others, so a group's are in order.
-            labels = batch.steps.label_M[batch.step_group_M == group]
+            labels = step.steps.label_M[step.group_M == group]
             if len(labels):
                 taught[group] = whole.tokenizer.decode(labels.tolist())
         assert gold_groups(checkpoint, problem) == taught

@@ -16,13 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, write_checkpoint
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.interop.conversion import build
 from simcot_latent.interop.pretrained import load_pretrained
 from simcot_latent.interop.published import read_published
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.terms.steps import StepGroups
 
 TEXT = "Mia has 14 shells. She finds 9 more: <<14+9=23>>\n#### 23\n"
 
@@ -139,18 +142,31 @@ def test_our_own_from_the_hub(
     import huggingface_hub.constants as constants
 
     model = make_model("llama", vocab_size=tokenizer.n_vocab)
-    thoughts = ThoughtFormat(True, 4, 2)
+    saved = Checkpoint(
+        model,
+        None,
+        tokenizer,
+        {"max_new_tokens": 8},
+        answers=AnswerFormat(thinks=True),
+        loop=Sequential(32, SequentialConfig(projector_width=24)),
+        stage=Stage(4, first_written=None),
+        groups=StepGroups(2),
+    )
     revision = "0123456789abcdef0123456789abcdef01234567"
     folder = tmp_path / "models--me--mine" / "snapshots" / revision
     folder.mkdir(parents=True)
-    write_checkpoint(Checkpoint(model, None, tokenizer, thoughts, {"max_new_tokens": 8}), folder)
+    write_checkpoint(saved, folder)
     (tmp_path / "models--me--mine" / "refs").mkdir()
     (tmp_path / "models--me--mine" / "refs" / "main").write_text(revision)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     loaded = load_pretrained("me/mine")
-    assert (loaded.thoughts, loaded.tokenizer) == (thoughts, tokenizer)
+    assert (loaded.answers, loaded.stage, loaded.groups) == (saved.answers, saved.stage, saved.groups)
+    assert loaded.tokenizer == tokenizer
     assert torch.equal(loaded.model.embedding.weight, model.embedding.weight)
+    assert isinstance(loaded.loop, Sequential)
+    assert saved.loop is not None
+    assert all(map(torch.equal, loaded.loop.parameters(), saved.loop.parameters()))
 
 
 @pytest.fixture

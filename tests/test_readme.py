@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import BLOCK, INLINE, PAGES, REPOSITORY, Command, blocks, commands, load_hooks, settings
+from documents import BLOCK, INLINE, PAGES, REPOSITORY, Command, blocks, commands, files, load_hooks, settings
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from simcot_latent.cli import quote_text
 from simcot_latent.config import (
@@ -45,6 +45,7 @@ from simcot_latent.evaluate import EvalConfig
 from simcot_latent.export import ExportConfig
 from simcot_latent.import_checkpoint import ImportConfig
 from simcot_latent.model.packing import Packing
+from simcot_latent.parts import keys
 from simcot_latent.probe import ProbeConfig
 
 hooks = load_hooks()
@@ -61,7 +62,10 @@ HYDRA = {
 }
 PLACEHOLDERS = {"evals.NAME", "simcot_latent.evals.NAME", "benchmarks.<name>"}
 
-COMMANDS = [command for page in PAGES for command in commands(page)]
+EXTENDING = REPOSITORY / "docs/extending.md"
+"""The page whose commands need the files that it prints; `end_to_end/test_extending.py` runs every one of them."""
+
+COMMANDS = [command for page in PAGES if page != EXTENDING for command in commands(page)]
 
 
 def composed(*overrides: str, config: str = "train") -> Any:
@@ -87,10 +91,13 @@ def check_hydra(config: str, arguments: list[str]) -> Any:
     if "-m" in arguments:
         arguments = list(map(single, OverridesParser.create().parse_overrides([a for a in arguments if a != "-m"])))
     raw = composed(*(quote_text(a) for a in arguments if a not in ("...", "--cfg", "job")), config=config)
+    method_or_options = raw.copy()
+    with open_dict(method_or_options):
+        assert OmegaConf.is_list(method_or_options.pop("use"))  # a command imports these modules before it goes on
     if config == "train":
-        parse(raw)
+        parse(method_or_options)
     else:
-        typed(CONFIGS[config], raw)
+        typed(CONFIGS[config], method_or_options)
     if raw.get("data") is not None:
         instantiate(raw.data, "data")
     return raw
@@ -197,7 +204,8 @@ def is_key(raw: Any, name: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_in_the_text_exist(page: Path) -> None:
     found = [re.sub(r"=N\b", "=1", code) for code in settings(page) if code != "key=value"]
-    assert [code for code in found if not is_setting(code)] == []
+    own = {Path(name).stem for name in files(page)}
+    assert [code for code in found if not is_setting(code) and code.partition("=")[2] not in own] == []
 
 
 def test_a_setting_that_is_none_is_noticed() -> None:
@@ -243,6 +251,7 @@ def test_figures_of_the_readme_are_in_the_log() -> None:
 def test_modules_that_are_named_are_there(page: Path) -> None:
     """By their place in the repository or in the package; tests by their names."""
     named = {code for code in INLINE.findall(page.read_text(encoding="utf-8")) if re.fullmatch(r"[\w/]+\.py", code)}
+    named -= files(page).keys()
     places = (
         REPOSITORY,
         REPOSITORY / "simcot_latent",
@@ -270,19 +279,40 @@ def test_the_options_page_has_every_key() -> None:
     """With a default and a meaning each; it is generated."""
     page = hooks.options_page()
     parts = re.split(r"^## (.+)$", page, flags=re.MULTILINE)[1:]
-    keys = {title: set(ROW.findall(part)) for title, part in zip(parts[::2], parts[1::2], strict=True)}
-    assert list(keys) == list(hooks.COMMANDS)
+    found = {title: set(ROW.findall(part)) for title, part in zip(parts[::2], parts[1::2], strict=True)}
+    assert list(found) == list(hooks.COMMANDS)
     for title, (_, config, _) in hooks.COMMANDS.items():
         raw = as_plain(composed(config=config))
         sections = [key for key, value in raw.items() if isinstance(value, dict) and key not in GROUPS]
         wanted = (raw.keys() | {f"{section}.{key}" for section in sections for key in raw[section]}) - {*sections}
-        assert wanted - {"objective"} <= keys[title]
+        assert wanted <= found[title]
     for group in GROUPS:
         for choice in hooks.choices(group):
             values = as_plain(composed(f"{group}={choice}"))[group]
-            assert {f"{group}.{key}" for key in values if key != "_target_"} <= keys["Training"]
-    for option, default in {"latent.n_latents": "4", "data.version": "2", "out_dir": "null", "mode": "latent"}.items():
+            assert {f"{group}.{key}" for key in values if key != "_target_"} <= found["Training"]
+    for option, default in {
+        "latent.n_latents": "4",
+        "data.version": "2",
+        "out_dir": "null",
+        "mode": "latent",
+        "loop": "sequential",
+        "terms": "[]",
+        "use": "[]",
+    }.items():
         assert f"| `{option}` | `{default}` | " in page
+
+
+@pytest.mark.parametrize("group", hooks.PARTS)
+def test_parts_are_those_of_the_table_and_of_the_pages(group: str) -> None:
+    """Each has a yaml file, and a line on the options page and on that about methods."""
+    assert hooks.choices(group) == keys(group)
+    page, methods = hooks.options_page(), (REPOSITORY / "docs/methods.md").read_text(encoding="utf-8")
+    for key in keys(group):
+        assert f"\n- `{group}={key}`: " in page
+        assert f"\n| `{group}={key}` | " in methods
+    for mode in ("latent", "weighted"):
+        values = as_plain(composed(f"mode={mode}"))
+        assert f"`{group}={values[group]}`" in page.split(f"### Keys of mode={mode}\n")[1].split("\n###")[0]
 
 
 def test_an_option_without_a_meaning_is_noticed() -> None:
@@ -311,7 +341,7 @@ def test_defaults_in_the_code_are_those_of_the_yaml(cls: type, section: str | No
     values = as_plain(composed(config=config))
     values = values if section is None else values[section]
     for field in fields(cls):
-        if field.name in ("model", "data", "tokenizer", "rationale", "mode", "objective") and section is None:
+        if field.name in ("model", "data", "tokenizer", "rationale", "mode") and section is None:
             continue  # groups, and what a mode sets
         if cls is Arithmetic and field.name == "version":
             continue  # in code the default is what settings without a version mean, those of earlier checkpoints

@@ -223,7 +223,11 @@ def test_lotus(case: Callable[[str], Case], from_hf_gpt2: Callable[..., dict[str
     facts = lotus.facts
     latent = LatentConfig(n_latents=6, latents_per_step=3, surplus="write", warmup=0.0, stages=0)
     config = MethodConfig(
-        loop="looped", steps="own_head", latent=latent, loss=LossConfig(step_weight=0.05), own={"loops": 2, "own_head_end": False}
+        loop="looped",
+        steps="own_head",
+        latent=latent,
+        loss=LossConfig(step_weight=0.05),
+        own={"loops": 2, "own_head_end": False},
     )
     run = RunConfig(mode="", model={}, data={}, tokenizer={}, rationale="equations", step_weight_multiplier=1.0)
     ids = facts["token_ids"]

@@ -28,12 +28,22 @@ decoder: sl.StepDecoder | None = checkpoint.step_decoder
 questions = ["What is 1+1?"]
 thoughts: sl.Thoughts = sl.think(checkpoint, questions)
 latents: torch.Tensor = thoughts.latents
+answers_like: sl.AnswerFormat = checkpoint.answers
+loop: sl.ThoughtLoop | None = checkpoint.loop
+stage: sl.Stage = checkpoint.stage
+groups: sl.StepGroups = checkpoint.groups
+print(answers_like.question_end.strip(), stage.thoughts + 1, groups.latents_per_step + checkpoint.n_groups)
 steps: list[list[str]] = sl.decode_steps(checkpoint, latents + 0.1)
 answers: list[str] = sl.answer(checkpoint, questions, max_new_tokens=8)
 for probe in sl.probe_questions(checkpoint, questions):
     print([group.decoded.strip() for group in probe.groups], probe.answer.strip())
 config = sl.GPTConfig(vocab_size=64)
 print(config.n_embd + 1, sl.GPT(config).config.head_width + 1, sl.__version__.split("."))
+
+@sl.register("loop", "noisy")
+class Noisy(sl.ThoughtLoop): ...
+
+print(Noisy.Config, checkpoint.loop.key.strip() if checkpoint.loop is not None else "")
 try:
     sl.load_pretrained("gpt2")
 except sl.UserError as error:
@@ -43,6 +53,9 @@ except sl.UserError as error:
 # Each line with the rule that it breaks; `checkpoint` is declared before.
 WRONG = {
     "sl.nonsense": "reportAttributeAccessIssue",
+    "sl.ThoughtFormat": "reportAttributeAccessIssue",
+    "checkpoint.thoughts": "reportAttributeAccessIssue",
+    "sl.Stage(thoughts='4')": "reportArgumentType",
     "sl.load_checkpoint('runs/latent', devise='cpu')": "reportCallIssue",
     "sl.answer(checkpoint, 3)": "reportArgumentType",
     "sl.think(checkpoint, ['?']).latent": "reportAttributeAccessIssue",
@@ -108,3 +121,14 @@ def test_public_names_are_the_same_for_python_and_type_checkers() -> None:
     assert sl.__version__ == version("simcot-latent")
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         sl.nonsense  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_name_of_an_earlier_version_tells_what_became_of_it() -> None:
+    with pytest.raises(AttributeError) as caught:
+        sl.ThoughtFormat  # type: ignore[attr-defined]  # noqa: B018
+    assert str(caught.value) == (
+        "simcot_latent.ThoughtFormat is AnswerFormat (texts), Stage (how many thoughts) and StepGroups (thoughts per "
+        "step) now"
+    )
+    assert {"AnswerFormat", "Stage", "StepGroups"} <= set(sl.__all__)
+    assert not hasattr(sl, "ThoughtFormat")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,17 @@ from torch import Tensor
 
 import simcot_latent as sl
 from simcot_latent.checkpoint import Checkpoint
-from simcot_latent.config import LatentConfig, RunConfig
+from simcot_latent.config import RunConfig
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.probing.steps import probe_problems
 from simcot_latent.probing.summary import summarise
+from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.training.validation import thought_v_information
 
 
@@ -31,9 +33,16 @@ def checkpoint(make_model: Callable[..., GPT], randomise: Callable[..., None], t
     model = make_model("llama", seed=9, vocab_size=tokenizer.n_vocab, context_length=256)
     decoder = StepDecoder.from_base(model, 1, "random")
     randomise(decoder.transformer, seed=1)
-    config = {"latent": asdict(LatentConfig(n_latents=3)), "max_new_tokens": 2}
-    thoughts = ThoughtFormat(thinks=True, n_latents=3, latents_per_step=1)
-    return Checkpoint(model, decoder.eval(), tokenizer, thoughts, config, path=Path("runs/x"))
+    return Checkpoint(
+        model,
+        decoder.eval(),
+        tokenizer,
+        {"max_new_tokens": 2},
+        answers=AnswerFormat(thinks=True),
+        loop=Sequential(32, SequentialConfig()),
+        stage=Stage(3, first_written=None),
+        path=Path("runs/x"),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -23,18 +23,15 @@ from torch import Tensor
 
 from benchmarks.common import processor, synchronise, versions
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint
-from simcot_latent.config import RunConfig
+from simcot_latent.config import MethodConfig, RunConfig
 from simcot_latent.data.problem import Problem, last_number, same_number
 from simcot_latent.data.sources import Source
-from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import autocast, pick_device
 from simcot_latent.errors import UserError
 from simcot_latent.generate import generate_all
 from simcot_latent.metrics import wilson_interval
-from simcot_latent.model.gpt import GPT
-from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
-from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
 from simcot_latent.train import train
+from simcot_latent.training.setup import Start
 
 NOMINAL_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 """Dense bfloat16 matrix products, float32 accumulation, in 1e12 floating-point operations per second, as the makers'
@@ -206,27 +203,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 def train_run(
     mode: str,
     source: Source,
-    make: Callable[[], tuple[GPT, Tokenizer]],
+    make: Callable[[], Start],
     out_dir: Path,
-    sections: LatentObjectiveConfig | None = None,
+    method: MethodConfig | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """A run of training as the command makes it, from Python objects; the lines of its metrics.
 
     Args:
-        sections: of mode=latent.
+        method: the parts and their settings; None: those of the mode.
         options: of `RunConfig`.
     """
     settings = {key: value for key, value in vars(source).items() if not key.startswith("_")}
     target = f"{type(source).__module__}.{type(source).__qualname__}"
     rationale = "equations" if mode == "latent" else options.pop("rationale", "natural")
     run = RunConfig(
-        objective="", mode=mode, model={}, data={"_target_": target, **plain(settings)}, tokenizer={},
+        mode=mode, model={}, data={"_target_": target, **plain(settings)}, tokenizer={},
         rationale=rationale, out_dir=str(out_dir), **options,
     )  # fmt: skip
-    own = (sections or LatentObjectiveConfig()) if mode == "latent" else WeightedConfig()
-    objective_class = LatentObjective if mode == "latent" else WeightedObjective
-    train(run, own, asdict(run) | asdict(own), lambda: source, objective_class, lambda job: make())
+    method = method or (MethodConfig.simcot() if mode == "latent" else MethodConfig())
+    train(run, method, asdict(run) | asdict(method), lambda: source, lambda job: make())
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

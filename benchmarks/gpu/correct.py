@@ -30,19 +30,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu.common import Report, device_of, parse_part, read_report, relative_error, train_run
 from simcot_latent.checkpoint import load_checkpoint
-from simcot_latent.config import LatentConfig, LossConfig, RunConfig
+from simcot_latent.config import LatentConfig, MethodConfig, RunConfig
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.arithmetic import Arithmetic
-from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
+from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.distributed import autocast
 from simcot_latent.generate import generate_all
+from simcot_latent.method import Method
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
-from simcot_latent.objectives.base import Objective
-from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
-from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
 from simcot_latent.training import optimizer
+from simcot_latent.training.setup import Start
 
 FLOAT32, LOSS_IN_BFLOAT16, COSINE_IN_BFLOAT16 = 1e-4, 0.02, 0.99
 GOLDEN_TOLERANCE = 1e-3
@@ -98,15 +97,16 @@ def all_checks(
     counts = (1, 3) if tiny else (1, 2, 3, 4, 6, 10)
     families = {"llama": FAMILIES["llama"]} if tiny else FAMILIES
     for family, config in families.items():
-        modes: dict[str, Callable[[], Objective]] = {"weighted": partial(make_objective, config, None)}
-        modes |= {f"{n} thoughts": partial(make_objective, config, n) for n in counts}
+        modes: dict[str, Callable[[], Method]] = {"weighted": partial(make_method, config, None)}
+        modes |= {f"{n} thoughts": partial(make_method, config, n) for n in counts}
+        modes["3 pauses"] = partial(make_method, config, 3, loop="pause")
         for mode, make in modes.items():
             checks.append((f"float32, {family}, {mode}", partial(same_as_cpu, make, problems, device)))
     config = FAMILIES["llama"]
-    three = partial(make_objective, config, 3)
+    three = partial(make_method, config, 3)
     checks += [
         ("bfloat16, 3 thoughts", partial(bfloat16_is_close, three, problems, device)),
-        ("bfloat16, weighted", partial(bfloat16_is_close, partial(make_objective, config, None), problems, device)),
+        ("bfloat16, weighted", partial(bfloat16_is_close, partial(make_method, config, None), problems, device)),
         ("activation checkpointing", partial(option_changes_nothing, three, problems, device, checkpointing=True)),
         ("later_attention=sdpa", partial(option_changes_nothing, three, problems, device, later_attention="sdpa")),
         ("answers at batch 1, 7, 64", partial(same_answers, config, problems, device)),
@@ -124,39 +124,39 @@ def all_checks(
     return checks
 
 
-def make_objective(config: GPTConfig, n_latents: int | None) -> Objective:
-    """A small random model and what it is trained for; None: mode=weighted."""
+def make_method(config: GPTConfig, n_latents: int | None, **parts: Any) -> Method:
+    """A small random model and the method that trains it; None: mode=weighted. `parts`: in place of mode=latent's."""
     torch.manual_seed(0)
     model, tokenizer = GPT(config), default_tokenizer()
     rationale = "natural" if n_latents is None else "equations"
-    run = RunConfig(objective="", mode="", model={}, data={}, tokenizer={}, rationale=rationale)
+    run = RunConfig(mode="", model={}, data={}, tokenizer={}, rationale=rationale)
     if n_latents is None:
-        return WeightedObjective(model, tokenizer, run, WeightedConfig())
-    sections = LatentObjectiveConfig(latent=LatentConfig(n_latents, warmup=0.0, stages=0), loss=LossConfig())
-    return LatentObjective(model, tokenizer, run, sections)
+        return Method(model, tokenizer, run, MethodConfig())
+    latent = LatentConfig(n_latents, warmup=0.0, stages=0)
+    return Method(model, tokenizer, run, MethodConfig.simcot(latent, **parts))
 
 
 def numbers(
-    objective: Objective, problems: Sequence[Problem], device: torch.device, dtype: torch.dtype = torch.float32
+    method: Method, problems: Sequence[Problem], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Losses and the gradient of every parameter, by name, of a ragged batch of 12 problems."""
-    objective.to(device)
-    batch = objective.collate([objective.encode(problem) for problem in problems[:12]], objective.thoughts)
+    method.to(device)
+    batch = method.collate([method.encode(problem) for problem in problems[:12]], method.last_stage)
     totals = {key: value.to(device) for key, value in batch.totals.items()}
 
     def step() -> dict[str, Tensor]:
-        objective.zero_grad(set_to_none=True)
+        method.zero_grad(set_to_none=True)
         torch.compiler.cudagraph_mark_step_begin()
         with autocast(device, dtype):
-            shares = objective(to_device(batch, device), totals)
+            shares = method(to_device(batch, device), totals)
         shares["loss"].backward()
         return shares
 
     step()
     shares = step()  # what was compiled or captured the first time is used the second time
     found = {name: value.detach().clone() for name, value in shares.items()}
-    found |= {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
-    objective.zero_grad(set_to_none=True)
+    found |= {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+    method.zero_grad(set_to_none=True)
     return {name: value.float().cpu() for name, value in found.items()}
 
 
@@ -170,13 +170,11 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float 
     return {"ok": errors[worst] < bound, "worst": worst, "relative_error": errors[worst], "tensors": len(errors)}
 
 
-def same_as_cpu(make: Callable[[], Objective], problems: Sequence[Problem], device: torch.device) -> dict[str, Any]:
+def same_as_cpu(make: Callable[[], Method], problems: Sequence[Problem], device: torch.device) -> dict[str, Any]:
     return compare(numbers(make(), problems, device), numbers(make(), problems, CPU))
 
 
-def bfloat16_is_close(
-    make: Callable[[], Objective], problems: Sequence[Problem], device: torch.device
-) -> dict[str, Any]:
+def bfloat16_is_close(make: Callable[[], Method], problems: Sequence[Problem], device: torch.device) -> dict[str, Any]:
     ours, exact = numbers(make(), problems, device, torch.bfloat16), numbers(make(), problems, device)
     loss = relative_error(ours["loss"], exact["loss"])
     flat = [torch.cat([value.double().flatten() for name, value in x.items() if "." in name]) for x in (ours, exact)]
@@ -185,7 +183,7 @@ def bfloat16_is_close(
 
 
 def option_changes_nothing(
-    make: Callable[[], Objective], problems: Sequence[Problem], device: torch.device, **options: Any
+    make: Callable[[], Method], problems: Sequence[Problem], device: torch.device, **options: Any
 ) -> dict[str, Any]:
     changed = make()
     set_block_options(changed, **options)
@@ -219,14 +217,14 @@ def train_quietly(
 ) -> list[dict[str, Any]]:
     """A run of the embedded problems with the model of `model=tiny`, in float32."""
     own = {name: options.pop(name) for name in ("warmup", "stages") if name in options}
-    sections = LatentObjectiveConfig(latent=LatentConfig(**own))
+    method = MethodConfig.simcot(LatentConfig(**own)) if mode == "latent" else MethodConfig()
     defaults = {"device": str(device), "dtype": "float32", "log_every": 1, "max_new_tokens": 8}
 
-    def make() -> tuple[GPT, Tokenizer]:
-        return GPT(GPTConfig(2048, n_layer=2, n_head=8, n_embd=128)), default_tokenizer()
+    def make() -> Start:
+        return Start(GPT(GPTConfig(2048, n_layer=2, n_head=8, n_embd=128)), default_tokenizer())
 
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # the report says what came of it
-        return train_run(mode, source, make, out_dir, sections, **(defaults | options))
+        return train_run(mode, source, make, out_dir, method, **(defaults | options))
 
 
 def golden_curve(mode: str, device: torch.device) -> dict[str, Any]:
@@ -280,24 +278,22 @@ def resumed_is_equal(device: torch.device, steps: int) -> dict[str, Any]:
     return {"ok": not different, "tensors": len(expected), "different": different}
 
 
-def one_rank_is_equal(
-    make: Callable[[], Objective], problems: Sequence[Problem], device: torch.device
-) -> dict[str, Any]:
+def one_rank_is_equal(make: Callable[[], Method], problems: Sequence[Problem], device: torch.device) -> dict[str, Any]:
     """Under DDP, in a group of one rank (NCCL on a GPU), gradients are those without."""
     wanted = numbers(make(), problems, device)
-    objective = make().to(device)
+    method = make().to(device)
     with tempfile.TemporaryDirectory() as folder:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         device_id, store = (device if device.type == "cuda" else None), f"file://{folder}/store"
         dist.init_process_group(backend, init_method=store, rank=0, world_size=1, device_id=device_id)
         try:
-            module = DistributedDataParallel(objective)
-            batch = objective.collate([objective.encode(p) for p in problems[:12]], objective.thoughts)
+            module = DistributedDataParallel(method)
+            batch = method.collate([method.encode(p) for p in problems[:12]], method.last_stage)
             totals = {key: value.to(device) for key, value in batch.totals.items()}
             shares = module(to_device(batch, device), totals)
             shares["loss"].backward()
             found = {name: value.detach().cpu() for name, value in shares.items()}
-            found |= {n: p.grad.clone().float().cpu() for n, p in objective.named_parameters() if p.grad is not None}
+            found |= {n: p.grad.clone().float().cpu() for n, p in method.named_parameters() if p.grad is not None}
         finally:
             dist.destroy_process_group()
     return compare(found, wanted)

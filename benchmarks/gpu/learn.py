@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,18 @@ import torch
 from benchmarks.common import synchronise
 from benchmarks.gpu.common import Report, device_of, parse_part, score, train_run
 from benchmarks.train_step import median_batch
-from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
+from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.sources import Source
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.sources.gsm8k import GSM8K
-from simcot_latent.data.tokenizer import Tokenizer, default_tokenizer
+from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.distributed import autocast, pick_dtype
 from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT, GPTConfig
-from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
-from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
 from simcot_latent.training.optimizer import make_optimizers, update
+from simcot_latent.training.setup import Start
 
 BATCH = 64
 SETTINGS: dict[str, Any] = {
@@ -60,21 +60,21 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One run from SmolLM2: its share of the time, its mode and sections."""
+    """One run from SmolLM2: its share of the time, its mode and method."""
 
     share: float
     mode: str
-    sections: LatentObjectiveConfig | None = None
+    method: MethodConfig = field(default_factory=MethodConfig)
 
 
 def plans() -> dict[str, Plan]:
     """The runs, in order; those after the first begin from it."""
     latent = LatentConfig(n_latents=6, latents_per_step=1, warmup=0.0, stages=0.5)
-    whole, one = DecoderConfig(n_layer=None, init="base"), DecoderConfig(n_layer=1)
+    whole = DecoderConfig(n_layer=None, init="base")
     return {
         "written": Plan(0.3, "weighted"),
-        "simcot": Plan(0.3, "latent", LatentObjectiveConfig(latent, whole, LossConfig(step_weight=1.0))),
-        "coconut": Plan(0.25, "latent", LatentObjectiveConfig(latent, one, LossConfig(step_weight=0.0))),
+        "simcot": Plan(0.3, "latent", MethodConfig.simcot(latent, whole, LossConfig(step_weight=1.0))),
+        "coconut": Plan(0.25, "latent", MethodConfig.simcot(latent, steps="none")),
     }
 
 
@@ -112,9 +112,9 @@ def quick_start(report: Report, args: argparse.Namespace, folder: Path, device: 
     source = Arithmetic(train_size=256, validation_size=16, test_size=16) if args.tiny else Arithmetic()
     options: dict[str, Any] = {"num_iterations": 4, "eval_examples": 16} if args.tiny else {}
 
-    def make() -> tuple[GPT, Tokenizer]:
+    def make() -> Start:
         tokenizer = default_tokenizer()
-        return GPT(GPTConfig(tokenizer.n_vocab, n_layer=2, n_head=8, n_embd=128)), tokenizer
+        return Start(GPT(GPTConfig(tokenizer.n_vocab, n_layer=2, n_head=8, n_embd=128)), tokenizer)
 
     began = time.perf_counter()
     out = folder / "quick_start"
@@ -141,16 +141,16 @@ def from_smollm2(
 ) -> dict[str, Any]:
     """One run; `seconds`: about how long its steps may take, None: two steps."""
 
-    def make() -> tuple[GPT, Tokenizer]:
+    def make() -> Start:
         checkpoint = with_latent_tokens(load_pretrained(start))
-        return checkpoint.model.train(), checkpoint.tokenizer
+        return Start(checkpoint.model.train(), checkpoint.tokenizer)
 
     steps = 2 if seconds is None else max(2, int(seconds / seconds_per_step(plan, source, make, device, dtype)))
     began = time.perf_counter()
     options = SETTINGS | ({"target_examples_per_step": 4} if seconds is None else {})
     rationale = {"rationale": "equations"} if plan.mode == "weighted" else {}
     lines = train_run(
-        plan.mode, source, make, out, plan.sections, device=str(device), dtype=str(dtype).removeprefix("torch."),
+        plan.mode, source, make, out, plan.method, device=str(device), dtype=str(dtype).removeprefix("torch."),
         num_iterations=steps, **rationale, **options,
     )  # fmt: skip
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -165,25 +165,23 @@ def from_smollm2(
 
 
 def seconds_per_step(
-    plan: Plan, source: Source, make: Callable[[], tuple[GPT, Tokenizer]], device: torch.device, dtype: torch.dtype
+    plan: Plan, source: Source, make: Callable[[], Start], device: torch.device, dtype: torch.dtype
 ) -> float:
     """Median of five training steps in the last stage, after three that do not count."""
-    model, tokenizer = make()
-    run = RunConfig(objective="", mode=plan.mode, model={}, data={}, tokenizer={}, rationale="equations", **SETTINGS)
-    latent, config = plan.sections is not None, plan.sections or WeightedConfig()
-    objective = (LatentObjective if latent else WeightedObjective)(model, tokenizer, run, config)  # type: ignore[arg-type]
-    objective.to(device)
-    optimizers = make_optimizers(objective, run)
-    cpu_batch, _ = median_batch(objective, source.load("train").problems[:2048], BATCH, seed=0)
+    start = make()
+    run = RunConfig(mode=plan.mode, model={}, data={}, tokenizer={}, rationale="equations", **SETTINGS)
+    method = Method(start.model, start.tokenizer, run, plan.method).to(device)
+    optimizers = make_optimizers(method, run)
+    cpu_batch, _ = median_batch(method, source.load("train").problems[:2048], BATCH, seed=0)
     batch, totals = to_device(cpu_batch, device), {key: x.to(device) for key, x in cpu_batch.totals.items()}
     seconds: list[float] = []
     for _ in range(8):
         synchronise(device)
         began = time.perf_counter()
         with autocast(device, dtype):
-            loss = objective(batch, totals)["loss"]
+            loss = method(batch, totals)["loss"]
         loss.backward()
-        update(objective.parameters(), optimizers, max_norm=1.0)
+        update(method.parameters(), optimizers, max_norm=1.0)
         synchronise(device)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[3:])

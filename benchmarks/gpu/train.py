@@ -31,10 +31,11 @@ from benchmarks.gpu.common import NOMINAL_TFLOPS, Report, card_name, device_of, 
 from benchmarks.gpu.profile import busy_seconds, device_events
 from benchmarks.train_step import Bench
 from simcot_latent.data.problem import Problem
+from simcot_latent.method import ThoughtBatch
 from simcot_latent.model import losses
 from simcot_latent.model.gpt import Transformer, set_block_options
 from simcot_latent.model.linear import Linear
-from simcot_latent.objectives.latent import LatentBatch
+from simcot_latent.terms.step_decoder import StepBatch
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def measure(
     losses.CHUNK_BYTES = CHUNKS.get(case.option, chunk_bytes)
     try:
         bench = Bench.make(case.size, case.batch_size, problems, settings)
-        set_block_options(bench.objective, **OPTIONS[case.option])
+        set_block_options(bench.method, **OPTIONS[case.option])
 
         def ours() -> None:
             torch.compiler.cudagraph_mark_step_begin()
@@ -167,21 +168,23 @@ def measure(
 
 def step_flops(bench: Bench) -> float:
     """F of the module's formula, for our step."""
-    batch, objective = bench.batch, bench.objective
-    model = objective.model
+    batch, method = bench.batch, bench.method
+    model = method.model
     V, D = model.output_table.shape
-    if not isinstance(batch, LatentBatch):
+    if not isinstance(batch, ThoughtBatch):
         lengths_B = batch.packing.length_B
         return transformer_flops(model.transformer, lengths_B) + 6.0 * V * D * len(batch.targets)
     # The first thought is what the question's last token became; the last one is read with what follows.
     lengths_B = batch.questions.length_B + max(batch.counts) - 1 + batch.texts.length_B
-    labels = len(batch.targets) + len(batch.steps.label_M)
-    assert objective.step_decoder is not None
+    taught = batch.terms["step"]
+    assert isinstance(taught, StepBatch)
+    assert method.step_decoder is not None
+    labels = len(batch.targets) + len(taught.steps.label_M)
     base, decoder = (
         transformer_flops(transformer, length)
         for transformer, length in (
             (model.transformer, lengths_B),
-            (objective.step_decoder.transformer, batch.steps.packing.length_B),
+            (method.step_decoder.transformer, taught.steps.packing.length_B),
         )
     )
     return base + decoder + 6.0 * V * D * labels

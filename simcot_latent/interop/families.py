@@ -223,7 +223,7 @@ _LLAMA_MODULES = {
     "blocks.mlp.down": ("mlp.down_proj",),
 }
 
-FAMILIES = (
+FAMILIES: list[Family] = [
     Family(
         model_type="gpt2",
         architecture="GPT2LMHeadModel",
@@ -332,7 +332,8 @@ FAMILIES = (
         modules={**_LLAMA_MODULES, "blocks.mlp.up": ("mlp.c_fc",), "blocks.mlp.down": ("mlp.c_proj",)},
         norm_biases=True,
     ),
-)
+]
+"""The families that there are; a module of your own may append one, see docs/extending.md."""
 
 
 def family_of(config: Mapping[str, Any], file: Path) -> Family:

@@ -167,7 +167,7 @@ def by_row(x_ND: Tensor, counts: Sequence[int]) -> Tensor:
     if min(counts) == K:
         return x_ND.unflatten(0, (B, K))
     index = [row * K + k for row, count in enumerate(counts) for k in range(count)]
-    index_N = torch.tensor(index, device=x_ND.device)
+    index_N = torch.tensor(index, dtype=torch.long, device=x_ND.device)
     return x_ND.new_zeros(B * K, *x_ND.shape[1:]).index_copy(0, index_N, x_ND).unflatten(0, (B, K))
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic that objectives share: what labels weigh, their cross-entropy, and what a share of a loss is.
+"""The arithmetic that the terms of a loss share: what labels weigh, their cross-entropy, and what a share of a loss is.
 
 Every number here is a *share of an optimizer step*: a sum over the labels of one micro-batch on one rank, divided by a
 total over all micro-batches and all ranks. Shares therefore add up to the step's value, whatever way a step is cut.

@@ -201,7 +201,7 @@ class Term:
         Args:
             batch: of `collate`, on the model's device.
             read_LD: embeddings of `reads`.
-            totals: of the whole optimizer step: those of all terms, and `rows`, the problems in batches with thoughts.
+            totals: of the whole optimizer step: those of all terms, and `problems`, those in batches with thoughts.
         """
         raise NotImplementedError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -62,4 +62,5 @@ class Batches:
         pieces = micro_batches(self.order.batch(step), job.run.device_batch_size, job.ranks.rank, job.ranks.world)
         batches = [self.method.collate([self.examples[i] for i in piece], stage) for piece in pieces]
         totals = add_up([batch.totals for batch in batches])
+        batches = [replace(batch, totals={}) for batch in batches]  # they are not read on the device
         return PreparedStep([pin(batch) for batch in batches] if job.device.type == "cuda" else batches, totals)

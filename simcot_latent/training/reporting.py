@@ -159,7 +159,11 @@ class Reporter:
             with torch.no_grad(), autocast(self.job.device, self.job.dtype):
                 probes = probe_problems(checkpoint, held_out.problems[:5])
             self.console.print(probe_table(probes, held_out.tolerance))
-        source, ckpt = source_name(self.job.raw), shlex.quote(f"ckpt={self.job.out_dir}")
+        source, words = source_name(self.job.raw), [f"ckpt={self.job.out_dir}"]
+        where = type(checkpoint.loop).__module__
+        if checkpoint.loop is not None and not where.startswith("simcot_latent."):  # a loop of the user's own
+            words.append(f"use=[{where}]")
+        ckpt = shlex.join(words)
         next_steps: list[str] = []
         if source in eval_names():
             next_steps.append(f"python -m {module_of(source)} {ckpt}")

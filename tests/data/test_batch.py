@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -155,26 +156,39 @@ class Outer:
     ids: Tensor
     inner: Inner
     count: int
-    totals: dict[str, Tensor]
+    parts: dict[str, Any]
+
+
+def outer() -> Outer:
+    """Tensors as such, in a dataclass, in a dict, and in a dataclass in a dict; and what is none."""
+    parts = {"ids": torch.arange(4), "step": Inner(torch.zeros(1)), "none": None, "inner": {"name": "x"}}
+    return Outer(torch.arange(2), Inner(torch.zeros(3)), 5, parts)
 
 
 def test_to_device_moves_nested_tensors_and_keeps_the_rest() -> None:
-    totals = {"tokens": torch.tensor(3.0)}
-    moved = to_device(Outer(torch.ones(2), Inner(torch.zeros(3)), 5, totals), torch.device("meta"))
+    batch = outer()
+    moved = to_device(batch, torch.device("meta"))
     assert moved.ids.device.type == moved.inner.values.device.type == "meta"
     assert moved.count == 5
-    assert moved.totals is totals, "totals are summed over ranks and handed over apart"
+    assert moved.parts.keys() == batch.parts.keys()
+    assert moved.parts["ids"].device.type == moved.parts["step"].values.device.type == "meta"
+    assert moved.parts["none"] is None
+    assert moved.parts["inner"] == {"name": "x"}
+    assert batch.parts["ids"].device.type == batch.parts["step"].values.device.type == "cpu", "it stays what it was"
     with pytest.raises(TypeError, match="list is no dataclass"):
         to_device([1], torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
 def test_pinned_is_the_same() -> None:
-    batch = Outer(torch.arange(2), Inner(torch.zeros(3)), 5, {})
+    batch = outer()
     pinned = pin(batch)
     assert pinned.ids.is_pinned()
     assert pinned.inner.values.is_pinned()
+    assert pinned.parts["ids"].is_pinned()
+    assert pinned.parts["step"].values.is_pinned()
     assert torch.equal(pinned.ids, batch.ids)
+    assert torch.equal(pinned.parts["ids"], batch.parts["ids"])
     assert pinned.count == 5
 
 

@@ -1,4 +1,4 @@
-"""How a problem becomes token ids: what is written, what counts as part of a step, which thoughts say which step."""
+"""How a problem becomes token ids: what is written, what counts as part of a step, where the answer's number stands."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from itertools import accumulate, pairwise
 import pytest
 
 from simcot_latent.data.format import (
+    AnswerFormat,
     Rationale,
     TaggedIds,
-    align_steps,
     concatenate,
     encode_problem,
     encode_question,
@@ -24,6 +24,8 @@ from simcot_latent.data.format import (
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.tokenizer import Tokenizer
+
+WRITES = AnswerFormat()
 
 MakeProblem = Callable[[str, str, str], Problem]
 
@@ -61,7 +63,7 @@ def overlapping(tokenizer: Tokenizer, ids: list[int], text: str, pieces: list[st
 
 @pytest.mark.parametrize("thinks", [False, True])
 def test_the_question(either_tokenizer: Tokenizer, thinks: bool) -> None:
-    ids = encode_question(either_tokenizer, "  How many?\n", thinks=thinks)
+    ids = encode_question(either_tokenizer, "  How many?\n", AnswerFormat(thinks))
     assert either_tokenizer.decode(ids) == ("How many?" if thinks else "How many?\n")
     assert (ids[-1] == either_tokenizer.bot_id) == thinks
 
@@ -77,7 +79,7 @@ def test_the_question(either_tokenizer: Tokenizer, thinks: bool) -> None:
 def test_the_solution(either_tokenizer: Tokenizer, problems: list[Problem], rationale: Rationale, written: str) -> None:
     """Question, solution and answer, put together, read as the format says; the end token closes the answer."""
     tokenizer = either_tokenizer
-    example = encode_problem(tokenizer, problems[0], thinks=False, rationale=rationale)
+    example = encode_problem(tokenizer, problems[0], WRITES, rationale)
     assert tokenizer.decode(example.question) == problems[0].question + "\n"
     assert tokenizer.decode(example.rationale.ids) == written
     assert tokenizer.decode(example.answer.ids) == "#### 10"
@@ -89,36 +91,35 @@ def test_the_solution(either_tokenizer: Tokenizer, problems: list[Problem], rati
 @pytest.mark.parametrize("thinks", [True, False])
 def test_a_token_to_begin_with_comes_first(tokenizer: Tokenizer, thinks: bool) -> None:
     """Where a tokenizer has one, and only there."""
-    plain = encode_question(tokenizer, "How many?", thinks=thinks)
+    plain = encode_question(tokenizer, "How many?", AnswerFormat(thinks))
     begins = copy(tokenizer)
     begins.roles = tokenizer.roles | {"bos": tokenizer.roles["pad"]}
-    assert encode_question(begins, "How many?", thinks=thinks) == [tokenizer.pad_id, *plain]
+    assert encode_question(begins, "How many?", AnswerFormat(thinks)) == [tokenizer.pad_id, *plain]
 
 
 @pytest.mark.parametrize("thinks", [True, False])
 def test_another_wording(tokenizer: Tokenizer, problems: list[Problem], thinks: bool) -> None:
     """Text after the question and another mark of the answer, as published checkpoints have them."""
     problem = problems[0]
-    example = encode_problem(
-        tokenizer, problem, thinks=thinks, rationale="none", question_end=" Think:", answer_mark="The answer is:"
-    )
+    answers = AnswerFormat(thinks, question_end=" Think:", answer_mark="The answer is:")
+    example = encode_problem(tokenizer, problem, answers, "none")
     end = [tokenizer.bot_id] if thinks else tokenizer.encode("\n")
     assert example.question == [*tokenizer.encode(f"{problem.question} Think:"), *end]
     assert example.answer.ids == [*tokenizer.encode(f"The answer is: {problem.answer}"), tokenizer.end_id]
 
 
 def test_a_problem_without_steps(tokenizer: Tokenizer, problems: list[Problem]) -> None:
-    example = encode_problem(tokenizer, problems[1], thinks=False, rationale="natural")
+    example = encode_problem(tokenizer, problems[1], WRITES, "natural")
     assert example.steps == []
     assert not any(example.rationale.in_step)
-    assert encode_problem(tokenizer, problems[1], thinks=False, rationale="equations").rationale == untagged([])
+    assert encode_problem(tokenizer, problems[1], WRITES, "equations").rationale == untagged([])
 
 
 def test_text_that_spells_a_special_token_stays_text(either_tokenizer: Tokenizer, awkward: Problem) -> None:
     """In the question, in the solution: special ids stand only where the format puts them."""
     tokenizer = either_tokenizer
     special = {tokenizer.bot_id, tokenizer.eot_id, tokenizer.end_id, tokenizer.pad_id}
-    example = encode_problem(tokenizer, awkward, thinks=True, rationale="natural")
+    example = encode_problem(tokenizer, awkward, AnswerFormat(thinks=True), "natural")
     ids = example.question + example.rationale.ids + example.answer.ids
     assert [i for i in ids if i in special] == [tokenizer.bot_id, tokenizer.end_id]
     assert "<|end|>" in tokenizer.decode(ids)
@@ -138,7 +139,7 @@ def test_a_group_of_steps_reads_as_its_text_would(either_tokenizer: Tokenizer, a
 def test_exactly_the_tokens_of_steps_are_marked_in_natural_text(either_tokenizer: Tokenizer, awkward: Problem) -> None:
     """A token counts if any of its bytes lies in a well-formed `<<..>>`; malformed annotations are plain text."""
     tokenizer = either_tokenizer
-    rationale = encode_problem(tokenizer, awkward, thinks=False, rationale="natural").rationale
+    rationale = encode_problem(tokenizer, awkward, WRITES, "natural").rationale
     steps = [f"<<{text}>>" for text in STEPS_OF_AWKWARD]
     assert rationale.in_step == overlapping(tokenizer, rationale.ids, AWKWARD + "\n", steps)
     marked = tokenizer.decode(i for i, inside in zip(rationale.ids, rationale.in_step, strict=True) if inside)
@@ -149,7 +150,7 @@ def test_exactly_the_tokens_of_steps_are_marked_in_natural_text(either_tokenizer
 def test_marks_on_generated_problems(tokenizer: Tokenizer) -> None:
     """What is marked, read on its own, is the steps and nothing else: the default tokenizer never crosses a bracket."""
     for problem in Arithmetic(test_size=40).load("test").problems:
-        rationale = encode_problem(tokenizer, problem, thinks=False, rationale="natural").rationale
+        rationale = encode_problem(tokenizer, problem, WRITES, "natural").rationale
         marked = tokenizer.decode(i for i, inside in zip(rationale.ids, rationale.in_step, strict=True) if inside)
         assert marked == "".join(re.findall(r"<<[^<>]*>>", problem.rationale))
         assert marked == "".join(step.text for step in problem.steps)
@@ -158,7 +159,7 @@ def test_marks_on_generated_problems(tokenizer: Tokenizer) -> None:
 def test_marks_in_equations(either_tokenizer: Tokenizer, problems: list[Problem]) -> None:
     """The steps, but not the line ends between them."""
     tokenizer = either_tokenizer
-    example = encode_problem(tokenizer, problems[3], thinks=False, rationale="equations")
+    example = encode_problem(tokenizer, problems[3], WRITES, "equations")
     tagged = list(zip(example.rationale.ids, example.rationale.in_step, strict=True))
     assert tokenizer.decode(i for i, inside in tagged if not inside) == "\n" * 4
     assert all(all(step.in_step) for step in example.steps)
@@ -178,39 +179,41 @@ def test_parts() -> None:
     assert len(a) == 2
 
 
-# Which group of thoughts says which step
+# Where the number of an answer stands
+
+ANSWERS = ["10", "4.5", "-3", "1000000", "0.05", "7/8", "12:30", "$5"]
 
 
-@pytest.mark.parametrize(
-    ("steps", "surplus", "missing", "groups"),
-    [
-        # As many steps as groups: the other two choices make no difference.
-        ("abc", "merge", "mask", ["a", "b", "c"]),
-        ("abc", "merge", "answer", ["a", "b", "c"]),
-        ("abc", "drop", "mask", ["a", "b", "c"]),
-        ("abc", "drop", "answer", ["a", "b", "c"]),
-        # More.
-        ("abcde", "merge", "mask", ["a", "b", "cde"]),
-        ("abcde", "merge", "answer", ["a", "b", "cde"]),
-        ("abcde", "drop", "mask", ["a", "b", "c"]),
-        ("abcde", "drop", "answer", ["a", "b", "c"]),
-        # Fewer.
-        ("a", "merge", "mask", ["a", None, None]),
-        ("a", "merge", "answer", ["a", "!", "!"]),
-        ("a", "drop", "mask", ["a", None, None]),
-        ("a", "drop", "answer", ["a", "!", "!"]),
-        # None.
-        ("", "merge", "mask", [None, None, None]),
-        ("", "merge", "answer", ["!", "!", "!"]),
-        ("", "drop", "mask", [None, None, None]),
-        ("", "drop", "answer", ["!", "!", "!"]),
-        # A single group.
-        ("abc", "merge", "mask", ["abc"]),
-        ("abc", "drop", "answer", ["a"]),
-        ("", "merge", "answer", ["!"]),
-    ],
-)
-def test_alignment(steps: str, surplus: str, missing: str, groups: list[str | None]) -> None:
-    """Both flavours of SIM-CoT and the two between them; `!` is the answer."""
-    aligned = align_steps(list(steps), "!", len(groups), surplus=surplus, missing=missing)
-    assert aligned == [None if group is None else list(group) for group in groups]
+@pytest.mark.parametrize("mark", ["####", "The answer is:", "#### $"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_the_number_begins_where_it_is_said_to(
+    either_tokenizer: Tokenizer, make_problem: MakeProblem, answer: str, mark: str
+) -> None:
+    """The tokens before hold none of it, byte for byte; the token there does, be it with a blank before."""
+    tokenizer = either_tokenizer
+    answers = AnswerFormat(thinks=True, answer_mark=mark)
+    example = encode_problem(tokenizer, make_problem("How many?", "", answer), answers, "none")
+    pieces = tokenizer.encoding.decode_tokens_bytes(example.answer.ids[:-1])
+    assert b"".join(pieces) == f"{mark} {answer}".encode()
+    before, first = b"".join(pieces[: example.number_at]).decode(), pieces[example.number_at].decode()
+    assert before in (f"{mark} ", mark)
+    assert first.lstrip(" ") != ""
+    assert f"{mark} {answer}".startswith(before + first)
+    assert answer.startswith(first.lstrip(" "))
+
+
+def test_what_precedes_a_number_is_the_same_for_every_number(
+    either_tokenizer: Tokenizer, make_problem: MakeProblem
+) -> None:
+    """So all answers to a question can be compared from there on."""
+    examples = [encode_problem(either_tokenizer, make_problem("?", "", n), WRITES, "none") for n in ("10", "4.5", "7")]
+    assert len({example.number_at for example in examples}) == 1
+    assert len({tuple(example.answer.ids[: example.number_at]) for example in examples}) == 1
+    numbers = [either_tokenizer.decode(example.answer.ids[example.number_at :]).strip() for example in examples]
+    assert numbers == ["10", "4.5", "7"]
+
+
+def test_an_answer_without_a_number(either_tokenizer: Tokenizer, make_problem: MakeProblem) -> None:
+    """Nothing of it begins before the end token."""
+    example = encode_problem(either_tokenizer, make_problem("?", "", ""), WRITES, "none")
+    assert example.answer.ids[example.number_at :] == [either_tokenizer.end_id]

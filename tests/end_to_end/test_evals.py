@@ -129,7 +129,7 @@ def test_groups_that_are_taught_the_answer_are_no_steps(latent_run: Trained, sum
     masked, masked_lines = report_of(checkpoint)
     assert not any("answer_group" in key for key in masked)
     config = strict_json((checkpoint / "config.json").read_text())
-    config["run"]["latent"]["missing"] = "answer"
+    config["groups"]["missing"] = "answer"
     (checkpoint / "config.json").write_text(json.dumps(config))
     outcome = evaluate(checkpoint, f"data.path={sums}", "verify=false").ok()
     report, lines = report_of(checkpoint)

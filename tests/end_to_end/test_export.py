@@ -15,11 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, read_json
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.generate import generate_all
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.terms.step_decoder import StepDecoder
+from simcot_latent.terms.steps import StepGroups
 from simcot_latent.training.saving import save_checkpoint
 
 EXPORT = "simcot_latent.export"
@@ -57,16 +60,25 @@ TEXTS = [
 def make_run_folder(
     make_model: Callable[..., GPT], tokenizer: Tokenizer, tmp_path: Path
 ) -> Callable[..., tuple[Path, Checkpoint]]:
-    """`make_run_folder(shape, tokenizer=None, thinks=False, **changes)`: an `out_dir` with a checkpoint, and it."""
+    """`make_run_folder(shape, tokenizer=None, loop=None, **changes)`: an `out_dir` with a checkpoint, and it.
+
+    With settings of a loop, the model thinks.
+    """
 
     def make(
-        shape: str = "llama", tokenizer: Tokenizer = tokenizer, thinks: bool = False, **changes: Any
+        shape: str = "llama",
+        tokenizer: Tokenizer = tokenizer,
+        loop: SequentialConfig | None = None,
+        **changes: Any,
     ) -> tuple[Path, Checkpoint]:
         family, shape_changes = SHAPES[shape]
         model = make_model(family, vocab_size=tokenizer.n_vocab, **(shape_changes | changes))
-        decoder = StepDecoder.from_base(model, 1, "base").eval() if thinks else None
-        thoughts = ThoughtFormat(thinks=True, n_latents=4, latents_per_step=2) if thinks else ThoughtFormat()
-        checkpoint = Checkpoint(model, decoder, tokenizer, thoughts, {"max_new_tokens": 8})
+        checkpoint = Checkpoint(model, None, tokenizer, {"max_new_tokens": 8})
+        if loop is not None:
+            checkpoint.step_decoder = StepDecoder.from_base(model, 1, "base").eval()
+            checkpoint.loop = Sequential(model.config.n_embd, loop).eval()
+            checkpoint.answers, checkpoint.stage = AnswerFormat(thinks=True), Stage(4, first_written=None)
+            checkpoint.groups = StepGroups(latents_per_step=2)
         save_checkpoint(checkpoint, tmp_path / "run", TrainerState({}, {}), keep=1)
         return tmp_path / "run", checkpoint
 
@@ -214,7 +226,7 @@ def test_shards(make_run_folder: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_said(make_run_folder: Callable[..., Any], tmp_path: Path) -> None:
-    folder, checkpoint = make_run_folder("llama", thinks=True, projector_width=16)
+    folder, checkpoint = make_run_folder("llama", loop=SequentialConfig(projector_width=16))
     outcome = export(folder).ok()
     _, said = outcome.out.splitlines()
     assert said.startswith("left out, since LlamaForCausalLM has no place for it: ")

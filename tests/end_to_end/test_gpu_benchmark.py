@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.common import SIZES
 from benchmarks.gpu.__main__ import PARTS, Part, run_parts
 from benchmarks.gpu.common import Report, read_report, relative_error, slug
-from benchmarks.gpu.correct import FAMILIES, compare, make_objective, numbers
+from benchmarks.gpu.correct import FAMILIES, compare, make_method, numbers
 from benchmarks.gpu.profile import Span, busy_seconds, dearest, longest_gaps
 from benchmarks.gpu.train import transformer_flops
 from simcot_latent.config import as_plain, config_dir
@@ -137,7 +137,7 @@ def test_no_card_is_one_line(tmp_path: Path) -> None:
 def test_a_wrong_gradient_is_found() -> None:
     """A check that cannot fail would be worth nothing."""
     problems = Arithmetic(train_size=16).load("train").problems
-    expected = numbers(make_objective(FAMILIES["llama"], 3), problems, torch.device("cpu"))
+    expected = numbers(make_method(FAMILIES["llama"], 3), problems, torch.device("cpu"))
     assert compare(expected, expected)["ok"]
     for name in ("loss", "model.transformer.blocks.0.attention.qkv.weight", "step_decoder.transformer.norm.weight"):
         wrong = expected | {name: expected[name] * 1.001}

@@ -70,10 +70,11 @@ def test_new_rows_as_a_token(gpt2: Path, sums: Path, tmp_path: Path) -> None:
     assert torch.equal(table[-40:], table[row].expand(40, -1))
 
 
-def test_a_projector_can_be_added(gpt2: Path, sums: Path, tmp_path: Path) -> None:
-    arguments = ("data=gsm8k", f"data.path={sums}", f"init_from={gpt2}", "model.projector_width=24", "out_dir=run")
+@pytest.mark.parametrize("key", ["latent.projector_width", "model.projector_width"])  # the latter of old
+def test_a_projector_can_be_added(key: str, gpt2: Path, sums: Path, tmp_path: Path) -> None:
+    arguments = ("data=gsm8k", f"data.path={sums}", f"init_from={gpt2}", f"{key}=24", "out_dir=run")
     run(TRAIN, *RUN, "num_iterations=2", "eval_every=-1", *THINKS, *arguments, folder=tmp_path).ok()
-    assert load_file(tmp_path / "run/latest/model.safetensors")["projector.up.weight"].shape == (24, 32)
+    assert load_file(tmp_path / "run/latest/loop.safetensors")["projector.up.weight"].shape == (24, 32)
 
 
 def test_resuming_needs_the_weights_no_more(gpt2: Path, sums: Path, tmp_path: Path) -> None:

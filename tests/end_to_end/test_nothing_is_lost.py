@@ -28,7 +28,7 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.logs import RunLog
-from simcot_latent.objectives.weighted import WeightedObjective
+from simcot_latent.method import Method
 from simcot_latent.training.memory import in_units, out_of_memory
 
 WEIGHTED = (*TINY, *ARITHMETIC, "mode=weighted", "num_iterations=12", "checkpoint_every=4", "eval_every=6")
@@ -296,9 +296,9 @@ def test_moments_that_no_training_leaves_are_refused(
 @contextmanager
 def bad_loss(*steps: int, value: float = math.nan) -> Iterator[list[int]]:
     """While this lasts, the loss of these steps (from 1) is multiplied by `value`; two micro-batches make a step."""
-    forward, calls = WeightedObjective.forward, []
+    forward, calls = Method.forward, []
 
-    def broken(self: WeightedObjective, batch: Any, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    def broken(self: Method, batch: Any, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         shares = forward(self, batch, totals)
         if self.training:
             calls.append(len(calls) // 2 + 1)
@@ -307,7 +307,7 @@ def bad_loss(*steps: int, value: float = math.nan) -> Iterator[list[int]]:
         return shares
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WeightedObjective, "forward", broken)
+        patch.setattr(Method, "forward", broken)
         yield calls
 
 

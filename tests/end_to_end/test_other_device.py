@@ -12,22 +12,27 @@ import torch
 from commands import ARITHMETIC, PROBE, TINY, TRAIN, run
 from pretend_device import DEVICE, pretend_device
 
-from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
+from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.batch import to_device
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT, GPTConfig, set_block_options
-from simcot_latent.objectives.base import Objective
-from simcot_latent.objectives.latent import LatentObjective, LatentObjectiveConfig
-from simcot_latent.objectives.weighted import WeightedConfig, WeightedObjective
 from simcot_latent.training.optimizer import make_optimizers, update
 
 SHORT = ("num_iterations=4", "eval_every=2", "max_new_tokens=3", "eval_examples=6", "checkpoint_every=2")
 
-LATENT: dict[str, dict[str, Any]] = {
-    "latent": {},
-    "pairs": {"latent": LatentConfig(4, 2, missing="answer"), "loss": LossConfig(step_reduction="codi")},
-    "decoder_of_base": {"latent": LatentConfig(3, 2, feeds_last=False), "decoder": DecoderConfig(None, "base")},
+METHODS = {
+    "weighted": MethodConfig(),
+    "latent": MethodConfig.simcot(LatentConfig(projector_width=8)),
+    "pairs": MethodConfig.simcot(
+        LatentConfig(4, 2, missing="answer", projector_width=8), loss=LossConfig(step_reduction="codi")
+    ),
+    "decoder_of_base": MethodConfig.simcot(
+        LatentConfig(3, 2, feeds_last=False, projector_width=8), DecoderConfig(None, "base")
+    ),
+    "pause": MethodConfig.simcot(curriculum="none", loop="pause"),
+    "no_decoder": MethodConfig.simcot(steps="none"),
 }
 
 
@@ -50,21 +55,20 @@ def test_what_a_gpu_refuses_is_refused() -> None:
         assert len(device.reads) == 5
 
 
-@pytest.fixture(params=["weighted", *LATENT])
-def make_objective(
+@pytest.fixture(params=METHODS)
+def make_method(
     request: pytest.FixtureRequest, tokenizer: Tokenizer, make_run: Callable[..., RunConfig]
-) -> Callable[[], Objective]:
-    """A new objective, the same each time."""
+) -> Callable[[], Method]:
+    """A new method, the same each time."""
 
-    def make() -> Objective:
+    def make() -> Method:
         torch.manual_seed(0)
         family: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 256}
-        if request.param == "weighted":
-            model = GPT(GPTConfig(tokenizer.n_vocab, **family))
-            return WeightedObjective(model, tokenizer, make_run(rationale="natural"), WeightedConfig())
-        config = LatentObjectiveConfig(**LATENT[request.param])
-        model = GPT(GPTConfig(tokenizer.n_vocab, positions="learned", bias=True, projector_width=8, **family))
-        return LatentObjective(model, tokenizer, make_run(rationale="equations"), config)
+        if request.param != "weighted":
+            family |= {"positions": "learned", "bias": True}
+        rationale = "natural" if request.param == "weighted" else "equations"
+        model = GPT(GPTConfig(tokenizer.n_vocab, **family))
+        return Method(model, tokenizer, make_run(rationale=rationale), METHODS[request.param])
 
     return make
 
@@ -72,23 +76,23 @@ def make_objective(
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_a_step_reads_nothing(
-    make_objective: Callable[[], Objective], problems: list[Problem], optimizer: str, checkpointing: bool
+    make_method: Callable[[], Method], problems: list[Problem], optimizer: str, checkpointing: bool
 ) -> None:
     """A training step never waits for its device, and comes to the same losses and gradient norms there."""
 
     def losses(device: torch.device) -> list[torch.Tensor]:
-        objective = make_objective()
-        objective.run.optimizer = optimizer
-        set_block_options(objective, compile=False, checkpointing=checkpointing)
-        objective.to(device)
-        optimizers = make_optimizers(objective, objective.run)
-        batch = objective.collate([objective.encode(problem) for problem in problems], objective.thoughts)
+        method = make_method()
+        method.run.optimizer = optimizer
+        set_block_options(method, compile=False, checkpointing=checkpointing)
+        method.to(device)
+        optimizers = make_optimizers(method, method.run)
+        batch = method.collate([method.encode(problem) for problem in problems], method.last_stage)
         totals = {key: value.to(device) for key, value in batch.totals.items()}
         found: list[torch.Tensor] = []
         for _ in range(2):
-            shares = objective(to_device(batch, device), totals)
+            shares = method(to_device(batch, device), totals)
             shares["loss"].backward()
-            found += [shares["loss"].detach(), update(objective.parameters(), optimizers, max_norm=1.0)]
+            found += [shares["loss"].detach(), update(method.parameters(), optimizers, max_norm=1.0)]
         return found
 
     expected = losses(torch.device("cpu"))

@@ -11,8 +11,8 @@ import pytest
 from commands import ARITHMETIC, PROBE, REAL_DATA, TINY, TRAIN, Outcome, Trained, contents, run, strict_json
 
 import simcot_latent as sl
-from simcot_latent.probing.gold import gold_groups
 from simcot_latent.probing.steps import GroupProbe, QuestionProbe
+from simcot_latent.probing.thoughts import gold_groups
 
 AWKWARD = [
     "John's 3 apples, his 4 pears: how many are $5 = 5?",
@@ -168,7 +168,7 @@ def test_batches_change_nothing(latent_run: Trained, sums: Path) -> None:
 def test_a_model_between_stages_is_held_to_what_it_was_taught(tmp_path: Path, latent_run: Trained, sums: Path) -> None:
     """While thoughts stand for the first step only, its thought is to say that step, not all that are left."""
     checkpoint = sl.load_checkpoint(latent_run.out_dir)
-    checkpoint.thoughts = sl.ThoughtFormat(thinks=True, n_latents=1)
+    checkpoint.stage = sl.Stage(1, first_written=1)
     question = "Eve has 3 pens and finds 4 more. Then the number of pens doubles. How many pens does Eve have?"
     rationale = "<<3+4=7>> <<7*2=14>>"
     from simcot_latent.data.problem import Problem, parse_steps

@@ -170,7 +170,7 @@ def test_a_checkpoint_loads_by_itself_and_answers_as_before(trained: Trained, tm
     assert there.config["model"]["n_embd"] == there.model.config.n_embd == 32
     assert sl.generate_all(there, questions, batch_size=2) == sl.generate_all(moved, questions, batch_size=2)
     assert all(torch.equal(a, b) for a, b in zip(there.model.parameters(), moved.model.parameters(), strict=True))
-    if there.thoughts.thinks:
+    if there.stage.thoughts:
         thoughts = sl.think(there, questions)
         assert thoughts.latents.shape == (2, 3, 32)
         assert sl.decode_steps(there, thoughts) == sl.decode_steps(moved, sl.think(moved, questions))
@@ -304,7 +304,7 @@ def test_another_mode_does_not_resume_a_run(tmp_path: Path) -> None:
     run(TRAIN, *arguments, "mode=weighted", folder=tmp_path).ok()
     before = contents(tmp_path / "run")
     refused = run(TRAIN, *arguments, "mode=latent", "resume=true", folder=tmp_path).error
-    assert "decoder (there was none) may not change in a run" in refused
+    assert "decoder (there was none), loop (was none, is sequential) may not change in a run" in refused
     assert "mode (was weighted, is latent)" in refused
     refused = run(TRAIN, *arguments, "mode=weighted", "model.n_layer=2", "resume=true", folder=tmp_path).error
     assert "model.n_layer (was 1, is 2) may not change in a run" in refused

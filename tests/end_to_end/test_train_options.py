@@ -21,9 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import simcot_latent as sl
 from simcot_latent.config import RunConfig
 from simcot_latent.data.tokenizer import Tokenizer
+from simcot_latent.method import Method, ThoughtBatch, WrittenBatch
 from simcot_latent.model.gpt import Block, Transformer
-from simcot_latent.objectives.base import Objective, WrittenBatch
-from simcot_latent.objectives.latent import LatentBatch
 from simcot_latent.training.optimizer import lr_multiplier
 
 # --- the schedule in closed form -------------------------------------------------------------------------------------
@@ -39,7 +38,7 @@ def by_the_formula(schedule: str, warmup: int, steps: int, final: float, step: i
 
 
 def make_run(**changes: Any) -> RunConfig:
-    return RunConfig(objective="", mode="", model={}, data={}, tokenizer={}, **changes)
+    return RunConfig(mode="", model={}, data={}, tokenizer={}, **changes)
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
@@ -92,12 +91,12 @@ class Update:
 
 @dataclass
 class Pass:
-    """One call of the objective."""
+    """One call of the method."""
 
-    batch: WrittenBatch | LatentBatch
+    batch: WrittenBatch | ThoughtBatch
     trains: bool
     dtype: torch.dtype
-    objective: Objective
+    method: Method
 
     @property
     def rows(self) -> int:
@@ -150,7 +149,7 @@ def watching(seen: Watched) -> Iterator[None]:
         seen.updates.append(Update(type(optimizer).__name__, groups, squared, len(state), counts))
 
     def before_pass(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, Objective):
+        if isinstance(module, Method):
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
             seen.passes.append(Pass(args[0], torch.is_grad_enabled(), dtype, module))
 
@@ -203,7 +202,7 @@ def test_adamw_for_everything(tmp_path: Path) -> None:
     seen = watch(tmp_path, "optimizer=adamw", "mode=latent", "num_iterations=2", "eval_every=-1")
     assert [update.optimizer for update in seen.updates] == ["AdamW"] * 2
     trained = sum(math.prod(size) for group in seen.updates[0].groups for size in group["sizes"])
-    assert trained == sum(parameter.numel() for parameter in seen.passes[0].objective.parameters())
+    assert trained == sum(parameter.numel() for parameter in seen.passes[0].method.parameters())
 
 
 @pytest.mark.parametrize("max_norm", ["null", "0.05", "1e6"])
@@ -228,13 +227,32 @@ def test_the_optimizer_is_reset_when_a_stage_begins_if_asked(resets: bool, tmp_p
     arguments = ("mode=latent", "num_iterations=6", "warmup_ratio=0", f"latent.reset_optimizer={str(resets).lower()}")
     seen = watch(tmp_path, *arguments, *stages, "eval_every=-1", "learning_rate=0.004")
     assert [line["n_latents"] for line in seen.lines if "loss" in line] == [0, 0, 1, 1, 2, 2]
-    thoughts = [max(each.batch.counts) if isinstance(each.batch, LatentBatch) else 0 for each in seen.training]
+    thoughts = [max(each.batch.counts) if isinstance(each.batch, ThoughtBatch) else 0 for each in seen.training]
     assert thoughts == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2], "two passes per step, as the log says"
     expected = [0, 1, 0, 1, 0, 1] if resets else [0, 1, 2, 3, 4, 5]
     for step, (adamw, muon, before) in enumerate(zip(seen.of("AdamW"), seen.of("Muon"), expected, strict=True)):
         assert (adamw.moments == 0) == (muon.moments == 0) == (before == 0)
         assert max(adamw.counts, default=0) == before
         assert adamw.groups[0]["lr"] == pytest.approx(0.004 * (1 - step / 6))
+
+
+def test_a_decoder_of_the_base_begins_with_what_the_warm_up_has_taught_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """decoder.init=base: it is a copy of the base's blocks before the first step, and again before the first thought,
+    in step 3 of 4."""
+    forward, is_copy = Method.forward, []
+
+    def watched(method: Method, batch: WrittenBatch | ThoughtBatch, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert method.step_decoder is not None
+        base = method.model.transformer.state_dict()
+        is_copy.append(all(torch.equal(x, base[n]) for n, x in method.step_decoder.transformer.state_dict().items()))
+        return forward(method, batch, totals)
+
+    monkeypatch.setattr(Method, "forward", watched)
+    arguments = ("mode=latent", "num_iterations=4", "latent.warmup=0.5", "latent.stages=0", "decoder.init=base")
+    watch(tmp_path, *arguments, "device_batch_size=8", "eval_every=-1")
+    assert is_copy[:4] == [True, False, True, False]
 
 
 # --- what is read in a pass ------------------------------------------------------------------------------------------
@@ -305,11 +323,11 @@ def test_compiling_and_checkpointing_reach_every_block(
     attention = "sdpa" if asked else "products"
     options = (*(f"{key}={str(asked).lower()}" for key in keys), f"later_attention={attention}")
     seen = watch(tmp_path, "mode=latent", "num_iterations=1", "eval_every=-1", *options)
-    blocks = [block for block in seen.passes[0].objective.modules() if isinstance(block, Block)]
+    blocks = [block for block in seen.passes[0].method.modules() if isinstance(block, Block)]
     assert len(blocks) == 2
     assert [block.checkpointing for block in blocks] == [asked] * 2
     assert compiled == for_few == (blocks if asked else [])
-    transformers = [part for part in seen.passes[0].objective.modules() if isinstance(part, Transformer)]
+    transformers = [part for part in seen.passes[0].method.modules() if isinstance(part, Transformer)]
     assert [transformer.later_attention for transformer in transformers] == [attention] * 2
 
 
@@ -402,7 +420,7 @@ def test_what_the_baseline_writes(rationale: str, sums: Path, tmp_path: Path) ->
     first = seen.training[0]
     assert isinstance(first.batch, WrittenBatch)
     rows = first.batch.packing.row_P[-len(first.batch.targets) :]
-    text = first.objective.tokenizer.decode(first.batch.targets.label_M[rows == 0].tolist())
+    text = first.method.tokenizer.decode(first.batch.targets.label_M[rows == 0].tolist())
     steps = "<<3+4=7>>\n<<7*2=14>>\n"
     if rationale == "natural":
         assert text.startswith("First ")

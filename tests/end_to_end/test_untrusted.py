@@ -34,6 +34,8 @@ from hostile import CALL, HOSTILE, PWNED, WRITE, tampered
 from safetensors.torch import load_file, save_file
 
 import simcot_latent as sl
+from simcot_latent.checkpoint import write_checkpoint
+from simcot_latent.checkpoint_config import read_config
 from simcot_latent.data.patterns import GPT2_PATTERN, KNOWN_PATTERNS, pieces
 from simcot_latent.data.sources import SPLITS, Split, load_first
 from simcot_latent.data.sources.arithmetic import Arithmetic
@@ -45,8 +47,14 @@ from simcot_latent.interop.pretrained import load_pretrained
 from simcot_latent.interop.published_tokenizers import read_tokenizer, write_tokenizer
 from simcot_latent.weights import DTYPES, save_tensors
 
+OLD_CHECKPOINTS = Path(__file__).with_name("old_checkpoints")
+OLD = {1: OLD_CHECKPOINTS / "latent" / "step_0000006", 2: OLD_CHECKPOINTS / "format_2" / "step_0000006"}
+"""Checkpoints of earlier formats."""
+
 EVAL = "evals.arithmetic"
 SECRET = {"SECRET": "s3cr3t-value"}
+LATENT = [*TINY, *ARITHMETIC, "mode=latent", "latent.n_latents=2", "latent.stages=0", "latent.projector_width=8",
+          "num_iterations=2"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +63,7 @@ def arithmetic_run(shared_folder: Path) -> Path:
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        arguments = [*TINY, *ARITHMETIC, "mode=latent", "latent.n_latents=2", "latent.stages=0", "num_iterations=2"]
-        run(TRAIN, *arguments, f"out_dir={folder / 'run'}", folder=folder).ok()
+        run(TRAIN, *LATENT, f"out_dir={folder / 'run'}", folder=folder).ok()
 
     return made_once(shared_folder / "arithmetic", make) / "run" / "latest"
 
@@ -133,11 +140,56 @@ def test_the_class_is_never_the_checkpoints(checkpoint: Path, work: Path) -> Non
     tamper(checkpoint, lambda config: config["run"].update(data=CALL))
     evaluate(checkpoint, work, "data.test_size=3", "data.train_size=4", "verify=false").ok()
     assert not list(work.iterdir())
-    tamper(
-        checkpoint, lambda config: config["run"].update(objective="os.system", tokenizer=CALL, mode=CALL, model=CALL)
-    )
-    evaluate(checkpoint, work, "data.test_size=3", "verify=false").ok()
-    assert not list(work.iterdir())
+    names = ("objective", "curriculum", "loop", "steps")
+    parts: dict[str, Any] = {**dict.fromkeys(names, "os.system"), "terms": ["os.system"], "use": ["mine"]}
+    (work / "mine.py").write_text(f"open({PWNED!r}, 'w')\n")
+    for saved in (parts, dict.fromkeys([*parts, "tokenizer", "mode", "model"], CALL)):
+        tamper(checkpoint, lambda config, saved=saved: config["run"].update(saved))
+        evaluate(checkpoint, work, "data.test_size=3", "verify=false").ok()
+        assert [path.name for path in work.iterdir()] == ["mine.py"]
+
+
+@pytest.mark.parametrize("key", ["os.system", "simcot_latent.loops.pause.Pause", "none", "", "replace", "../pause"])
+def test_a_loop_is_one_of_the_table(key: str, checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config["loop"].update(key=key))
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"{checkpoint}/config.json: loop.key={key}: must be one of " in message
+    assert "pause, sequential" in message
+
+
+@pytest.mark.parametrize("settings", [{"unknown": 1}, {"feeds_last": "no"}, {"_target_": "os.system"}, [], None, 3])
+def test_a_loop_has_its_own_settings(settings: Any, checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config["loop"].update(settings=settings))
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"{checkpoint}/config.json: " in message
+    assert "loop.settings" in message
+
+
+@pytest.mark.parametrize(
+    "parts", [["../model"], ["a" * 101], ["a/b"], ["Contrast"], [""], [3], ["."], "contrast", {"a": 1}, None]
+)
+def test_parts_are_names_of_files_beside_the_model(parts: Any, checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config.update(parts=parts))
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"{checkpoint}/config.json: " in message
+    assert "parts" in message
+
+
+def test_a_part_that_is_not_there(checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config.update(parts=["contrast"]))
+    assert "contrast.safetensors" in refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+
+
+def test_a_part_is_finite_and_no_view_of_its_file(checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config.update(parts=["contrast"]))
+    save_file({"w": torch.tensor([1.0, math.inf])}, checkpoint / "contrast.safetensors")
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert f"{checkpoint}/contrast.safetensors: w holds numbers that are not finite" in message
+    save_file({"w": torch.ones(2)}, checkpoint / "contrast.safetensors")
+    loaded = sl.load_checkpoint(checkpoint, verify=False)
+    write_checkpoint(loaded, checkpoint)
+    assert loaded.parts["contrast"]["w"].tolist() == [1.0, 1.0]
+    assert sl.load_checkpoint(checkpoint).parts["contrast"]["w"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("files", [("diary.txt",), ("diary.txt", "train.jsonl")])
@@ -266,7 +318,12 @@ def test_the_walk_reaches_everything(checkpoint: Path) -> None:
         "run.data.operations.0 = ",
         "run.data + _target_",
         "model.n_layer = ",
-        "thoughts.n_latents = ",
+        "stage.thoughts = ",
+        "loop + ",
+        "loop.key = ",
+        "loop.settings.projector_width = ",
+        "groups.latents_per_step = ",
+        "parts = ",
         "step = ",
     ):
         assert any(name.startswith(place) for name in names), place
@@ -274,7 +331,7 @@ def test_the_walk_reaches_everything(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("file", ["model.safetensors", "step_decoder.safetensors"])
+@pytest.mark.parametrize("file", ["model.safetensors", "step_decoder.safetensors", "loop.safetensors"])
 def test_weights_that_are_not_finite(file: str, number: float, checkpoint: Path) -> None:
     weights = load_file(checkpoint / file)
     name = sorted(weights)[-1]
@@ -297,7 +354,7 @@ def test_published_weights_that_are_not_finite(published: Path) -> None:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 SIZES = [("n_layer", 10**7), ("n_layer", 2**31 - 1), ("vocab_size", 2**40), ("vocab_size", 2**31 - 1),
-         ("n_embd", 2**30), ("ffn_width", 2**31 - 1), ("projector_width", 2**31 - 1), ("context_length", 2**40),
+         ("n_embd", 2**30), ("ffn_width", 2**31 - 1), ("context_length", 2**40),
          ("n_head", 2**40), ("n_layer", 10**400), ("rope_base", 10**400), ("n_layer", True),
          ("norm_eps", "1")]  # fmt: skip
 
@@ -306,10 +363,22 @@ SIZES = [("n_layer", 10**7), ("n_layer", 2**31 - 1), ("vocab_size", 2**40), ("vo
 @pytest.mark.parametrize(("key", "value"), SIZES)
 def test_shapes_are_the_files(part: str, key: str, value: Any, checkpoint: Path) -> None:
     tamper(checkpoint, lambda config: config[part].update({key: value}))
-    if part == "step_decoder" and key in ("vocab_size", "projector_width") and value < 2**31:
-        return  # a decoder that shares the model's table has neither of its own
+    if part == "step_decoder" and key == "vocab_size" and value < 2**31:
+        return  # a decoder that shares the model's table has none of its own
     message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
     assert "config.json" in message or "safetensors" in message
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, 2**40, 10**400, 9, 0, -1, True, "8", None])
+def test_a_projector_is_the_files(value: Any, checkpoint: Path) -> None:
+    """Of the present format, and of format 2, where it was a part of the model."""
+    old = Path(shutil.copytree(OLD[2], checkpoint.parent / "old"))
+    tamper(old, lambda config: config["model"].update(projector_width=value))
+    tamper(checkpoint, lambda config: config["loop"]["settings"].update(projector_width=value))
+    for folder in (old, checkpoint) if value is not None else (old,):  # of what is not asked for, no file is read
+        message = refusal(lambda folder=folder: sl.load_checkpoint(folder, verify=False))
+        assert str(folder) in message
+        assert "config.json" in message or "safetensors" in message
 
 
 def test_many_blocks_by_name_cost_no_more_than_the_file(checkpoint: Path) -> None:
@@ -322,20 +391,64 @@ def test_many_blocks_by_name_cost_no_more_than_the_file(checkpoint: Path) -> Non
     assert "does not fit" in refusal(lambda: sl.load_checkpoint(checkpoint, verify=False), seconds=5)
 
 
+@pytest.mark.parametrize(("section", "key"), [("stage", "thoughts"), ("groups", "latents_per_step")])
+@pytest.mark.parametrize("value", [10**6, 10**13, -2, 2.5, "4"])
+def test_thoughts_fit_the_context(section: str, key: str, value: Any, checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config[section].update({key: value}))
+    assert f"{section}.{key}" in refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "1", True, [0]])
+def test_a_stage_writes_from_a_step_on(value: Any, checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config["stage"].update(first_written=value))
+    assert "stage.first_written" in refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+
+
+@pytest.mark.parametrize("change", [{"loop": None}, {"answers": {"thinks": False}}])
+def test_thoughts_need_a_loop(change: dict[str, Any], checkpoint: Path) -> None:
+    tamper(checkpoint, lambda config: config.update(change))
+    message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+    assert "stage.thoughts=2: must be 0 without a loop, and with answers.thinks=false" in message
+
+
 @pytest.mark.parametrize("key", ["n_latents", "latents_per_step"])
 @pytest.mark.parametrize("value", [10**6, 10**13, -2, 2.5, "4"])
-def test_thoughts_fit_the_context(key: str, value: Any, checkpoint: Path) -> None:
-    tamper(checkpoint, lambda config: config["thoughts"].update({key: value}))
-    assert key in refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
+def test_thoughts_of_an_earlier_format_fit_the_context(key: str, value: Any, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(OLD[2], tmp_path / "old"))
+    tamper(old, lambda config: config["thoughts"].update({key: value}))
+    message = refusal(lambda: sl.load_checkpoint(old, verify=False))
+    assert f"{old}/config.json" in message
+    assert "thoughts" in message
+
+
+@pytest.mark.parametrize("written", OLD)
+def test_every_place_of_an_earlier_configuration(written: int, tmp_path: Path) -> None:
+    """What a stranger may write into it is read as the present format is, or refused in one line."""
+    file, refused, read = tmp_path / "config.json", 0, 0
+    for what, changed in tampered(json.loads((OLD[written] / "config.json").read_text())):
+        file.write_text(json.dumps(changed))
+        try:
+            saved, said = read_config(file), ""
+        except UserError as error:
+            saved, said = None, str(error)
+        if saved is None:
+            assert said.startswith(f"{file}: "), what
+            assert "\n" not in said, what
+            refused += 1
+        else:
+            assert saved.loop is None or saved.loop.key == "sequential", what
+            read += 1
+    assert refused > 500
+    assert read > 500
 
 
 @pytest.mark.parametrize("key", ["question_end", "answer_mark"])
 def test_texts_around_an_answer_are_short(key: str, checkpoint: Path) -> None:
-    tamper(checkpoint, lambda config: config["thoughts"].update({key: "ab" * 500}))
+    tamper(checkpoint, lambda config: config["answers"].update({key: "ab" * 500}))
     sl.load_checkpoint(checkpoint, verify=False)
-    tamper(checkpoint, lambda config: config["thoughts"].update({key: "ab" * 10**6}))
+    tamper(checkpoint, lambda config: config["answers"].update({key: "ab" * 10**6}))
     message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
-    assert f"thoughts.{key}=(2,000,000 characters): must be at most 1,000 long" in message
+    assert f"answers.{key}=(2,000,000 characters): must be at most 1,000 long" in message
 
 
 @pytest.mark.parametrize("value", [10**13, 2**31 - 1, -1, "8", None, [8]])
@@ -569,7 +682,8 @@ def test_what_is_no_file_is_not_opened(file: str, kind: str, published: Path) ->
     assert str(published) in refusal(lambda: load_pretrained(published))
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "step_decoder.safetensors", "config.json", "manifest.json",
+@pytest.mark.parametrize("file", ["model.safetensors", "step_decoder.safetensors", "loop.safetensors", "config.json",
+                                  "manifest.json",
                                   "tokenizer/tokenizer.json", "tokenizer/ranks.tiktoken"])  # fmt: skip
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 @pytest.mark.parametrize("verify", [True, False])
@@ -605,7 +719,7 @@ def replace_by(kind: str, path: Path) -> None:
 
 # --- integrity -------------------------------------------------------------------------------------------------------
 
-FILES = ["model.safetensors", "step_decoder.safetensors", "config.json", "tokenizer/tokenizer.json",
+FILES = ["model.safetensors", "step_decoder.safetensors", "loop.safetensors", "config.json", "tokenizer/tokenizer.json",
          "tokenizer/ranks.tiktoken"]  # fmt: skip
 
 
@@ -660,8 +774,7 @@ def test_resume_verifies_the_state_of_training(file: str, checkpoint: Path, tmp_
     data = bytearray(state.read_bytes())
     data[-3] ^= 1
     state.write_bytes(data)
-    options = [*TINY, *ARITHMETIC, "mode=latent", "latent.n_latents=2", "latent.stages=0", "num_iterations=2"]
-    message = run(TRAIN, *options, f"out_dir={tmp_path / 'run'}", "resume=true", folder=work).error
+    message = run(TRAIN, *LATENT, f"out_dir={tmp_path / 'run'}", "resume=true", folder=work).error
     assert f"{file}: is not the file" in message
 
 

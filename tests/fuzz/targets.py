@@ -24,7 +24,9 @@ from simcot_latent.checkpoint import (
     progress,
     write_checkpoint,
 )
+from simcot_latent.curricula.base import Stage
 from simcot_latent.data import problem
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.patterns import PATTERN
 from simcot_latent.data.sources.gsm8k import GSM8K
 from simcot_latent.data.sources.gsm8k_aug import GSM8KAug
@@ -34,9 +36,10 @@ from simcot_latent.interop.exported import export_hf
 from simcot_latent.interop.pretrained import load_pretrained
 from simcot_latent.interop.published import read_tensor_file
 from simcot_latent.interop.published_tokenizers import read_tokenizer, write_tokenizer
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT, GPTConfig
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.terms.step_decoder import StepDecoder
+from simcot_latent.weights import save_tensors
 
 SAMPLE = "Tom has 3 pens,  and finds <<3+4=7>>7 more \u00e9\n\n#### 7"
 
@@ -65,19 +68,29 @@ def small_tokenizer() -> Tokenizer:
     return Tokenizer("small", PATTERN, ranks, special)
 
 
-def small_checkpoint(decoder: bool = True, **shape: Any) -> Checkpoint:
+def small_checkpoint(thinks: bool = True, **shape: Any) -> Checkpoint:
     tokenizer = small_tokenizer()
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "context_length": 64, **shape}
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **shape)).eval()
-    step_decoder = StepDecoder.from_base(model, 1, "base").eval() if decoder else None
-    thoughts = ThoughtFormat(thinks=True, n_latents=2) if decoder else ThoughtFormat()
     run = {
         "mode": "latent",
         "max_new_tokens": 8,
         "data": {"_target_": "simcot_latent.data.sources.gsm8k.GSM8K", "path": "somewhere"},
         "latent": {"n_latents": 2, "surplus": "merge", "missing": "mask"},
     }
-    return Checkpoint(model, step_decoder, tokenizer, thoughts, run, step=3)
+    if not thinks:
+        return Checkpoint(model, None, tokenizer, run, step=3)
+    return Checkpoint(
+        model,
+        StepDecoder.from_base(model, 1, "base").eval(),
+        tokenizer,
+        run,
+        answers=AnswerFormat(thinks=True),
+        loop=Sequential(8, SequentialConfig(projector_width=4)).eval(),
+        stage=Stage(2, first_written=None),
+        parts={"contrast": {"weight": torch.ones(2, 3)}},
+        step=3,
+    )
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -86,6 +99,24 @@ def make_checkpoint(folder: Path) -> None:
         {"random/cpu": torch.get_rng_state(), "optimizer/x/exp_avg": torch.zeros(2)}, {"step": 3, "num_steps": 9}
     )
     write_checkpoint(small_checkpoint(), folder, state)
+
+
+def make_old_checkpoint(folder: Path) -> None:
+    """As `make_checkpoint`, of format 2, in which a projector was a part of the model."""
+    make_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("answers", "stage", "groups", "parts"):
+        del config[key]
+    settings = config.pop("loop")["settings"]
+    config["model"]["projector_width"] = settings["projector_width"]
+    config["thoughts"] = {"thinks": True, "n_latents": 2, "latents_per_step": 1, "feeds_last": settings["feeds_last"]}
+    config["run"]["objective"] = "simcot_latent.objectives.latent.LatentObjective"
+    (folder / "config.json").write_text(json.dumps(config | {"format": 2}))
+    loop = read_tensor_file(folder / "loop.safetensors")
+    save_tensors(read_tensor_file(folder / "model.safetensors") | loop, folder / "new")
+    (folder / "new").rename(folder / "model.safetensors")
+    for file in ("loop.safetensors", "contrast.safetensors"):
+        (folder / file).unlink()
 
 
 def make_published(folder: Path, shards: bool = False) -> None:
@@ -201,8 +232,8 @@ def make_torch(folder: Path) -> None:
     torch.save({"a": torch.randn(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, folder / "model.pt")
 
 
-def checkpoint_target(file: str) -> Target:
-    return Target(make_checkpoint, file, lambda folder: load_checkpoint(folder, verify=file == "manifest.json"))
+def checkpoint_target(file: str, make: Callable[[Path], object] = make_checkpoint) -> Target:
+    return Target(make, file, lambda folder: load_checkpoint(folder, verify=file == "manifest.json"))
 
 
 def published_target(file: str, shards: bool = False) -> Target:
@@ -223,6 +254,10 @@ TARGETS: dict[str, Target] = {
     "manifest": checkpoint_target("manifest.json"),
     "weights": checkpoint_target("model.safetensors"),
     "decoder": checkpoint_target("step_decoder.safetensors"),
+    "loop": checkpoint_target("loop.safetensors"),
+    "part": checkpoint_target("contrast.safetensors"),
+    "old_config": checkpoint_target("config.json", make_old_checkpoint),
+    "old_weights": checkpoint_target("model.safetensors", make_old_checkpoint),
     "trainer_state": Target(
         make_checkpoint, "trainer_state.json", lambda f: progress(load_trainer_state(f, verify=False), f)
     ),

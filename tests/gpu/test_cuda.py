@@ -7,31 +7,62 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from simcot_latent.checkpoint import Checkpoint
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.generate import generate
+from simcot_latent.loops.base import NoSettings, ThoughtLoop
+from simcot_latent.loops.pause import Pause
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.cache import StaticCache, StaticCaches
 from simcot_latent.model.gpt import GPT, set_block_options
 from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import ThoughtFormat
 from simcot_latent.training.optimizer import orthogonalise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-FORMATS = {"writes": ThoughtFormat(), "thinks": ThoughtFormat(thinks=True, n_latents=4)}
+LOOPS: dict[str, Callable[[], ThoughtLoop] | None] = {
+    "writes": None,
+    "thinks": lambda: Sequential(32, SequentialConfig()),
+    "only decodes the last": lambda: Sequential(32, SequentialConfig(feeds_last=False, projector_width=24)),
+    "pauses": lambda: Pause(32, NoSettings()),
+}
 QUESTIONS = ["Ann has 3 pears.", "2+2?", "How many legs has a dog, Joe?", "Why?", "Half of 30?"] * 5
 
 
-@pytest.mark.parametrize("thoughts", FORMATS.values(), ids=FORMATS)
+@pytest.fixture
+def make_checkpoint(make_model: Callable[..., GPT], tokenizer: Tokenizer) -> Callable[[str, str], Checkpoint]:
+    """`make_checkpoint(family, way)`: a small random model on the card that answers in a way of `LOOPS`."""
+
+    def make(family: str, way: str) -> Checkpoint:
+        model = make_model(family, vocab_size=tokenizer.n_vocab, context_length=48).cuda()
+        make_loop = LOOPS[way]
+        if make_loop is None:
+            return Checkpoint(model, None, tokenizer, {})
+        torch.manual_seed(0)
+        return Checkpoint(
+            model,
+            None,
+            tokenizer,
+            {},
+            answers=AnswerFormat(thinks=True),
+            loop=make_loop().cuda().eval(),
+            stage=Stage(4, first_written=None),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("way", LOOPS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
-def test_graphs_answer_as_passes_do(
-    make_model: Callable[..., GPT], tokenizer: Tokenizer, family: str, thoughts: ThoughtFormat
-) -> None:
-    model = make_model(family, vocab_size=tokenizer.n_vocab, context_length=48).cuda()
-    caches = StaticCaches(model.config.context_length)
+def test_graphs_answer_as_passes_do(make_checkpoint: Callable[[str, str], Checkpoint], family: str, way: str) -> None:
+    checkpoint = make_checkpoint(family, way)
+    caches = StaticCaches(checkpoint.model.config.context_length)
     for rows in (25, 7, 1, 25):
-        wanted = generate(model, tokenizer, thoughts, QUESTIONS[:rows], 20)
-        assert generate(model, tokenizer, thoughts, QUESTIONS[:rows], 20, caches=caches) == wanted
+        wanted = generate(checkpoint, QUESTIONS[:rows], 20)
+        assert generate(checkpoint, QUESTIONS[:rows], 20, caches=caches) == wanted
 
 
 @torch.no_grad()
@@ -52,14 +83,13 @@ def test_a_pass_is_captured_once_and_replayed(make_model: Callable[..., GPT]) ->
 
 @torch.no_grad()
 def test_graphs_in_bfloat16_use_the_weights_that_were_kept(
-    make_model: Callable[..., GPT], tokenizer: Tokenizer
+    make_checkpoint: Callable[[str, str], Checkpoint],
 ) -> None:
-    model = make_model("llama", vocab_size=tokenizer.n_vocab, context_length=48).cuda()
-    thoughts = FORMATS["thinks"]
+    checkpoint = make_checkpoint("llama", "thinks")
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        wanted = generate(model, tokenizer, thoughts, QUESTIONS[:7], 1)
-        keep_weights_in(model, torch.bfloat16)
-        found = generate(model, tokenizer, thoughts, QUESTIONS[:7], 1, caches=StaticCaches(48))
+        wanted = generate(checkpoint, QUESTIONS[:7], 1)
+        keep_weights_in(checkpoint.model, torch.bfloat16)
+        found = generate(checkpoint, QUESTIONS[:7], 1, caches=StaticCaches(48))
     for ours, expected in zip(found, wanted, strict=True):
         assert ours.latents_KD is not None
         assert expected.latents_KD is not None

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch._dynamo import utils as dynamo
 from torch.overrides import TorchFunctionMode
 
+from simcot_latent.loops.base import go_on
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import FEW, GPT, Block, set_block_options
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import go_on, think
 
 LENGTHS = [[40, 50, 21], [33, 60, 60], [70, 41], [64, 1, 7, 30, 25], [30, 31, 32, 33]]
 
@@ -23,6 +24,7 @@ def losses_and_gradients(model: GPT) -> list[torch.Tensor]:
     """Of a written pass and of a thought loop for several batches, each of another size and length."""
     found: list[torch.Tensor] = []
     generator = torch.Generator().manual_seed(0)
+    loop = Sequential(model.config.n_embd, SequentialConfig())
     for lengths in LENGTHS:
         B = len(lengths)
         questions, texts = Packing.of([n - 1 for n in lengths], [1] * B), Packing.of([1] * B, lengths)
@@ -30,7 +32,7 @@ def losses_and_gradients(model: GPT) -> list[torch.Tensor]:
         model.zero_grad()
         written = model(ids_P, questions, read_out=B).sin().sum()
         with gathered_gradients(model):
-            thoughts = think(model, model.embedding(ids_P), questions, 3, room=max(lengths))
+            thoughts = loop.think(model, model.embedding(ids_P), questions, [3] * B, room=max(lengths))
             thought = go_on(model, thoughts, model.embedding(ids_P), texts).sin().sum()
         (written + thought).backward()
         found += [written.detach(), thought.detach()]

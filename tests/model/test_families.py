@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
+from simcot_latent.checkpoint import Checkpoint
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
+from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.interop.conversion import build, describe
+from simcot_latent.interop.exported import export_hf
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.model.packing import Packing
@@ -372,7 +379,15 @@ def test_biases_of_norms_alone_are_not_dropped() -> None:
         build(files)
 
 
-def test_a_projector_is_left_out() -> None:
-    model = build(files_of(random_model(CASES["gpt2"]())))
-    grown = GPT(replace(model.config, projector_width=8))
-    assert describe(grown)[1].keys() == describe(model)[1].keys()
+def test_a_projector_is_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """What a loop has learned is no weight of the model that is described: as exported, it is one without."""
+    config = transformers.GPT2Config(vocab_size=tokenizer.n_vocab, **GPT2_SHAPE)
+    plain = Checkpoint(build(files_of(random_model(config))), None, tokenizer, {})
+    loop = Sequential(plain.model.config.n_embd, SequentialConfig(projector_width=8))
+    grown = replace(plain, answers=AnswerFormat(thinks=True), loop=loop, stage=Stage(2, first_written=None))
+    found = []
+    for name, checkpoint in (("plain", plain), ("grown", grown)):
+        export_hf(checkpoint, tmp_path / name)
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+    assert found[0].keys() == found[1].keys() != set()
+    assert all(map(torch.equal, found[0].values(), found[1].values()))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simcot_latent.loops.sequential import Projector
 from simcot_latent.model.cache import KVCache, StaticCache
 from simcot_latent.model.gpt import FEW, GPT, Block, set_block_options
 from simcot_latent.model.linear import gathered_gradients
@@ -133,7 +134,8 @@ def test_the_example_with_nnsight(tmp_path: Path) -> None:
 def test_what_goes_into_linear_layers_is_what_they_multiply(
     make_model: Callable[..., GPT], family: str, way: str, gathers: bool
 ) -> None:
-    model = make_model(family, projector_width=24)
+    model = make_model(family)
+    projector = Projector(model.config.n_embd, 24)
     WAYS[way](model)
     called: list[str] = []
 
@@ -144,11 +146,12 @@ def test_what_goes_into_linear_layers_is_what_they_multiply(
 
         return hook
 
-    layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and name != "head"}
+    both = nn.ModuleDict({"model": model, "projector": projector})
+    layers = {name: part for name, part in both.named_modules() if isinstance(part, nn.Linear) and name != "model.head"}
     for name, layer in layers.items():
         layer.register_forward_hook(check(name))
-    with gathered_gradients(model) if gathers else nullcontext():
-        thought = model.thought(read(model, gathers=False))
+    with gathered_gradients(model, projector) if gathers else nullcontext():
+        thought = projector(read(model, gathers=False))
     thought.sin().sum().backward()
     passes = 2 * [name for name in layers if "projector" not in name] + [name for name in layers if "projector" in name]
     assert sorted(called) == sorted(passes), "each once per pass, and not again on the way back"

@@ -285,6 +285,69 @@ def test_bfloat16_autocast(layers: Recurrent) -> None:
     assert error["gathered"] < 1.5 * error["ordinary"], error
 
 
+# Contexts within one another
+
+
+def test_a_context_within_another_goes_on_with_its_gatherings(layers: Recurrent) -> None:
+    """And leaves them to it: a part of a method may gather by itself or as a part of the whole."""
+    before, within, after = inputs_of([3, 1, 1]), inputs_of([8, 1], seed=5), inputs_of([2, 1], seed=20)
+    parts = [layers.there, layers.back]
+    with gathered_gradients(layers):
+        outer = [layer.gathering for layer in parts]
+        scalar = layers(before)
+        with gathered_gradients(layers):
+            assert [layer.gathering for layer in parts] == outer
+            scalar = scalar + layers(within)
+        assert [layer.gathering for layer in parts] == outer
+        scalar = scalar + layers(after)
+        with pytest.raises(RuntimeError, match="size"), gathered_gradients(layers.there):
+            layers([torch.zeros(2, IN + 1)])
+        assert [layer.gathering for layer in parts] == outer
+    assert [layer.gathering for layer in parts] == [None, None]
+    assert None not in outer
+    expected = layers(before) + layers(within) + layers(after)
+    torch.testing.assert_close(scalar, expected)
+    assert_near(gradients(scalar, *layers.parameters()), gradients(expected, *layers.parameters()))
+
+
+def test_a_context_within_another_gathers_what_the_other_does_not(layers: Recurrent) -> None:
+    """Until its own end."""
+    first, second, third = inputs_of([3, 1, 1]), inputs_of([8, 1], seed=5), inputs_of([2, 1], seed=20)
+    with gathered_gradients(layers.there):
+        outer = layers.there.gathering
+        scalar = layers(first)
+        with gathered_gradients(layers):
+            assert layers.there.gathering is outer
+            assert layers.back.gathering is not None
+            scalar = scalar + layers(second)
+        assert layers.there.gathering is outer
+        assert layers.back.gathering is None
+        scalar = scalar + layers(third)
+    assert layers.there.gathering is None
+    expected = layers(first) + layers(second) + layers(third)
+    assert_near(gradients(scalar, *layers.parameters()), gradients(expected, *layers.parameters()))
+
+
+def test_embeddings_in_contexts_within_one_another() -> None:
+    """One table, looked up and used as output head inside and outside of the inner context."""
+    table = Embedding(9, IN)
+    ids = torch.tensor([1, 3, 3, 8])
+
+    def scalar() -> Tensor:
+        return (table(ids) @ table.table.T).sin().sum()
+
+    with gathered_gradients(table):
+        outer = table.gathered
+        total = scalar()
+        with gathered_gradients(table):
+            assert table.gathered is outer
+            total = total + scalar()
+        assert table.gathered is outer is not None
+        total = total + scalar()
+    assert table.gathered is None
+    assert_near(gradients(total, table.weight), gradients(3 * scalar(), table.weight))
+
+
 # What a context leaves behind
 
 

@@ -19,14 +19,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, RunConfig
+from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.format import Example, untagged
 from simcot_latent.interop.conversion import build
+from simcot_latent.loops.base import Thoughts, go_on
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
+from simcot_latent.method import Method, ThoughtBatch
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing, take
-from simcot_latent.model.step_decoder import StepDecoder
-from simcot_latent.model.thoughts import Thoughts, go_on, think
-from simcot_latent.objectives.latent import LatentBatch, LatentObjective, LatentObjectiveConfig
+from simcot_latent.terms.step_decoder import StepBatch, StepDecoder, StepDecoderTerm
 
 END, START, END_OF_THOUGHT, THOUGHT, NEWLINE = 124, 125, 126, 127, 12
 
@@ -84,18 +85,22 @@ def flat(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([i for row in rows for i in row])
 
 
-def think_about(model: GPT, questions: Sequence[Sequence[int]], n_latents: int, feeds_last: bool = True) -> Thoughts:
-    packing = Packing.of([len(question) - 1 for question in questions], [1] * len(questions))
+def think_about(
+    model: GPT, questions: Sequence[Sequence[int]], n_states: int, loop: Sequential | None = None
+) -> Thoughts:
+    """All states that a loop comes to; None: one without a projector, that feeds them all."""
+    loop, counts = loop or Sequential(model.config.n_embd, SequentialConfig()), [n_states] * len(questions)
+    packing = loop.pack_questions([len(question) - 1 for question in questions], counts)
     ids_P = torch.cat(
         (flat([question[:-1] for question in questions]), flat([question[-1:] for question in questions]))
     )
-    return think(model, model.embedding(ids_P), packing, n_latents, room=5, feeds_last=feeds_last)
+    return loop.think(model, model.embedding(ids_P), packing, counts, room=5)
 
 
 def answer_logits(model: GPT, thoughts: Thoughts, texts_BT: Tensor) -> Tensor:
     """Logits (B, T, V) at what follows the thoughts."""
     B, T = texts_BT.shape
-    packing = Packing.of([1] * B, [T] * B) if thoughts.feeds_last else Packing.of([T] * B)
+    packing = Packing.of([T] * B) if thoughts.unread_RD is None else Packing.of([1] * B, [T] * B)
     return model.logits(go_on(model, thoughts, model.embedding(texts_BT.flatten()), packing)).unflatten(0, (B, T))
 
 
@@ -155,11 +160,11 @@ def test_coconut(fixtures: Fixtures, from_hf_gpt2: Callable[..., dict[str, Tenso
     hidden_PD = model.transformer(embeds_BTD[mask_BT], Packing.of(mask_BT.sum(1).tolist()))
     assert_close(model.logits(hidden_PD), expected["logits"][mask_BT])
 
-    objective = make_objective(model, step_weight=0.0, step_decoder=None)
-    batch = collate(objective, [(question, [], text[1:]) for question, text in zip(
+    method = make_method(model, step_decoder=None)
+    batch = collate(method, [(question, [], text[1:]) for question, text in zip(
         questions, ids_BT[:, last + 1 :].tolist(), strict=True)])  # fmt: skip
     assert batch.targets.label_M.tolist() == labels_BT[labels_BT != -100].tolist()
-    shares = objective(batch, batch.totals)
+    shares = method(batch, batch.totals)
     assert_close(shares["loss"], expected["loss"][0])
     shares["loss"].backward()
     assert_same_gradients(model, from_hf_gpt2(expected, prefix="grad.base."))
@@ -170,7 +175,7 @@ def test_coconut(fixtures: Fixtures, from_hf_gpt2: Callable[..., dict[str, Tenso
 
 @dataclass(frozen=True)
 class FixtureTokenizer:
-    """The ids of the fixtures; what an objective asks of a tokenizer."""
+    """The ids of the fixtures; what a method asks of a tokenizer."""
 
     bot_id: int = START
     eot_id: int = END_OF_THOUGHT
@@ -181,28 +186,30 @@ class FixtureTokenizer:
         return [NEWLINE]
 
 
-def make_objective(model: GPT, step_decoder: StepDecoder | None, step_weight: float = 1.0) -> LatentObjective:
-    """2 groups of 2 thoughts as the public code trains them; without a decoder of its own, any."""
-    config = LatentObjectiveConfig(
+def make_method(model: GPT, step_decoder: StepDecoder | None) -> Method:
+    """2 groups of 2 thoughts as the public code trains them, with this decoder or with none."""
+    config = MethodConfig.simcot(
         LatentConfig(n_latents=4, latents_per_step=2, surplus="merge", missing="answer", warmup=0.0, stages=0),
         DecoderConfig(),
-        LossConfig(answer_weight=1.0, step_weight=step_weight, step_reduction="coconut"),
+        LossConfig(answer_weight=1.0, step_weight=0.0 if step_decoder is None else 1.0, step_reduction="coconut"),
     )
-    run = RunConfig(objective="", mode="", model={}, data={}, tokenizer={}, rationale="equations")
-    objective = LatentObjective(model, FixtureTokenizer(), run, config)  # type: ignore[arg-type]
+    run = RunConfig(mode="", model={}, data={}, tokenizer={}, rationale="equations")
+    method = Method(model, FixtureTokenizer(), run, config)  # type: ignore[arg-type]
     if step_decoder is not None:
-        objective.step_decoder = step_decoder
-    return objective
+        term = method.terms["step"]
+        assert isinstance(term, StepDecoderTerm)
+        method.step_decoder = term.decoder = step_decoder
+    return method
 
 
-def collate(objective: LatentObjective, samples: Sequence[tuple[list[int], list[list[int]], list[int]]]) -> LatentBatch:
+def collate(method: Method, samples: Sequence[tuple[list[int], list[list[int]], list[int]]]) -> ThoughtBatch:
     """Questions that end in the token before the thoughts, steps without a newline, answers with their end token."""
     examples = [
         Example(question, untagged([]), list(map(untagged, steps)), untagged(answer))
         for question, steps, answer in samples
     ]
-    batch = objective.collate(examples, objective.thoughts)
-    assert isinstance(batch, LatentBatch)
+    batch = method.collate(examples, method.last_stage)
+    assert isinstance(batch, ThoughtBatch)
     return batch
 
 
@@ -226,7 +233,7 @@ def test_simcot(fixtures: Fixtures, from_hf_gpt2: Callable[..., dict[str, Tensor
     """Both losses, what the decoder says in each group and what it was to say, gradients of base and decoder."""
     model, expected = fixtures.model(), fixtures.tensors("simcot_final_stage")
     decoder = published_decoder(fixtures, model)
-    objective = make_objective(model, decoder)
+    method = make_method(model, decoder)
     samples = [
         (
             [*sample["question_tokenized"], START],
@@ -236,17 +243,20 @@ def test_simcot(fixtures: Fixtures, from_hf_gpt2: Callable[..., dict[str, Tensor
         for sample in fixtures.facts["samples"]
     ]
     assert [len(steps) for _, steps, _ in samples] == [2, 1, 4]
-    batch = collate(objective, samples)
+    batch = collate(method, samples)
 
     # Each group's labels and logits.
     is_label = [expected[f"thought{group}.shifted_labels"] != -100 for group in range(2)]
     labels = [expected[f"thought{g}.shifted_labels"][row][is_label[g][row]] for row in range(3) for g in range(2)]
-    by_group_M = batch.steps.group_M.argsort(stable=True)
-    assert_close(batch.steps.label_M[by_group_M], torch.cat(labels))
+    of_steps = batch.terms["step"]
+    assert isinstance(of_steps, StepBatch)
+    steps = of_steps.steps
+    by_group_M = steps.group_M.argsort(stable=True)
+    assert_close(steps.label_M[by_group_M], torch.cat(labels))
     thoughts = think_about(model, [question for question, _, _ in samples], 4)
     groups_NCD = thoughts.latents.unflatten(1, (2, 2)).flatten(0, 1)
-    steps_LD = model.embedding(batch.steps.ids_L)
-    logits_MV = decoder.logits(decoder(take(groups_NCD, batch.row_N), steps_LD, batch.steps.packing))
+    steps_LD = model.embedding(steps.ids_L)
+    logits_MV = decoder.logits(decoder(take(groups_NCD, of_steps.row_N), steps_LD, steps.packing))
     logits = [expected[f"thought{g}.logits"][row, :-1][is_label[g][row]] for row in range(3) for g in range(2)]
     assert_close(logits_MV[by_group_M], torch.cat(logits))
     texts_BT = torch.tensor([[END_OF_THOUGHT, *answer] for _, _, answer in samples])
@@ -254,7 +264,7 @@ def test_simcot(fixtures: Fixtures, from_hf_gpt2: Callable[..., dict[str, Tensor
     first_prefix_BCD = expected["thought0.inputs_embeds"][:, :2]
     assert_close(thoughts.latents[:, :2], first_prefix_BCD)
 
-    shares = objective(batch, batch.totals)
+    shares = method(batch, batch.totals)
     assert_close(shares["answer_loss"], expected["loss_main"][0])
     assert_close(shares["step_loss"], expected["loss_explain"][0])
     assert_close(shares["loss"], expected["loss_total"][0])
@@ -277,18 +287,18 @@ def test_codi(fixtures: Fixtures, projector: bool) -> None:
     """Six thoughts that are fed and a seventh that is not, with a projector and without."""
     model, expected = fixtures.model(), fixtures.tensors("codi")
     name = "masked.prj" if projector else "masked.noprj"
-    if projector:
-        weights = fixtures.tensors("weights_codi_prj")
-        plain, parts = model, {"1": "up", "3": "down", "ln": "norm"}
-        model = GPT(replace(plain.config, projector_width=len(weights["1.weight"])))
-        ours = {f"{parts[their.split('.')[0]]}.{their.split('.')[1]}": tensor for their, tensor in weights.items()}
-        model.load_state_dict(plain.state_dict() | {f"projector.{key}": tensor for key, tensor in ours.items()})
+    weights = fixtures.tensors("weights_codi_prj") if projector else {}
+    width = len(weights["1.weight"]) if projector else None
+    loop = Sequential(model.config.n_embd, SequentialConfig(feeds_last=False, projector_width=width))
+    parts = {"1": "up", "3": "down", "ln": "norm"}
+    ours = {f"{parts[their.split('.')[0]]}.{their.split('.')[1]}": tensor for their, tensor in weights.items()}
+    loop.load_state_dict({f"projector.{key}": tensor for key, tensor in ours.items()})
 
     mask_BT = expected["attention_mask"]
     questions = unpadded(expected["input_ids"], mask_BT)
     logits_PV = model.logits(model(flat(questions), Packing.of(list(map(len, questions)))))
     assert_close(logits_PV, expected["masked.noprj.question_logits"][mask_BT.bool()])
-    thoughts = think_about(model, questions, 7, feeds_last=False)
+    thoughts = think_about(model, questions, loop.states(6), loop)
     assert_close(thoughts.latents[:, :6], expected[f"{name}.latents"])
     assert_close(thoughts.latents[:, 6:], expected[f"{name}.seventh_latent_not_fed"])
     assert_close(answer_logits(model, thoughts, expected["answer_ids"]), expected[f"{name}.answer_logits"])

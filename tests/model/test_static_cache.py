@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from simcot_latent.checkpoint import Checkpoint
+from simcot_latent.curricula.base import Stage
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.generate import generate
+from simcot_latent.loops.base import NoSettings, ThoughtLoop
+from simcot_latent.loops.pause import Pause
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.cache import KVCache, StaticCache, StaticCaches
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import ThoughtFormat
 
 LENGTHS = [3, 7, 1, 5, 2]
 
@@ -115,21 +121,31 @@ def test_a_graph_goes_when_a_batch_needs_what_it_does_not_know(model: GPT, needs
             static._graph = graph  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize(
-    "thoughts", [ThoughtFormat(), ThoughtFormat(thinks=True, n_latents=3)], ids=["writes", "thinks"]
-)
+LOOPS: dict[str, Callable[[int], ThoughtLoop] | None] = {
+    "writes": None,
+    "thinks": lambda width: Sequential(width, SequentialConfig()),
+    "last not read": lambda width: Sequential(width, SequentialConfig(feeds_last=False)),
+    "pauses": lambda width: Pause(width, NoSettings()),
+}
+
+
+@pytest.mark.parametrize("make_loop", LOOPS.values(), ids=LOOPS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
 def test_answers_are_the_same(
-    make_model: Callable[..., GPT], tokenizer: Tokenizer, family: str, thoughts: ThoughtFormat
+    make_model: Callable[..., GPT], tokenizer: Tokenizer, family: str, make_loop: Callable[[int], ThoughtLoop] | None
 ) -> None:
     """In batches of several sizes, to the end of the context, where rows that have stopped are read on."""
     model = make_model(family, vocab_size=tokenizer.n_vocab, context_length=24)
+    checkpoint = Checkpoint(model, None, tokenizer, {})
+    if make_loop is not None:
+        thinks, loop = AnswerFormat(thinks=True), make_loop(model.config.n_embd)
+        checkpoint = replace(checkpoint, answers=thinks, loop=loop, stage=Stage(3, first_written=None))
     questions = ["Ann has 3 pears.", "2+2?", "How many legs has a dog, Joe?", "Why?", "Half of 30?"]
     caches = StaticCaches(model.config.context_length)
     for rows in (5, 3, 1, 5):
         for limit in (40, 3):
-            wanted = generate(model, tokenizer, thoughts, questions[:rows], limit)
-            found = generate(model, tokenizer, thoughts, questions[:rows], limit, caches=caches)
+            wanted = generate(checkpoint, questions[:rows], limit)
+            found = generate(checkpoint, questions[:rows], limit, caches=caches)
             assert found == wanted
             for ours, expected in zip(found, wanted, strict=True):
                 torch.testing.assert_close(ours.latents_KD, expected.latents_KD, atol=1e-5, rtol=1e-5)

@@ -50,7 +50,7 @@ class WrittenSolutions(ABC):
             `default/train/0000.parquet`), a folder that `save_to_disk` wrote, or a single file; None reads from the
             hub. A single file is train (and the validation split cut from it) and also test, whichever is asked for:
             evaluate on the file that a model was trained on and you measure memory.
-        hub_id: the data set's name on the hub.
+        hub_id: the data set's name on the hub; of a source whose data are not there, empty.
         hub_config: its configuration there, also looked for as a subfolder of `path`; None where it has only one.
         validation_size: how many problems are held out of train for validation, where the data have no validation
             split of their own; never more than a tenth of train. Which ones depends on the questions alone, not on
@@ -79,12 +79,15 @@ class WrittenSolutions(ABC):
     """What a row must be, for error messages."""
 
     def __post_init__(self) -> None:
-        for key, optional in (("path", True), ("hub_id", False), ("hub_config", True)):
+        texts = {"path": True, "hub_id": False, "hub_config": True}
+        if self.hub_id == type(self).hub_id == "":  # of a source whose data are not on the hub
+            del texts["hub_id"]
+        for key, optional in texts.items():
             value = getattr(self, key)
             if not (isinstance(value, str) and value) and not (optional and value is None):
                 raise UserError(f"data.{key}={value!r}: must be a text that is not empty{', or null' * optional}")
         for key, shape in (("hub_id", _HUB_ID), ("hub_config", _HUB_CONFIG)):  # no paths: a checkpoint may name them
-            if (value := getattr(self, key)) is not None and not shape.fullmatch(value):
+            if key in texts and (value := getattr(self, key)) is not None and not shape.fullmatch(value):
                 raise UserError(f"data.{key}={value!r}: must be a name on the hub, not a path")
         for key, optional in (("validation_size", False), ("train_limit", True)):
             value = getattr(self, key)
@@ -113,6 +116,8 @@ class WrittenSolutions(ABC):
         """
         if split not in SPLITS:
             raise UserError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+        if self.path is None and not self.hub_id:
+            raise UserError("data.path=null: must be a folder or a file, as these data are not on the hub")
         unread: list[str] = []  # notes
         path = None if self.path is None else local_path(self.path)
         tables = self._hub_tables() if path is None else self._local_tables(path, unread)

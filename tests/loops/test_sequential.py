@@ -1,9 +1,8 @@
-"""The thought loop against a naive one that computes the whole sequence anew for every thought."""
+"""loop=sequential against a naive one that computes the whole sequence anew for every thought."""
 
 from __future__ import annotations
 
 import gc
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,21 +14,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from simcot_latent.loops.base import Thoughts, go_on
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.thoughts import (
-    ThoughtFormat,
-    Thoughts,
-    geometry,
-    go_on,
-    pack_texts,
-    passes,
-    think,
-)
 
 QUESTIONS = [[7, 3, 22, 9, 41, 60], [5, 60], [60], [50, 11, 8, 60]]
 ANSWERS = [[59, 1, 2], [59, 13, 40, 6, 2], [59], [59, 4]]
+
+LOOP = Sequential(32, SequentialConfig())
 
 gatherings = pytest.mark.parametrize("gathers", [False, True], ids=["ordinary", "gathered"])
 
@@ -57,16 +51,17 @@ def embed(model: GPT, *sections: Sequence[Sequence[int]]) -> Tensor:
 
 
 def think_about(model: GPT, questions: Sequence[Sequence[int]], n_latents: int, room: int) -> Thoughts:
-    """Questions packed as `think` wants them: what stands before `<bot>`, then the `<bot>` of every row."""
+    """Questions packed as the loop wants them: what stands before `<bot>`, then the `<bot>` of every row."""
     before, bots = [question[:-1] for question in questions], [question[-1:] for question in questions]
-    packing = Packing.of(list(map(len, before)), [1] * len(questions))
-    return think(model, embed(model, before, bots), packing, n_latents, room)
+    counts = [n_latents] * len(questions)
+    packing = LOOP.pack_questions(list(map(len, before)), counts)
+    return LOOP.think(model, embed(model, before, bots), packing, counts, room)
 
 
 def go_on_with(model: GPT, thoughts: Thoughts, texts: Sequence[Sequence[int]]) -> list[Tensor]:
     """The hidden states of each row."""
     lengths = list(map(len, texts))
-    packing = Packing.of([1] * len(texts), lengths)
+    packing = LOOP.pack_texts(lengths, [1] * len(texts))
     return list(go_on(model, thoughts, embed(model, texts), packing).split(lengths))
 
 
@@ -269,28 +264,14 @@ def test_nothing_of_a_training_step_stays(model: GPT, goes_back: bool) -> None:
 # Small parts
 
 
-def test_groups_of_a_thought_format() -> None:
-    assert ThoughtFormat(True, n_latents=10, latents_per_step=2).groups == 5
-    assert ThoughtFormat().groups == 0
-
-
-def test_geometry_in_closed_form() -> None:
-    """Corners of a 3-4-5 triangle, twice as large in a second problem; the mean embedding is (0, 8)."""
-    triangle = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
-    found = geometry(torch.stack((triangle, 2 * triangle)), torch.tensor([[-1.0, 8.0], [1.0, 8.0]]))
-    assert found["thought_distance"] == pytest.approx((3 + 4 + 5) / 3 * 1.5)
-    assert found["thought_spread"] == pytest.approx((0 + 3 + 4) / 3)
-    assert found["thought_norm"] == pytest.approx((0 + 3 + 4 + 0 + 6 + 8) / 6)
-    to_mean = [8, math.hypot(3, 8), 4, 8, math.hypot(6, 8), 0]
-    assert found["thought_to_embedding"] == pytest.approx(sum(to_mean) / 6)
-
-
-def test_geometry_of_collapsed_and_of_single_thoughts() -> None:
-    same = torch.ones(2, 4, 3)
-    assert geometry(same, torch.zeros(5, 3))["thought_distance"] == pytest.approx(0, abs=1e-6)
-    assert math.isnan(geometry(same[:, :1], torch.zeros(5, 3))["thought_distance"]), "there is no pair to measure"
-    assert geometry(same, torch.zeros(5, 3))["thought_spread"] == pytest.approx(0, abs=1e-6)
-    assert math.isnan(geometry(same[:1], torch.zeros(5, 3))["thought_spread"]), "there is no second problem"
+def test_the_last_state_may_be_decoded_only() -> None:
+    """It is one more than the thoughts then, of which none is left to read; without any thought there is none."""
+    only_decoded = Sequential(32, SequentialConfig(feeds_last=False))
+    assert [LOOP.states(n) for n in (0, 1, 6)] == [0, 1, 6]
+    assert [only_decoded.states(n) for n in (0, 1, 6)] == [0, 2, 7]
+    counts = [2, 0, 7]
+    assert LOOP.unread(counts) == [1, 0, 1]
+    assert only_decoded.unread(counts) == [0, 0, 0]
 
 
 def test_attention_in_bfloat16_as_on_a_gpu(model: GPT) -> None:
@@ -303,7 +284,7 @@ def test_attention_in_bfloat16_as_on_a_gpu(model: GPT) -> None:
         low = model.to(dtype)
         low.zero_grad()
         with gathered_gradients(low):
-            thoughts = think(low, low.embedding(question_ids), questions, 2, room=6)
+            thoughts = LOOP.think(low, low.embedding(question_ids), questions, [2] * 3, room=6)
             hidden_AD = go_on(low, thoughts, low.embedding(text_ids[3:]), texts)
         assert hidden_AD.dtype == dtype
         hidden_AD.float().sin().sum().backward()
@@ -322,10 +303,10 @@ def test_rows_think_as_many_thoughts_as_each_is_to(
     B, K = len(counts), max(counts)
     questions, answers = QUESTIONS[:B], ANSWERS[:B]
     silent = Packing.of([len(q) - 1 for q in questions], [1] * B)
-    texts = pack_texts(list(map(len, answers)), feeds_last=True, counts=counts)
+    texts = LOOP.pack_texts(list(map(len, answers)), counts)
     with gathered_gradients(model):
         x = embed(model, [q[:-1] for q in questions], [q[-1:] for q in questions])
-        thoughts = think(model, x, silent, counts, room_for(answers))
+        thoughts = LOOP.think(model, x, silent, counts, room_for(answers))
         hidden_AD = go_on(model, thoughts, embed(model, answers), texts)
     weighed = (hidden_AD * torch.linspace(-1, 1, hidden_AD.numel()).reshape(hidden_AD.shape)).sum()
     weighed = weighed + thoughts.latents.square().sum()
@@ -346,4 +327,4 @@ def test_rows_think_as_many_thoughts_as_each_is_to(
     weights = torch.linspace(-1, 1, hidden_AD.numel()).reshape(hidden_AD.shape)
     expected = expected + (torch.cat(naive_hidden) * weights).sum()
     assert_equal_gradients(weighed, expected, model)
-    assert len(passes(counts)) == K - 1
+    assert [len(packing) for packing in LOOP.passes(counts)] == [sum(n > k for n in counts) for k in range(1, K)]

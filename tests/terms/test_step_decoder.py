@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint, TrainerState
+from simcot_latent.curricula.base import Stage
 from simcot_latent.data.batch import to_device
+from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
+from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.packing import Packing, take
-from simcot_latent.model.step_decoder import PackedSteps, StepDecoder
-from simcot_latent.model.thoughts import ThoughtFormat
+from simcot_latent.terms.step_decoder import PackedSteps, StepDecoder
+from simcot_latent.terms.steps import StepGroups
 from simcot_latent.training.saving import save_checkpoint
 
 MakeDecoder = Callable[..., StepDecoder]
@@ -238,7 +241,17 @@ def test_from_checkpoint(
     """The decoder of a saved checkpoint, embedding included, decodes as the one that was saved."""
     model = make_model("llama", vocab_size=tokenizer.n_vocab)
     decoder = make_decoder(model, n_layer=1)
-    saved = Checkpoint(model, decoder, tokenizer, ThoughtFormat(True, 4, 2), {"seed": 0}, step=3)
+    saved = Checkpoint(
+        model,
+        decoder,
+        tokenizer,
+        {"seed": 0},
+        answers=AnswerFormat(thinks=True),
+        loop=Sequential(WIDTH, SequentialConfig()),
+        stage=Stage(4, first_written=None),
+        groups=StepGroups(2),
+        step=3,
+    )
     folder = save_checkpoint(saved, tmp_path, TrainerState({}, {}), keep=1)
     loaded = StepDecoder.from_checkpoint(folder)
     thoughts_NCD = random_thoughts(3, 2)
@@ -249,7 +262,7 @@ def test_from_checkpoint_without_a_decoder(
     tmp_path: Path, tokenizer: Tokenizer, make_model: Callable[..., GPT]
 ) -> None:
     model = make_model("llama", vocab_size=tokenizer.n_vocab)
-    written = Checkpoint(model, None, tokenizer, ThoughtFormat(), {"seed": 0})
+    written = Checkpoint(model, None, tokenizer, {"seed": 0})
     save_checkpoint(written, tmp_path, TrainerState({}, {}), keep=1)
     with pytest.raises(UserError, match="holds no auxiliary decoder"):
         StepDecoder.from_checkpoint(tmp_path)
