@@ -22,7 +22,7 @@ from simcot_latent.model.gpt import GPT
 EXPORT = "simcot_latent.export"
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
-# What is left of TINY where the model comes from elsewhere; all that CODI has, and a decoder that copies the base twice.
+# What is left of TINY where the model comes from elsewhere; all that CODI has; a decoder that copies the base twice.
 RUN = (
     *(argument for argument in TINY if not argument.startswith("model.")),
     "data=gsm8k",
@@ -188,7 +188,9 @@ def test_resumed_equals_uninterrupted(name: str, runs: Path, arguments: tuple[st
     """To the last bit, dropout included; in between thoughts begin, and the decoder starts as the base once more."""
     cut_back(runs / name, tmp_path / "twice")
     merge = f"lora.merge={str(name == 'merged').lower()}"
-    out = run(TRAIN, *arguments, *STAGES, *LORA, DROPOUT, merge, "resume=auto", "out_dir=twice", folder=tmp_path).ok().out
+    out = (
+        run(TRAIN, *arguments, *STAGES, *LORA, DROPOUT, merge, "resume=auto", "out_dir=twice", folder=tmp_path).ok().out
+    )
     assert "step 00010/00020 | loss" not in out
     assert "step 00011/00020 | loss" in out
     assert without_command(contents(tmp_path / "twice/step_0000020")) == without_command(
@@ -308,7 +310,7 @@ def test_dropout_is_in_training_only_and_of_the_seed(runs: Path, arguments: tupl
 
     # B is zero at the start: what A sees does not matter yet.
     assert first(*LORA)["loss"] == pytest.approx(first(*LORA, "lora.dropout=0.5")["loss"])
-    # A checkpoint as start whose factors are merged has no dropout either; so a run is gone on with at a rate of nothing.
+    # So a run is gone on with, at a rate of nothing: started from, a checkpoint would be merged.
     found = {}
     for name, more in (("without", ()), ("with", (DROPOUT,)), ("again", (DROPOUT,)), ("other", (DROPOUT, "seed=3"))):
         cut_back(runs / "apart", tmp_path / name)
@@ -328,7 +330,14 @@ def test_it_learns(optimizer: str, options: list[str], base: Path, sums: Path, t
     """`lora=codi`, as published, brings the loss down, however it is computed."""
     arguments = [argument for argument in RUN if not argument.startswith(("num_iterations", "eval_every", "dtype"))]
     arguments += [f"data.path={sums}", f"init_from={base}", "lora=codi", "num_iterations=30", "eval_every=-1"]
-    arguments += [f"optimizer={optimizer}", "learning_rate=1e-2", "warmup_ratio=0", "dtype=float32", "out_dir=run", *options]
+    arguments += [
+        f"optimizer={optimizer}",
+        "learning_rate=1e-2",
+        "warmup_ratio=0",
+        "dtype=float32",
+        "out_dir=run",
+        *options,
+    ]
     run(TRAIN, *arguments, folder=tmp_path).ok()
     found = [line["loss"] for line in losses(tmp_path / "run") if "loss" in line]
     assert sum(found[-5:]) < 0.7 * sum(found[:5])
@@ -347,7 +356,10 @@ def test_it_learns(optimizer: str, options: list[str], base: Path, sums: Path, t
         (["lora.rank=0"], "lora.rank=0: must be at least 1, or null for no LoRA"),
         (["lora.rank=2", "lora.alpha=0"], "lora.alpha=0.0: must be above 0, finite"),
         (["lora.rank=2", "lora.dropout=1"], "lora.dropout=1.0: must be a share, from 0 to below 1"),
-        (["lora.rank=2", "lora.targets=[q_proj]"], "lora.targets=[q_proj]: must be some of qkv, out, up, down, each once"),
+        (
+            ["lora.rank=2", "lora.targets=[q_proj]"],
+            "lora.targets=[q_proj]: must be some of qkv, out, up, down, each once",
+        ),
         (["lora.rank=2", "lora.targets=[]"], "lora.targets=[]: must be some of qkv, out, up, down, each once"),
         (["lora.rank=two"], "lora.rank: Value 'two' of type 'str' could not be converted to Integer"),
         (["lora.ranks=2"], "lora.ranks"),
@@ -394,4 +406,3 @@ def test_broken_factors(runs: Path, tmp_path: Path) -> None:
     assert f"lora.safetensors: does not fit the model: it lacks {name}" in error()
     file.unlink()
     assert "lora.safetensors: no such file" in error()
-    assert "lora.safetensors" in str(pytest.raises(sl.UserError, sl.load_checkpoint, tmp_path / "ckpt").value)
