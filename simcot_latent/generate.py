@@ -136,10 +136,9 @@ def think_about(
     assert loop is not None
     counts, lengths = [checkpoint.n_states] * len(prompts), [len(prompt) - 1 for prompt in prompts]
     questions_PD = model.embedding(last_behind(prompts, checkpoint.device))
+    packing = to_device(loop.pack_questions(lengths, counts), checkpoint.device)
     if not isinstance(loop, GivenLoop):
-        packing = to_device(loop.pack_questions(lengths, counts), checkpoint.device)
         return loop.think(model, questions_PD, packing, counts, room, caches)
-    packing = to_device(loop.pack_questions(lengths, [0] * len(prompts)), checkpoint.device)
     sampling = sampling or Sampling()
     ending = Ending(checkpoint.tokenizer.eot_id, sampling.temperature, sampling.generator)
     return loop.think(model, questions_PD, packing, counts, room, caches, ending=ending)

@@ -71,7 +71,7 @@ class ThoughtBatch:
     """Questions to think about, what follows the thoughts, and what the terms need.
 
     Attributes:
-        question_ids_P, questions: questions, `<|bot|>` of all rows last; how the first pass lies.
+        question_ids_P, questions: questions, `<|bot|>` of all rows last; how the first pass lies, if there are others.
         text_ids_A, texts: `<|eot|>` and the text after it, without the last token; how the last pass lies.
         targets: the text after `<|eot|>`.
         counts: the states of each row; see `ThoughtLoop.states`.
@@ -252,18 +252,21 @@ class Method(nn.Module):
         if isinstance(stages, Stage):
             written_only = written_only or stages.thoughts == 0
             stages = [stages] * len(examples)
-        counts, given = self.check_stages(stages, len(examples)), None
+        counts, given, loop = self.check_stages(stages, len(examples)), None, self.loop
         if written_only:
             return self.collate_written(examples, stages)
-        assert self.loop is not None
-        if isinstance(self.loop, GivenLoop):
-            steps = [thought_text(e, stage, self.newline).ids for e, stage in zip(examples, stages, strict=True)]
-            given = self.loop.give(steps, seeds)
-            counts = list(given.counts)
+        assert loop is not None
         texts = [written_text(e, stage, self.newline) for e, stage in zip(examples, stages, strict=True)]
         silent, bots = [e.question[:-1] for e in examples], [e.question[-1:] for e in examples]
-        questions = self.loop.pack_questions(list(map(len, silent)), counts, tight=True)
-        packed_texts = self.loop.pack_texts(list(map(len, texts)), counts)
+        lengths, text_lengths = list(map(len, silent)), list(map(len, texts))
+        if isinstance(loop, GivenLoop):
+            steps = [thought_text(e, stage, self.newline).ids for e, stage in zip(examples, stages, strict=True)]
+            given = loop.give(steps, seeds)
+            counts = list(given.counts)
+            questions, packed_texts = Packing.of([0] * len(counts)), loop.pack_given(lengths, given, text_lengths)
+        else:
+            questions = loop.pack_questions(lengths, counts, tight=True)
+            packed_texts = loop.pack_texts(text_lengths, counts)
         targets = text_targets(texts, self.run.step_weight_multiplier)
         written = None
         rows = Rows(examples, stages, counts, texts, mixed=mixed, seeds=seeds, given=given)
@@ -274,7 +277,7 @@ class Method(nn.Module):
         collated = {name: term.collate(rows) for name, term in self.terms.items()}
         added = chain.from_iterable(each.packings for each in collated.values())
         totals = target_totals(targets) | {"problems": torch.tensor(float(len(examples)))}
-        passes = [questions, *self.loop.passes(counts), packed_texts, *added]
+        passes = [questions, *loop.passes(counts), packed_texts, *added]
         totals |= position_totals(*passes, *([] if written is None else [written.packing]))
         if written is not None:
             totals |= {f"written_{key}": value for key, value in target_totals(written.targets).items()}
@@ -357,17 +360,21 @@ class Method(nn.Module):
             questions_PD, texts_AD, *rest = model.embedding(torch.cat(ids)).split([len(each) for each in ids])
             read = {name: None if x is None else rest.pop(0) for name, x in reads.items()}
             keys = any(term.needs_keys for term in terms.values())
-            room = batch.texts.longest
-            with part("think"):
-                if batch.given is None:
-                    thoughts = loop.think(model, questions_PD, batch.questions, batch.counts, room, keys=keys)
-                else:
-                    assert isinstance(loop, GivenLoop)
-                    thoughts = loop.think_given(model, questions_PD, batch.questions, batch.given, rest[0], room)
-            before = len(batch.texts) - len(texts_AD)  # thoughts that are fed with the texts
+            before = len(batch.texts) - len(texts_AD)  # what is read with the texts
             text_taps = tap({name: term.wants_of_text(batch.terms[name]) for name, term in terms.items()}, before)
-            with part("go on"):
-                hidden_AD = go_on(model, thoughts, texts_AD, batch.texts, together(text_taps))
+            if isinstance(loop, GivenLoop):
+                assert batch.given is not None
+                with part("think"):
+                    thoughts, hidden_AD = loop.read_given(
+                        model, questions_PD, batch.given, rest[0], texts_AD, batch.texts, together(text_taps)
+                    )
+            else:
+                with part("think"):
+                    thoughts = loop.think(
+                        model, questions_PD, batch.questions, batch.counts, batch.texts.longest, keys=keys
+                    )
+                with part("go on"):
+                    hidden_AD = go_on(model, thoughts, texts_AD, batch.texts, together(text_taps))
             trace = Trace(loop, thoughts, batch.counts, hidden_AD)
             written_taps: dict[str, Taps] = {}
             if (written := batch.written) is not None:

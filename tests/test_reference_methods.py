@@ -20,7 +20,7 @@ from torch import Tensor
 from simcot_latent.config import LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.format import Example, concatenate, untagged
 from simcot_latent.interop.conversion import build
-from simcot_latent.loops.base import ThoughtLoop, go_on
+from simcot_latent.loops.base import ThoughtLoop
 from simcot_latent.loops.compressed import Compressed
 from simcot_latent.loops.jacobi import Jacobi
 from simcot_latent.loops.looped import Looped
@@ -345,16 +345,10 @@ def test_colar_thoughts_and_predictions(case: Callable[[str], Case], r: int) -> 
         assert isinstance(loop, Compressed)
         assert given is not None
         with torch.no_grad():
-            thoughts = loop.think_given(
-                model,
-                model.embedding(batch.question_ids_P),
-                batch.questions,
-                given,
-                model.embedding(given.ids_L),
-                batch.texts.longest,
-            )
+            questions_PD, texts_AD = model.embedding(batch.question_ids_P), model.embedding(batch.text_ids_A)
+            given_LD = model.embedding(given.ids_L)
+            thoughts, text_AD = loop.read_given(model, questions_PD, given, given_LD, texts_AD, batch.texts)
             mean_SD, log_std_SD = loop.head(thoughts.states_MD[1:])
-            text_AD = go_on(model, thoughts, model.embedding(batch.text_ids_A), batch.texts)
         expected = {
             name.rpartition(".")[2]: x for name, x in colar.tensors.items() if name.startswith(f"r{r}.row{row}.")
         }
@@ -372,8 +366,10 @@ def test_colar_gradients(case: Callable[[str], Case], from_hf_gpt2: Callable[...
     method = colar_method(colar, r, "mse")
     batch = colar_batch(colar, method, r, [0, 1, 2])
     method(batch, batch.totals)["loss"].backward()
-    table, speeds = method.model.embedding.weight.grad, method.loop.speeds.weight.grad  # type: ignore[union-attr]
+    assert isinstance(method.loop, Compressed)
+    table, speeds = method.model.embedding.weight.grad, method.loop.speeds.weight.grad
     assert table is not None
+    assert speeds is not None
     table[14 + r] += speeds[0]  # theirs of that row is the sum
     prefix = f"r{r}.grad."
     expected = {name.removeprefix(prefix): x for name, x in colar.tensors.items() if name.startswith(prefix)}
@@ -384,7 +380,7 @@ def test_colar_gradients(case: Callable[[str], Case], from_hf_gpt2: Callable[...
         if name.startswith("latent_policy."):
             part, _, kind = name.removeprefix("latent_policy.").rpartition(".")
             theirs[name] = gradient
-            ours[name] = method.loop.get_parameter(f"head.{parts[part]}.{kind}").grad  # type: ignore[union-attr]
+            ours[name] = method.loop.get_parameter(f"head.{parts[part]}.{kind}").grad
     assert len(theirs) == len(expected) == 8
     for name, gradient in theirs.items():
         found = ours[name]

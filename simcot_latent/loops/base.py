@@ -174,9 +174,7 @@ def with_settings(loop: ThoughtLoop | None, values: Mapping[str, Any]) -> Though
         if loop is None or key not in loop.free:
             name, free = NONE if loop is None else loop.key, () if loop is None else loop.free
             right = f"one of {', '.join(free)}" if free else "left out"
-            raise UserError(
-                f"loop_settings.{key}: is no setting that may change after training loop={name}; must be {right}"
-            )
+            raise UserError(f"loop_settings.{key}: may not change after training with loop={name}; must be {right}")
     if loop is not None and values:
         loop.config = from_plain(loop.Config, asdict(loop.config) | dict(values), "loop_settings")
     return loop

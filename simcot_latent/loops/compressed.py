@@ -10,7 +10,7 @@ the head, or its mean, is fed until `<|eot|>` is the most likely token. Source: 
 https://arxiv.org/abs/2505.16552, section 3, and its code.
 
 Shapes: B rows, P tokens of all questions with `<|bot|>`, K thoughts, N of all rows, L tokens that these are made of, D
-width, R rows that are still thinking, M = 2B + N.
+width, R rows that are still thinking, A tokens of all texts from `<|eot|>` on, M = 2B + N, X = P + B + N + A.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from simcot_latent.model.cache import KVCache, StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT, init_weights
 from simcot_latent.model.linear import Embedding, Linear
 from simcot_latent.model.packing import Packing, take
+from simcot_latent.model.taps import Taps
 
 MAX_COMPRESSION = 64
 """The most tokens per thought that a configuration may ask for; CoLaR takes up to 5."""
@@ -102,7 +103,11 @@ class Compressed(GivenLoop):
 
     def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
         one_each = [1] * len(lengths)
-        return Packing.of(lengths, one_each, one_each, counts, tight=tight)
+        return Packing.of(lengths, one_each, one_each, tight=tight)
+
+    def pack_given(self, lengths: Sequence[int], given: Given, texts: Sequence[int]) -> Packing:
+        one_each = [1] * len(lengths)
+        return Packing.of(lengths, one_each, one_each, given.counts, texts, tight=True)
 
     def speed_of(self, compression: int) -> int:
         """Which of the speeds an r is."""
@@ -119,17 +124,24 @@ class Compressed(GivenLoop):
             speed = int(torch.randint(len(among), (), generator=torch.Generator().manual_seed(seeds.step)))
         return Given.of(texts, among[speed], speed)
 
-    def think_given(
-        self, model: GPT, questions_PD: Tensor, packing: Packing, given: Given, given_LD: Tensor, room: int
-    ) -> GivenThoughts:
+    def read_given(
+        self,
+        model: GPT,
+        questions_PD: Tensor,
+        given: Given,
+        given_LD: Tensor,
+        texts_AD: Tensor,
+        packing: Packing,
+        taps: Taps | None = None,
+    ) -> tuple[GivenThoughts, Tensor]:
         """The states are those at the speeds of all rows, then at all `<|bot|>`, then at all thoughts."""
-        N, cache = len(given.size_N), KVCache(packing.longest + room)
+        N, A, M = len(given.size_N), len(texts_AD), 2 * packing.rows + len(given.size_N)
         thoughts_ND = given_LD.new_zeros(N, self.width).index_add(0, given.thought_L, given_LD)
         n_N1 = given.size_N.unsqueeze(1)
         thoughts_ND = thoughts_ND / (n_N1.sqrt() if self.config.merge == "sqrt" else n_N1)
-        x_PD = torch.cat((self.with_speed(questions_PD, given.speed_B), thoughts_ND))
-        states_MD = model.transformer(x_PD, packing, cache, read_out=2 * packing.rows + N)
-        return GivenThoughts(by_row(thoughts_ND, given.counts), cache, states_MD=states_MD)
+        x_XD = torch.cat((self.with_speed(questions_PD, given.speed_B), thoughts_ND, texts_AD))
+        states_MD, hidden_AD = model.transformer(x_XD, packing, read_out=M + A, taps=taps).split([M, A])
+        return GivenThoughts(by_row(thoughts_ND, given.counts), KVCache(0), states_MD=states_MD), hidden_AD
 
     def with_speed(self, questions_PD: Tensor, speed_B: Tensor) -> Tensor:
         """Questions with the speed before each row's `<|bot|>`."""
@@ -172,7 +184,8 @@ class Compressed(GivenLoop):
                 found[row] += 1
             one_each = Packing.grid(B, 1, device)
             if len(rows) < B:
-                one_each = Packing.of([int(row in set(rows)) for row in range(B)]).to(device)
+                going = set(rows)
+                one_each = Packing.of([int(row in going) for row in range(B)]).to(device)
             hidden_RD = model.transformer(thought_RD, one_each, cache)
         latents_BKD = torch.stack(thoughts, dim=1) if thoughts else questions_PD.new_zeros(B, 0, self.width)
         return Thoughts(latents_BKD, cache, counts=tuple(found))

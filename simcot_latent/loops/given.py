@@ -1,10 +1,10 @@
 """Loops whose thoughts are known in training, where the written steps say what they are (teacher forcing).
 
-There all thoughts are read in one pass. Afterwards such a loop comes to its thoughts one by one and stops by itself, so
-every row has a number of its own.
+There everything from the question to the answer is read in one pass. Afterwards such a loop comes to its thoughts one
+by one and stops by itself, so every row has a number of its own.
 
-Shapes: B rows, P tokens of all questions with `<|bot|>`, K thoughts, N of all rows, L tokens that these are made of, D
-width, M hidden states that predict something.
+Shapes: B rows, P tokens of all questions with `<|bot|>`, A of all texts from `<|eot|>` on, K thoughts, N of all rows, L
+tokens that these are made of, D width, M hidden states before the texts that predict something.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from simcot_latent.loops.base import ThoughtLoop, Thoughts
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
+from simcot_latent.model.taps import Taps
 
 
 @dataclass
@@ -58,10 +59,10 @@ class Given:
 
 @dataclass
 class GivenThoughts(Thoughts):
-    """What a batch whose thoughts were given was read into.
+    """What a batch whose thoughts were given was read into; the cache is empty.
 
     Attributes:
-        states_MD: the hidden states that predict, in the order in which the loop reads them: see there.
+        states_MD: the hidden states that predict what comes next, in the order in which the loop reads them: see there.
     """
 
     states_MD: Tensor = field(kw_only=True)
@@ -97,15 +98,37 @@ class GivenLoop(ThoughtLoop):
         """
 
     @abstractmethod
-    def think_given(
-        self, model: GPT, questions_PD: Tensor, packing: Packing, given: Given, given_LD: Tensor, room: int
-    ) -> GivenThoughts:
-        """Reads questions, and the thoughts that are given.
+    def pack_given(self, lengths: Sequence[int], given: Given, texts: Sequence[int]) -> Packing:
+        """How the pass of `read_given` is laid out, the texts last.
 
         Args:
-            questions_PD, packing, room: see `think`.
+            lengths: tokens of each question before its `<|bot|>`.
+            texts: tokens of each text from `<|eot|>` on.
+        """
+
+    @abstractmethod
+    def read_given(
+        self,
+        model: GPT,
+        questions_PD: Tensor,
+        given: Given,
+        given_LD: Tensor,
+        texts_AD: Tensor,
+        packing: Packing,
+        taps: Taps | None = None,
+    ) -> tuple[GivenThoughts, Tensor]:
+        """Reads questions, the thoughts that are given, and the texts after them, without a cache.
+
+        Args:
+            questions_PD: as of `think`.
             given: of `give`.
             given_LD: the embeddings of its tokens.
+            texts_AD: as of `go_on`.
+            packing: of `pack_given`.
+            taps: to be filled in this pass.
+
+        Returns:
+            The thoughts, and the hidden states (A, D) at the texts.
         """
 
     @abstractmethod
@@ -123,7 +146,6 @@ class GivenLoop(ThoughtLoop):
         """Reads questions and thinks about each.
 
         Args:
-            packing: of `pack_questions` without thoughts.
             counts: the most thoughts of each row.
             ending: how they end; None: with the most that there may be.
         """

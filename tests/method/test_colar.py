@@ -52,7 +52,8 @@ QUESTIONS = [
 
 def config_of(**changes: Any) -> MethodConfig:
     parts: dict[str, Any] = {"loop": "compressed", "steps": "compressed", "latent": LatentConfig(n_latents=MOST)}
-    return MethodConfig(**(parts | {"loss": LossConfig(step_weight=1.0)} | changes))
+    parts |= {"loss": LossConfig(step_weight=1.0)}
+    return MethodConfig(**(parts | changes))
 
 
 @pytest.fixture
@@ -89,9 +90,7 @@ def checkpoint(request: pytest.FixtureRequest, make_method: Callable[..., Method
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "nanochat"])
-def test_a_batch_equals_its_rows(
-    make_method: Callable[..., Method], problems: list[Problem], family: str
-) -> None:
+def test_a_batch_equals_its_rows(make_method: Callable[..., Method], problems: list[Problem], family: str) -> None:
     """Shares and gradients of one batch, and of a batch per problem: the same draws, whatever the company."""
     method = make_method(family)
     examples = [method.encode(problem) for problem in problems]
@@ -138,7 +137,7 @@ def test_written_steps_first(make_method: Callable[..., Method], problems: list[
     assert isinstance(batch, ThoughtBatch)
 
 
-def test_the_written_solution_is_what_is_compressed(make_method: Callable[..., Method], problems: list[Problem]) -> None:
+def test_the_written_solution_is_compressed(make_method: Callable[..., Method], problems: list[Problem]) -> None:
     """The tokens of a written stage, in the thoughts."""
     method = make_method()
     examples = [method.encode(problem) for problem in problems]
@@ -380,8 +379,9 @@ def test_commands(tmp_path: Path) -> None:
 
     evaluated = run("evals.arithmetic", "ckpt=one", "loop_settings={compression: 4}", "out=report", folder=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
-    report = json.loads((tmp_path / "report" / "arithmetic.json").read_text())
-    rows = [json.loads(line) for line in (tmp_path / "report" / "arithmetic.predictions.jsonl").read_text().splitlines()]
+    files = tmp_path / "report" / "arithmetic.json", tmp_path / "report" / "arithmetic.predictions.jsonl"
+    report = json.loads(files[0].read_text())
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert report["loop_settings"] == {"compression": 4}
     for key in ("tokens", "thoughts", "passes"):
         assert report[f"{key}_per_answer"] == pytest.approx(sum(row[f"n_{key}"] for row in rows) / 8)

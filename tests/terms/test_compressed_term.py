@@ -52,7 +52,9 @@ def make_method(
     return make
 
 
-def collate(method: Method, examples: list[Example], seeds: Seeds | None = None) -> tuple[ThoughtBatch, CompressedBatch]:
+def collate(
+    method: Method, examples: list[Example], seeds: Seeds | None = None
+) -> tuple[ThoughtBatch, CompressedBatch]:
     batch = method.collate(examples, method.last_stage, seeds)
     assert isinstance(batch, ThoughtBatch)
     return batch, batch.terms["step"]
@@ -135,6 +137,7 @@ def test_the_loss_by_hand(make_method: Callable[..., Method], distance: str, std
     mean_SD, log_std_SD = loop.head(states_MD[3:])
     normal = torch.distributions.Normal(mean_SD, log_std_SD.exp())
     if distance == "mse":
+        assert term_batch.noise_SD is not None
         away_SD = (mean_SD + normal.stddev * term_batch.noise_SD - nexts).square()
     else:
         away_SD = -normal.log_prob(nexts)
@@ -183,7 +186,11 @@ def test_the_parts_of_the_loss_add_up(make_method: Callable[..., Method]) -> Non
 
 def test_thoughts_stand_for_the_steps_that_are_not_written(make_method: Callable[..., Method]) -> None:
     method = make_method((1,))
-    for stage, counts in ((Stage(8, 1), (4, 2, 0)), (Stage(8, 1, overlap=True), (5, 2, 0)), (Stage(8, None), (5, 2, 0))):
+    for stage, counts in (
+        (Stage(8, 1), (4, 2, 0)),
+        (Stage(8, 1, overlap=True), (5, 2, 0)),
+        (Stage(8, None), (5, 2, 0)),
+    ):
         batch = method.collate(EXAMPLES, stage)
         assert isinstance(batch, ThoughtBatch)
         assert batch.counts == counts, stage

@@ -74,12 +74,9 @@ def test_given_thoughts_equal_the_naive_way(model: GPT, randomise: Callable[...,
     loop, r = make_loop(randomise, merge=merge), 3
     given = loop.give(STEPS, None)
     assert given.counts == (3, 1, 0, 2)
-    packing = loop.pack_questions([len(ids) - 1 for ids in QUESTIONS], given.counts, tight=True)
-    thoughts = loop.think_given(
-        model, silent_and_bots(model, QUESTIONS), packing, given, model.embedding(given.ids_L), room=5
-    )
-    texts_AD = embed(model, TEXTS)
-    found_AD = go_on(model, thoughts, texts_AD, loop.pack_texts(list(map(len, TEXTS)), given.counts))
+    packing = loop.pack_given([len(ids) - 1 for ids in QUESTIONS], given, list(map(len, TEXTS)))
+    given_LD, questions_PD = model.embedding(given.ids_L), silent_and_bots(model, QUESTIONS)
+    thoughts, found_AD = loop.read_given(model, questions_PD, given, given_LD, embed(model, TEXTS), packing)
     speeds, bots, others, texts = [], [], [], []
     for row, (question, steps, text) in enumerate(zip(QUESTIONS, STEPS, TEXTS, strict=True)):
         groups = [steps[i : i + r] for i in range(0, len(steps), r)]
@@ -131,8 +128,8 @@ def think(
     caches: StaticCaches | None = None,
 ) -> Thoughts:
     B = len(questions)
-    packing = loop.pack_questions([len(ids) - 1 for ids in questions], [0] * B)
     counts = [most] * B if isinstance(most, int) else most
+    packing = loop.pack_questions([len(ids) - 1 for ids in questions], counts)
     return loop.think(model, silent_and_bots(model, questions), packing, counts, 8, caches, ending=ending)
 
 
@@ -232,7 +229,10 @@ def test_answers_with_another_compression(model: GPT, loop: Compressed) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"merge": "mean"}, "loop_settings.merge: is no setting that may change after training loop=compressed"),
+        (
+            {"merge": "mean"},
+            "loop_settings.merge: may not change after training with loop=compressed; must be one of compression",
+        ),
         ({"compression": 4}, "latent.compression=4: must be one of latent.compressions=[1, 3, 2]"),
         ({"compression": "2"}, "loop_settings.compression='2': must be a whole number"),
     ],
