@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # hydra and omegaconf are imported where a command line is re
 
 T = TypeVar("T")
 
+_LORA_TARGETS = ("qkv", "out", "up", "down")  # those of `model.lora`, which stands above this module
 _COMPUTED_IN = ("auto", "float32", "bfloat16")
 _SPLITS = ("train", "validation", "test")  # those of `data.sources`, which stands above this module
 CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -171,6 +172,45 @@ class LossConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """What of a model is trained: all of it, or a change of low rank beside frozen layers (LoRA,
+    https://arxiv.org/abs/2106.09685), and besides it only what methods have of their own, such as a projector or the
+    auxiliary decoder.
+
+    Attributes:
+        rank: of the change to each layer; None: all of the model is trained.
+        alpha: the change counts alpha / rank.
+        dropout: share of a layer's inputs that the change does not see in training. Masks are drawn anew in each step,
+            by `seed`, the step and the rank; so without dropout alone two ranks train what one does.
+        targets: the linear layers of all blocks that are changed: `qkv` and `out` of attention, `up` and `down` of the
+            feed-forward part. All else of the model is frozen: norms, biases, embeddings, output head.
+        split: whether queries, keys, values, gate and up have a change of `rank` each, as published where they are
+            layers of their own (Llama); false: one for the whole of a fused layer (GPT-2).
+        new_rows: whether the rows of embedding table and output head are trained whose tokens `init_from` lacks. They
+            start alike (see `new_token_init`), so frozen `<|bot|>` and `<|eot|>` would remain one and the same to the
+            model. The public code of CODI freezes them nevertheless: `lora=codi`.
+        merge: whether checkpoints keep the model with its change (`model.safetensors` is then whole by itself), or the
+            model as it was and `lora.safetensors` beside it, from which a loaded model is merged.
+    """
+
+    rank: int | None = None
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: list(_LORA_TARGETS))
+    split: bool = False
+    new_rows: bool = True
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.rank is None or self.rank >= 1, "lora.rank", self.rank, "at least 1, or null for no LoRA")
+        require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0, finite")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share, from 0 to below 1")
+        right = f"some of {', '.join(_LORA_TARGETS)}, each once"
+        known = 1 <= len(self.targets) == len({*self.targets} & {*_LORA_TARGETS})
+        require(known, "lora.targets", f"[{', '.join(self.targets)}]", right)
+
+
+@dataclass
 class MethodConfig:
     """A method: a choice of parts, and their settings. See `parts.PARTS` for what there is.
 
@@ -248,6 +288,7 @@ class RunConfig:
         model: the shape of a model that starts from random weights: `tiny`, `small` or `gpt2`.
         data: where problems come from: `arithmetic`, `gsm8k` or `gsm8k_aug`.
         tokenizer: `default` (2,048 tokens, shipped) or `gpt2`.
+        lora: what of the model is trained: all (`none`), or a change of low rank (`codi`); see `LoRAConfig`.
         rationale: what `mode=weighted` writes: `natural` (whole solutions), `equations` (steps only) or `none` (the
             answer only). `mode=latent` allows `equations` only.
         on_too_long: what to do with problems that do not fit the context: `error`, or `drop` (they are counted and
@@ -306,6 +347,7 @@ class RunConfig:
     model: dict[str, Any]
     data: dict[str, Any]
     tokenizer: dict[str, Any]
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     rationale: str = "natural"
     on_too_long: str = "error"
     step_weight_multiplier: float = 2.0

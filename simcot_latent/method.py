@@ -11,6 +11,7 @@ Shapes: B rows, P tokens of all questions with `<|bot|>`, A of all texts from `<
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simcot_latent.config import MethodConfig, RunConfig
+from simcot_latent.config import LoRAConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Curriculum, Stage
 from simcot_latent.data.batch import Seeds
 from simcot_latent.data.format import AnswerFormat, Example, TaggedIds, encode_problem, newline
@@ -30,6 +31,7 @@ from simcot_latent.loops.base import ThoughtLoop, go_on
 from simcot_latent.loops.given import Given, GivenLoop
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
+from simcot_latent.model.lora import LoRA, add_lora
 from simcot_latent.model.losses import Targets, cross_entropy
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.taps import SeveralTaps, Taps
@@ -101,6 +103,14 @@ def make_loop(key: str, width: int, method: MethodConfig) -> ThoughtLoop | None:
     return cls(width, method.settings(cls.Config))
 
 
+def make_lora(config: LoRAConfig, new_rows: int) -> LoRA | None:
+    """What is beside the layers of a model; None: nothing, and the model is trained itself."""
+    if config.rank is None:
+        return None
+    rows = new_rows if config.new_rows else 0
+    return LoRA(config.rank, config.alpha, list(config.targets), config.split, rows, config.merge)
+
+
 class Method(nn.Module):
     """All that is trained, so that one DDP wrapper sees every parameter.
 
@@ -110,16 +120,26 @@ class Method(nn.Module):
         run: what all methods share.
         config: the parts and their settings.
         loop: a loop that has been trained, of the same settings; None: a new one.
+        new_rows: how many of the last rows of the model's table stand for tokens that were added to it.
 
     Raises:
         UserError: the parts do not make a method together.
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, run: RunConfig, config: MethodConfig, loop: ThoughtLoop | None = None
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        run: RunConfig,
+        config: MethodConfig,
+        loop: ThoughtLoop | None = None,
+        new_rows: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.run, self.config = model, tokenizer, run, config
+        self.lora = make_lora(run.lora, new_rows)
+        if self.lora is not None:
+            add_lora(model, self.lora, run.lora.dropout)
         new = make_loop(config.loop, model.config.n_embd, config)
         self.loop = loop if new is not None and is_like(loop, new) else new
         self.curriculum: Curriculum = find("curriculum", config.curriculum)(config, run)
@@ -208,6 +228,14 @@ class Method(nn.Module):
     def last_stage(self) -> Stage:
         """How the trained model answers."""
         return self.stage_at(1.0)
+
+    def begin_step(self, step: int, rank: int) -> None:
+        """To be called before an optimizer step (0-based): from here on its random numbers are drawn.
+
+        They are the step's own, so that a resumed run draws what an uninterrupted one does.
+        """
+        if self.lora is not None and self.run.lora.dropout > 0:
+            torch.manual_seed(seed_of(self.run.seed, step, rank))
 
     def begin_stage(self, before: Stage, stage: Stage) -> None:
         """To be called before the first step of each stage but the first."""
@@ -433,6 +461,11 @@ def together(taps: dict[str, Taps]) -> Taps | None:
 def is_like(loop: ThoughtLoop | None, other: ThoughtLoop) -> bool:
     """Whether two loops are of one kind, width and settings."""
     return loop is not None and type(loop) is type(other) and (loop.width, loop.config) == (other.width, other.config)
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that differs for different numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
 
 
 def flat_ids(*parts: Iterable[Sequence[int]]) -> Tensor:

@@ -222,6 +222,7 @@ class Trainer:
         totals = ranks.sum(prepared.totals | {"stop": torch.tensor(float(job.stop.asked))})
         stopping = bool(totals.pop("stop") > 0)
         device_totals = {key: value.to(job.device, non_blocking=True) for key, value in totals.items()}
+        self.method.begin_step(self.step, ranks.rank)
         lrm = lr_multiplier(run, self.step, self.num_steps)
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = group["peak_lr"] * lrm

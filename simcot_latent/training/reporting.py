@@ -78,7 +78,10 @@ class Reporter:
         model, loop, decoder = self.method.model, self.method.loop, self.method.step_decoder
         size = f"{count_parameters(model) + (0 if loop is None else count_parameters(loop)):,} parameters"
         if decoder is not None:
-            size += f" + decoder {count_parameters(decoder) - model.embedding.weight.numel():,}"
+            size += f" + decoder {count_parameters(decoder) - count_parameters(model.embedding):,}"
+        if self.method.lora is not None:
+            learned = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
+            size += f", of which {learned:,} are trained (LoRA)"
         self.console.print(
             f"mode={run.mode} | {size} | {len(examples)} problems, {held_out} held out | "
             f"{self.num_steps} steps of {run.target_examples_per_step} | {job.device}, {job.dtype}, "

@@ -58,11 +58,13 @@ class Start:
     Attributes:
         model, tokenizer: the GPT that is to be trained, and its tokenizer.
         loop: a thought loop that has been trained with it; None: none.
+        new_rows: how many of the last rows of its table are of tokens that it has not been trained with.
     """
 
     model: GPT
     tokenizer: Tokenizer
     loop: ThoughtLoop | None = None
+    new_rows: int = 0
 
 
 def make_model(job: Job, raw: DictConfig) -> Start:
@@ -73,6 +75,11 @@ def make_model(job: Job, raw: DictConfig) -> Start:
     """
     run = job.run
     if run.init_from is None:
+        if run.lora.rank is not None:
+            warn(
+                job.console,
+                f"lora.rank={run.lora.rank}: without init_from= the weights that it freezes are random ones",
+            )
         tokenizer: Tokenizer = instantiate(raw.tokenizer, "tokenizer")
         try:
             return Start(GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **run.model)), tokenizer)
@@ -80,7 +87,7 @@ def make_model(job: Job, raw: DictConfig) -> Start:
             raise UserError(f"model: {error}") from error
     if job.start is not None:  # what it began from need not be there any more
         saved = load_checkpoint(job.start, key="out_dir", verify=run.verify)
-        return Start(saved.model.train(), saved.tokenizer, saved.loop)
+        return Start(saved.model.train(), saved.tokenizer, saved.loop, 0 if saved.lora is None else saved.lora.rows)
     published = load_pretrained(run.init_from, key="init_from", verify=run.verify)
     saved = with_latent_tokens(published, str(run.new_token_init))
     from simcot_latent import cli  # hydra, which training from Python does without
@@ -98,12 +105,13 @@ def make_model(job: Job, raw: DictConfig) -> Start:
                 f"model.{key}={run.model.get(key)}: init_from={run.init_from} brings its own model, in which it is "
                 f"{config.get(key)}; leave it out"
             )
-    return Start(saved.model.train(), saved.tokenizer, saved.loop)
+    new_rows = saved.model.config.vocab_size - published.model.config.vocab_size
+    return Start(saved.model.train(), saved.tokenizer, saved.loop, new_rows)
 
 
 def make_method(job: Job, config: MethodConfig, start: Start) -> Method:
     """What is trained, on its device. A loop that `init_from` brings goes on if it is of this method's settings."""
-    method = Method(start.model, start.tokenizer, job.run, config, start.loop)
+    method = Method(start.model, start.tokenizer, job.run, config, start.loop, start.new_rows)
     before = start.loop
     if before is not None and method.loop is not before and before.state_dict():
         now = "loop=none" if method.loop is None else f"loop={method.loop.key} of other settings"

@@ -65,3 +65,13 @@ def test_memory(sums: Path, tmp_path: Path) -> None:
     (row,) = report["rows"]
     assert 0 < row["ours_step_mb"] < row["ours_peak_mb"]
     assert row["ratio_step_mb"] == row["ours_step_mb"] / row["padded_step_mb"]
+
+
+def test_lora(sums: Path, tmp_path: Path) -> None:
+    report, out = measure("lora", f"--data {sums} --size S --batch-size 2 --thoughts 2 --repeats 1", tmp_path)
+    rows = {row["side"]: row for row in report["rows"]}
+    assert list(rows) == ["whole", "lora", "no dropout", "not frozen"]
+    assert rows["lora"]["trained"] == rows["not frozen"]["trained"] < rows["whole"]["trained"]
+    assert rows["no dropout"]["gradients_mb"] == pytest.approx(4e-6 * rows["lora"]["trained"])
+    assert rows["no dropout"]["gradients_mb"] < rows["not frozen"]["gradients_mb"]
+    assert f"{rows['lora']['to_whole']:.2f}" in out
