@@ -16,7 +16,7 @@ from simcot_latent.data.format import AnswerFormat
 from simcot_latent.errors import UserError, require
 from simcot_latent.files import from_plain, read_json
 from simcot_latent.model.gpt import GPTConfig
-from simcot_latent.parts import FILE_NAME
+from simcot_latent.parts import FILE_NAME, RESERVED
 from simcot_latent.terms.steps import StepGroups
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class SavedConfig:
             raise UserError(f"stage.thoughts={thoughts}: must be 0 without a loop, and with answers.thinks=false")
         if wrong := [name for name in self.parts if not (isinstance(name, str) and FILE_NAME.fullmatch(name))]:
             raise UserError(f"parts: {str(wrong[0])[:60]!r} is no name of a part, which is small letters, digits and _")
+        if reserved := [name for name in self.parts if name in RESERVED or self.parts.count(name) > 1]:
+            raise UserError(f"parts: {reserved[0]!r} must be the name of one part, and not {', '.join(RESERVED)}")
         decoder = self.step_decoder
         if decoder is not None:
             if decoder.n_embd != self.model.n_embd:
@@ -93,7 +95,9 @@ def read_config(file: Path) -> SavedConfig:
     """
     config = read_json(file)
     written = config.get("format", 1)
-    if type(written) is int and written > FORMAT:
+    if type(written) is not int or written < 1:
+        raise UserError(f"{file}: format={written!r}: must be a whole number from 1 to {FORMAT}")
+    if written > FORMAT:
         raise UserError(f"{file}: is of format {written}, this version reads up to {FORMAT}; update simcot_latent")
     try:
         if written == 1:

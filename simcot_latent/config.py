@@ -246,6 +246,11 @@ class MethodConfig:
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class NoSettings:
+    """The settings of a part that has none of its own."""
+
+
 SECTIONS: dict[str, type] = {"latent": LatentConfig, "decoder": DecoderConfig, "loss": LossConfig}
 """The sections of a method's settings."""
 
@@ -423,10 +428,7 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
     """
     sections = dict(raw)
     if "objective" in sections:
-        raise UserError(
-            "objective: is no key any more; a method is a choice of parts, curriculum=, loop=, steps= and terms=, see "
-            "docs/extending.md"
-        )
+        raise UserError(f"objective: {REMOVED['objective']}")
     if "projector_width" in (sections.get("model") or {}):
         raise UserError("model.projector_width: is latent.projector_width now")
     shared_keys = {f.name for f in dataclasses.fields(RunConfig)}
@@ -453,6 +455,13 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
         if hasattr(part, "Config"):
             method.settings(part.Config)  # which refuses impossible values now, not after the data are loaded
     return run, method
+
+
+REMOVED = {
+    "objective": "is no key any more; a method is a choice of parts, curriculum=, loop=, steps= and terms=, see "
+    "docs/extending.md"
+}
+"""Keys of earlier versions that are gone, and what takes their place."""
 
 
 @dataclass

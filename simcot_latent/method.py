@@ -30,7 +30,7 @@ from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.losses import Targets, cross_entropy
 from simcot_latent.model.packing import Packing
-from simcot_latent.parts import FILE_NAME, NONE, find
+from simcot_latent.parts import FILE_NAME, NONE, RESERVED, find
 from simcot_latent.profiling import part
 from simcot_latent.terms.base import Rows, Term, Trace
 from simcot_latent.terms.step_decoder import StepDecoder
@@ -95,7 +95,7 @@ class Method(nn.Module):
         tokenizer: its tokenizer.
         run: what all methods share.
         config: the parts and their settings.
-        loop: a loop that has been trained, of the same settings; None: a new one.
+        loop: a loop that has been trained, which goes on if its weights fit; None: a new one.
 
     Raises:
         UserError: the parts do not make a method together.
@@ -108,7 +108,11 @@ class Method(nn.Module):
         self.model, self.tokenizer, self.run, self.config = model, tokenizer, run, config
         new = make_loop(config.loop, model.config.n_embd, config)
         self.loop = loop if new is not None and is_like(loop, new) else new
-        self.curriculum: Curriculum = find("curriculum", config.curriculum)(config.latent, config.loop)
+        if loop is not None and new is not None and self.loop is new and fits(loop, new):
+            new.load_state_dict(loop.state_dict())  # of other settings, such as what is fed, but the same weights
+        curriculum = find("curriculum", config.curriculum)
+        self.curriculum: Curriculum = curriculum(config.latent, config.loop)
+        self.curriculum.config = config.settings(curriculum.Config)
         self.check_parts()
         self.answers = AnswerFormat(thinks=self.loop is not None)
         self.groups = StepGroups(config.latent.latents_per_step, config.latent.surplus, config.latent.missing)
@@ -122,6 +126,8 @@ class Method(nn.Module):
             term: Term = find(group, key)(model, tokenizer, config)
             if term.weight != 0:
                 self.add_term(term, term.name or key)
+        if config.loss.answer_weight == 0 and not self.terms:
+            raise UserError("loss.answer_weight=0: must be above 0 where no other term of the loss is left")
 
     def add_term(self, term: Term, name: str) -> None:
         """Adds a term, whose loss is logged as `<name>_loss`.
@@ -136,8 +142,9 @@ class Method(nn.Module):
         for module_name, module in term.modules.items():
             if getattr(self, module_name, None) is not None:
                 raise UserError(f"terms: {name} has a module of the name {module_name}, which there is already")
-            if not FILE_NAME.fullmatch(module_name) or module_name == "trainer_state":  # see `Checkpoint`
-                right = "small letters, digits and _, and not trainer_state, whose file a checkpoint has already"
+            reserved = module_name in RESERVED and not isinstance(module, StepDecoder)
+            if reserved or not FILE_NAME.fullmatch(module_name):  # see `Checkpoint`
+                right = f"small letters, digits and _, and not {', '.join(RESERVED)}, of which a checkpoint has a file"
                 raise UserError(f"terms: {name} has a module of the name {module_name!r}: must be {right}")
             self.register_module(module_name, module)
 
@@ -247,7 +254,7 @@ class Method(nn.Module):
                 f"stages={list(stages)}: must be one for each of {rows} rows, of at most {most} thoughts each"
             )
         counts = [self.loop.states(stage.thoughts) for stage in stages]
-        if self.terms and any(count % c for count in counts):
+        if any(count % c for count in counts):
             raise UserError(f"stages={list(stages)}: thoughts must make whole groups of latents_per_step={c}")
         return counts
 
@@ -329,6 +336,12 @@ class Method(nn.Module):
 def is_like(loop: ThoughtLoop | None, other: ThoughtLoop) -> bool:
     """Whether two loops are of one kind, width and settings."""
     return loop is not None and type(loop) is type(other) and (loop.width, loop.config) == (other.width, other.config)
+
+
+def fits(loop: ThoughtLoop, other: ThoughtLoop) -> bool:
+    """Whether two loops are of one kind, with weights of the same names and shapes."""
+    shapes = [{name: weight.shape for name, weight in each.state_dict().items()} for each in (loop, other)]
+    return type(loop) is type(other) and shapes[0] == shapes[1]
 
 
 def flat_ids(*parts: Iterable[Sequence[int]]) -> Tensor:

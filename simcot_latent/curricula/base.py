@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from simcot_latent.config import LatentConfig
+from simcot_latent.config import LatentConfig, NoSettings
 from simcot_latent.errors import UserError, require
 from simcot_latent.parts import NONE
 
@@ -32,13 +33,20 @@ class Stage:
 class Curriculum(ABC):
     """The stages of a training run.
 
+    Attributes:
+        config: an instance of `Config`, set once it is made.
+
     Args:
         latent: the options of thoughts.
         loop: the key of the method's thought loop.
     """
 
+    Config: ClassVar[type] = NoSettings
+    """A dataclass of its settings. Those of the command line are the keys of the same name under `latent`."""
+
     def __init__(self, latent: LatentConfig, loop: str) -> None:
         self.latent, self.loop = latent, loop
+        self.config: Any = None
 
     @abstractmethod
     def stage_at(self, progress: float) -> Stage:

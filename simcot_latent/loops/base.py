@@ -21,15 +21,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from simcot_latent.config import NoSettings
 from simcot_latent.model.cache import KVCache, StaticCaches
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
 from simcot_latent.parts import key_of
-
-
-@dataclass(frozen=True)
-class NoSettings:
-    """The settings of a part that has none of its own."""
 
 
 @dataclass

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from simcot_latent.loops.base import NoSettings, ThoughtLoop, Thoughts
+from simcot_latent.config import NoSettings
+from simcot_latent.loops.base import ThoughtLoop, Thoughts
 from simcot_latent.model.cache import StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing

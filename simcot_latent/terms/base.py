@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from simcot_latent.config import MethodConfig
+from simcot_latent.config import MethodConfig, NoSettings
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.format import Example
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.loops.base import NoSettings, Thoughts
+from simcot_latent.loops.base import Thoughts
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.losses import Labelled
 from simcot_latent.model.packing import Packing
