@@ -44,7 +44,7 @@ from simcot_latent.checkpoint_folders import (
     TOKENIZER,
     find_checkpoint,
 )
-from simcot_latent.checkpoint_parts import empty_loop, load_lora, load_model_and_loop, read_part
+from simcot_latent.checkpoint_parts import load_lora, load_model_and_loop, new_loop, read_part
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -264,7 +264,7 @@ def load_checkpoint(
         verify_files(folder, [CONFIG, MODEL, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES)])
     config = read_config(folder / CONFIG)
     is_apart = config.lora is not None and not config.lora.merged
-    loop = None if config.loop is None else empty_loop(config.loop, config.model.n_embd, folder / CONFIG)
+    loop = None if config.loop is None else new_loop(config.loop, config.model.n_embd, folder)
     if verify and (folder / MANIFEST).exists():  # without, the note has been given
         further = [DECODER] * has_decoder + [LOOP] * (folder / LOOP).exists() + [LORA] * is_apart
         verify_files(folder, further + [f"{name}.safetensors" for name in config.parts])

@@ -17,7 +17,7 @@ from simcot_latent.errors import UserError, require
 from simcot_latent.files import from_plain, read_json
 from simcot_latent.model.gpt import GPTConfig
 from simcot_latent.model.lora import LoRA
-from simcot_latent.parts import FILE_NAME, NONE, find
+from simcot_latent.parts import FILE_NAME, NONE, RESERVED, find
 from simcot_latent.terms.steps import StepGroups
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class SavedConfig:
             raise UserError(f"stage.thoughts={thoughts}: must be 0 without a loop, and with answers.thinks=false")
         if wrong := [name for name in self.parts if not (isinstance(name, str) and FILE_NAME.fullmatch(name))]:
             raise UserError(f"parts: {str(wrong[0])[:60]!r} is no name of a part, which is small letters, digits and _")
+        if reserved := [name for name in self.parts if name in RESERVED or self.parts.count(name) > 1]:
+            raise UserError(f"parts: {reserved[0]!r} must be the name of one part, and not {', '.join(RESERVED)}")
         if self.lora is not None:
             rows, most = self.lora.rows, self.model.vocab_size
             require(rows <= most, "lora.rows", rows, f"at most {most}, the rows of the table")
@@ -103,7 +105,9 @@ def read_config(file: Path) -> SavedConfig:
     """
     config = read_json(file)
     written = config.get("format", 1)
-    if type(written) is int and written > FORMAT:
+    if type(written) is not int or written < 1:
+        raise UserError(f"{file}: format={written!r}: must be a whole number from 1 to {FORMAT}")
+    if written > FORMAT:
         raise UserError(f"{file}: is of format {written}, this version reads up to {FORMAT}; update simcot_latent")
     try:
         if written == 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from simcot_latent.checkpoint_config import SavedConfig, SavedLoop
-from simcot_latent.checkpoint_folders import LOOP, MODEL
+from simcot_latent.checkpoint_folders import CONFIG, LOOP, MODEL
 from simcot_latent.errors import UserError
 from simcot_latent.files import from_plain
 from simcot_latent.loops.base import ThoughtLoop
@@ -26,19 +26,31 @@ from simcot_latent.weights import (
 )
 
 
-def empty_loop(saved: SavedLoop, width: int, file: Path) -> ThoughtLoop:
-    """The loop that a checkpoint names, of which no weight is there yet.
+def new_loop(saved: SavedLoop, width: int, folder: Path) -> ThoughtLoop:
+    """The loop that a checkpoint names, its weights not read yet.
 
     Raises:
-        UserError: the table of parts has none of its key, or it has no such settings.
+        UserError: the table of parts has none of its key, it has no such settings, or the file of its weights is
+            missing or holds others.
     """
+    file = folder / CONFIG
     cls = find("loop", saved.key, f"{file}: loop.key={saved.key}")
     try:
         settings = from_plain(cls.Config, saved.settings, "loop.settings")
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    with torch.device("meta"):
-        return cls(width, settings)
+    try:
+        with torch.device("meta"):  # so that nothing of the size that the settings say is made before it is compared
+            wanted = {name: weight.shape for name, weight in cls(width, settings).state_dict().items()}
+    except (RuntimeError, NotImplementedError):  # a loop of one's own that works with numbers when it is made
+        wanted = {}
+    if wanted:
+        in_model = {name: shape for name, shape in read_shapes(folder / MODEL).items() if name.startswith("projector.")}
+        if in_model:  # up to format 2
+            require_shapes(in_model, wanted, folder / MODEL)
+        else:
+            require_shapes(read_shapes(folder / LOOP), wanted, folder / LOOP)
+    return cls(width, settings)
 
 
 def load_model_and_loop(config: SavedConfig, loop: ThoughtLoop | None, folder: Path) -> GPT:

@@ -19,7 +19,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from simcot_latent.config import as_plain, config_dir, instantiate, literal, one_line
+from simcot_latent.config import REMOVED, as_plain, config_dir, instantiate, literal, one_line
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources import Source, Split, load_first
 from simcot_latent.errors import UserError, did_you_mean
@@ -116,9 +116,11 @@ def check_dashes(arguments: list[str]) -> None:
 
 
 def under_new_name(argument: str) -> str:
-    """`key=value` with the present name of a key that has been renamed."""
+    """`key=value` with the present name of a key that has been renamed; one that is gone ends the command."""
     key, equals, value = argument.partition("=")
     plain = key.lstrip("+~")
+    if equals and plain in REMOVED:
+        fail(UserError(f"{plain}: {REMOVED[plain]}"))
     return f"{key.replace(plain, RENAMED[plain])}{equals}{value}" if plain in RENAMED else argument
 
 

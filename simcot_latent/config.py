@@ -454,10 +454,7 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
     """
     sections = dict(raw)
     if "objective" in sections:
-        raise UserError(
-            "objective: is no key any more; a method is a choice of parts, curriculum=, loop=, steps= and terms=, see "
-            "docs/extending.md"
-        )
+        raise UserError(f"objective: {REMOVED['objective']}")
     if "projector_width" in (sections.get("model") or {}):
         raise UserError("model.projector_width: is latent.projector_width now")
     shared_keys = {f.name for f in dataclasses.fields(RunConfig)}
@@ -486,6 +483,13 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
         if hasattr(part, "Config"):
             method.settings(part.Config)  # which refuses impossible values now, not after the data are loaded
     return run, method
+
+
+REMOVED = {
+    "objective": "is no key any more; a method is a choice of parts, curriculum=, loop=, steps= and terms=, see "
+    "docs/extending.md"
+}
+"""Keys of earlier versions that are gone, and what takes their place."""
 
 
 @dataclass

@@ -97,6 +97,8 @@ def encode_prompts(checkpoint: Checkpoint, questions: Sequence[str]) -> list[lis
     Raises:
         UserError: a question is empty, or leaves no room in the context for thoughts and an answer.
     """
+    if isinstance(questions, str):
+        raise UserError("questions: must be a list of texts, not one text")
     context = checkpoint.model.config.context_length
     limit = context - reads_between(checkpoint) - 1
     prompts: list[list[int]] = []

@@ -35,7 +35,7 @@ from simcot_latent.model.lora import LoRA, add_lora
 from simcot_latent.model.losses import Targets, cross_entropy
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.taps import SeveralTaps, Taps
-from simcot_latent.parts import FILE_NAME, NONE, find
+from simcot_latent.parts import FILE_NAME, NONE, RESERVED, find
 from simcot_latent.profiling import part
 from simcot_latent.terms.base import Rows, Term, Trace, Wanted
 from simcot_latent.terms.step_decoder import StepDecoder
@@ -119,7 +119,7 @@ class Method(nn.Module):
         tokenizer: its tokenizer.
         run: what all methods share.
         config: the parts and their settings.
-        loop: a loop that has been trained, of the same settings; None: a new one.
+        loop: a loop that has been trained, which goes on if its weights fit; None: a new one.
         new_rows: how many of the last rows of the model's table stand for tokens that were added to it.
 
     Raises:
@@ -142,6 +142,8 @@ class Method(nn.Module):
             add_lora(model, self.lora, run.lora.dropout)
         new = make_loop(config.loop, model.config.n_embd, config)
         self.loop = loop if new is not None and is_like(loop, new) else new
+        if loop is not None and new is not None and self.loop is new and fits(loop, new):
+            new.load_state_dict(loop.state_dict())  # of other settings, such as what is fed, but the same weights
         self.curriculum: Curriculum = find("curriculum", config.curriculum)(config, run)
         self.check_parts()
         self.answers = AnswerFormat(thinks=self.loop is not None)
@@ -156,6 +158,8 @@ class Method(nn.Module):
             term: Term = find(group, key)(model, tokenizer, config)
             if term.weight != 0:
                 self.add_term(term, term.name or key)
+        if config.loss.answer_weight == 0 and not self.terms:
+            raise UserError("loss.answer_weight=0: must be above 0 where no other term of the loss is left")
 
     def add_term(self, term: Term, name: str) -> None:
         """Adds a term, whose loss is logged as `<name>_loss`.
@@ -170,8 +174,9 @@ class Method(nn.Module):
         for module_name, module in term.modules.items():
             if getattr(self, module_name, None) is not None:
                 raise UserError(f"terms: {name} has a module of the name {module_name}, which there is already")
-            if not FILE_NAME.fullmatch(module_name) or module_name == "trainer_state":  # see `Checkpoint`
-                right = "small letters, digits and _, and not trainer_state, whose file a checkpoint has already"
+            reserved = module_name in RESERVED and not isinstance(module, StepDecoder)
+            if reserved or not FILE_NAME.fullmatch(module_name):  # see `Checkpoint`
+                right = f"small letters, digits and _, and not {', '.join(RESERVED)}, of which a checkpoint has a file"
                 raise UserError(f"terms: {name} has a module of the name {module_name!r}: must be {right}")
             self.register_module(module_name, module)
 
@@ -340,7 +345,7 @@ class Method(nn.Module):
             if 0 in counts:
                 raise UserError(f"stages={list(stages)}: must all have thoughts with loop={self.config.loop}, or none")
             return counts  # the most that it comes to by itself
-        if self.terms and any(count % c for count in counts):
+        if any(count % c for count in counts):
             raise UserError(f"stages={list(stages)}: thoughts must make whole groups of latents_per_step={c}")
         return counts
 
@@ -466,6 +471,12 @@ def is_like(loop: ThoughtLoop | None, other: ThoughtLoop) -> bool:
 def seed_of(*numbers: int) -> int:
     """A seed that differs for different numbers."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
+
+
+def fits(loop: ThoughtLoop, other: ThoughtLoop) -> bool:
+    """Whether two loops are of one kind, with weights of the same names and shapes."""
+    shapes = [{name: weight.shape for name, weight in each.state_dict().items()} for each in (loop, other)]
+    return type(loop) is type(other) and shapes[0] == shapes[1]
 
 
 def flat_ids(*parts: Iterable[Sequence[int]]) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,9 @@ from simcot_latent.errors import UserError, did_you_mean
 
 FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
 """What a part that learns may be called, since a checkpoint keeps it in a file of its name."""
+
+RESERVED = ("model", "loop", "step_decoder", "trainer_state")
+"""Names of files that a checkpoint has already."""
 
 NONE = "none"
 """The key of no part, in every group of which a method has one."""
@@ -72,8 +76,12 @@ def register(group: str, key: str) -> Callable[[T], T]:
     """
     if group not in PARTS:
         raise UserError(f"register({group!r}, {key!r}): the group must be one of {', '.join(PARTS)}")
+    if key == NONE or not FILE_NAME.fullmatch(key):
+        raise UserError(f"register({group!r}, {key!r}): the key must be small letters, digits and _, and not none")
 
     def put(cls: T) -> T:
+        if fault := fault_of(cls):
+            raise UserError(f"register({group!r}, {key!r}): {getattr(cls, '__name__', cls)} {fault}")
         there = PARTS[group].get(key)
         path = there if isinstance(there, str) or there is None else f"{there.__module__}.{there.__qualname__}"
         if path not in (None, f"{cls.__module__}.{cls.__qualname__}"):
@@ -82,6 +90,22 @@ def register(group: str, key: str) -> Callable[[T], T]:
         return cls
 
     return put
+
+
+def fault_of(cls: Any) -> str | None:
+    """What is wrong with the class of a part; None: nothing that can be seen before it is used."""
+    if not isinstance(cls, type):
+        return "must be a class"
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        return f"must define {', '.join(missing)}"
+    config = getattr(cls, "Config", None)
+    if "Config" in vars(cls) and not (isinstance(config, type) and is_dataclass(config)):
+        return "must have a dataclass as Config"
+    if isinstance(config, type) and is_dataclass(config):
+        without = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
+        if without:
+            return f"must have a Config in which {without[0]} has a default"
+    return None
 
 
 def find(group: str, key: str, where: str | None = None) -> Any:
@@ -97,9 +121,10 @@ def find(group: str, key: str, where: str | None = None) -> Any:
     if found is None:
         known = [other for other in keys(group) if other != key]  # a checkpoint may not say loop.key=none
         right = f"one of {', '.join(known)}" if known else "registered"
+        named = where or (f"terms=[{key}]" if group == "term" else f"{group}={key}")
         raise UserError(
-            f"{where or f'{group}={key}'}: must be {right}{did_you_mean(key, known)}; a part of your own is registered "
-            "by the module that use=[module] names"
+            f"{named}: must be {right}{did_you_mean(key, known)}; a part of your own is registered by the module that "
+            "use=[module] names"
         )
     if isinstance(found, str):
         module, _, name = found.rpartition(".")
@@ -132,6 +157,6 @@ def use(modules: Sequence[str]) -> None:
             import_module(module)
         except UserError:
             raise
-        except Exception as error:  # whatever it raises
+        except (Exception, SystemExit) as error:  # whatever it raises
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"use=[{module}]: cannot be imported ({reason})") from error

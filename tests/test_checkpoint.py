@@ -659,6 +659,13 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
     ),
     "a step below zero": (lambda config: config.update(step=-1), ["step=-1: must be at least 0"]),
     "a later format": (lambda config: config.update(format=4), ["is of format 4, this version reads up to 3"]),
+    "format 0": (lambda config: config.update(format=0), ["format=0: must be a whole number from 1 to 3"]),
+    "a part of a name that is taken": (
+        lambda config: config.update(parts=["trainer_state"]), ["parts: 'trainer_state' must be the name of one part"]
+    ),
+    "a part twice": (
+        lambda config: config.update(parts=["judge", "judge"]), ["parts: 'judge' must be the name of one part"]
+    ),
     "parts that are an object": (lambda config: config.update(parts={"judge": 1}), ["config.parts", "must be"]),
 } | {
     f"part {name!r}": (
@@ -677,6 +684,48 @@ def test_a_config_that_makes_no_method_is_refused_in_a_line(
     text = refusal(folder, change)
     for word in words:
         assert word in text
+
+
+class WithBuffer(Sequential):
+    def __init__(self, width: int, config: SequentialConfig) -> None:
+        super().__init__(width, config)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, width), persistent=False)
+
+    def thought(self, hidden: Tensor) -> Tensor:
+        return hidden * self.get_buffer("scale")
+
+
+class WithTensor(Sequential):
+    def __init__(self, width: int, config: SequentialConfig) -> None:
+        super().__init__(width, config)
+        self.scale = torch.linspace(0.5, 1.5, width)
+
+    def thought(self, hidden: Tensor) -> Tensor:
+        return hidden * self.scale
+
+
+class WithNumber(Sequential):
+    def __init__(self, width: int, config: SequentialConfig) -> None:
+        super().__init__(width, config)
+        self.scale = torch.full((3,), 0.5).sum().item()
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def thought(self, hidden: Tensor) -> Tensor:
+        return hidden * self.scale + self.shift
+
+
+@pytest.mark.parametrize("cls", [WithBuffer, WithTensor, WithNumber])
+def test_what_a_loop_makes_besides_its_weights_is_there_after_loading(
+    cls: type[Sequential], make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PARTS["loop"], "mine", cls)
+    checkpoint = make_checkpoint()
+    checkpoint.loop = cls(checkpoint.model.config.n_embd, SequentialConfig())
+    if isinstance(checkpoint.loop, WithNumber):
+        checkpoint.loop.shift.data += 0.25
+    loaded = load_checkpoint(save_checkpoint(checkpoint, tmp_path, STATE, keep=1))
+    questions = ["Ann has 3 bags of 4 pears.", "Half of 9?"]
+    assert torch.equal(think(loaded, questions).latents, think(checkpoint, questions).latents)
 
 
 def test_a_loop_of_ones_own_is_found_once_it_is_registered(

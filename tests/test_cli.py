@@ -445,3 +445,12 @@ def test_a_bug_of_ours_is_not_dressed_up_as_a_mistake() -> None:
 
     with pytest.raises(KeyError, match="ours"):
         call(broken)
+
+
+def test_a_key_that_is_gone_names_what_takes_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.under_new_name("objective=mine.Objective")
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: objective: is no key any more; a method is a choice of parts, curriculum=, loop=")
+    assert said.count("\n") == 1

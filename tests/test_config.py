@@ -177,7 +177,7 @@ REFUSED = {
     "latent.projector_width=0": ("latent.projector_width=0: must be at least 1, or null for no projector",),
     "terms=null": ("terms=null: must be a list; leave it out for its default",),
     "terms=contrast": ("terms: ",),
-    "terms=[contrast]": ("term=contrast: must be registered", "use=[module]"),
+    "terms=[contrast]": ("terms=[contrast]: must be registered", "use=[module]"),
     "latent=null": ("latent=null: must be a section of keys",),
     "latent.missing=null": ("latent.missing=null: must be a text",),
     "loss.step_weight=null": ("loss.step_weight=null: must be a number",),

@@ -407,3 +407,9 @@ def test_impossible_sampling(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError) as error:
         Sampling(**arguments)
     assert str(error.value) == says
+
+
+def test_one_text_is_no_list_of_questions(make_model: Callable[..., GPT], tokenizer: Tokenizer) -> None:
+    checkpoint = Way().of(make_model("llama", vocab_size=tokenizer.n_vocab), tokenizer)
+    with pytest.raises(UserError, match=r"^questions: must be a list of texts, not one text$"):
+        answer(checkpoint, "Half of 9?")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import simcot_latent as sl
 from simcot_latent import parts
 from simcot_latent.checkpoint import TrainerState, load_checkpoint
 from simcot_latent.config import MethodConfig, RunConfig
-from simcot_latent.curricula.base import Curriculum
+from simcot_latent.curricula.base import Curriculum, Stage
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.loops.base import ThoughtLoop
@@ -133,6 +135,63 @@ def test_an_unknown_group(group: str) -> None:
     )
 
 
+class NoDataclass(Sequential):
+    Config = int
+
+
+class Needs(Sequential):
+    @dataclass(frozen=True)
+    class Config:
+        need: int
+
+
+class NoThink(ThoughtLoop):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("cls", "says"),
+    [
+        (lambda: None, "<lambda> must be a class"),
+        (NoDataclass, "NoDataclass must have a dataclass as Config"),
+        (Needs, "Needs must have a Config in which need has a default"),
+        (NoThink, "NoThink must define think"),
+    ],
+)
+def test_what_can_be_no_part_is_refused_where_it_is_registered(cls: Any, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        register("loop", "wrong")(cls)
+    assert str(caught.value) == f"register('loop', 'wrong'): {says}"
+    assert "wrong" not in PARTS["loop"]
+
+
+@pytest.mark.parametrize("key", ["none", "My-Loop", "", "a.b"])
+def test_what_can_be_no_key_is_refused(key: str) -> None:
+    assert message("register", "loop", key) == (
+        f"register('loop', {key!r}): the key must be small letters, digits and _, and not none"
+    )
+
+
+def test_a_curriculum_has_its_settings(
+    make_model: Callable[..., GPT], make_run: Callable[..., RunConfig], tokenizer: Tokenizer
+) -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        my_share: float = 0.5
+
+    class Mine(Curriculum):
+        Config = Settings
+
+        def stage_at(self, progress: float) -> Stage:
+            return Stage() if progress < self.config.my_share else Stage(self.latent.n_latents, first_written=None)
+
+    register("curriculum", "mine")(Mine)
+    model = make_model("llama", vocab_size=tokenizer.n_vocab)
+    config = MethodConfig.simcot(curriculum="mine", own={"my_share": 0.25})
+    method = Method(model, tokenizer, make_run(rationale="equations"), config)
+    assert [method.stage_at(share).thoughts for share in (0.2, 0.3)] == [0, config.latent.n_latents]
+
+
 # --- what is not there -----------------------------------------------------------------------------------------------
 
 OWN = "; a part of your own is registered by the module that use=[module] names"
@@ -151,13 +210,16 @@ OWN = "; a part of your own is registered by the module that use=[module] names"
     ],
 )
 def test_a_key_that_is_not_there(group: str, key: str, says: str) -> None:
-    assert message("find", group, key) == f"{group}={key}: {says}{OWN}"
+    named = f"terms=[{key}]" if group == "term" else f"{group}={key}"
+    assert message("find", group, key) == f"{named}: {says}{OWN}"
     assert message("find", group, key, "config.json: loop.key") == f"config.json: loop.key: {says}{OWN}"
 
 
 def test_what_is_registered_is_offered() -> None:
     register("term", "contrast")(Noisy)
-    assert message("find", "term", "contrst") == (f"term=contrst: must be one of contrast; did you mean contrast?{OWN}")
+    assert message("find", "term", "contrst") == (
+        f"terms=[contrst]: must be one of contrast; did you mean contrast?{OWN}"
+    )
 
 
 # --- what a part learns ----------------------------------------------------------------------------------------------
@@ -205,8 +267,8 @@ def test_a_module_that_no_checkpoint_could_keep_is_refused_before_training(
     with pytest.raises(UserError) as caught:
         judging(name)
     assert str(caught.value) == (
-        f"terms: judge has a module of the name {name!r}: must be small letters, digits and _, and not trainer_state, "
-        "whose file a checkpoint has already"
+        f"terms: judge has a module of the name {name!r}: must be small letters, digits and _, and not model, loop, "
+        "step_decoder, trainer_state, of which a checkpoint has a file"
     )
 
 
@@ -252,6 +314,7 @@ def test_nothing_to_use_changes_nothing(modules: Path) -> None:
         (None, "ModuleNotFoundError: No module named 'my_parts_d'"),
         ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
         ("def f(:", "SyntaxError: invalid syntax"),
         ("raise ValueError('two\\n  lines')", "ValueError: two lines"),
     ],

@@ -131,14 +131,9 @@ LOOPS: dict[str, tuple[ThoughtLoop | None, MethodConfig, str | None]] = {
         Sequential(32, PROJECTS), MethodConfig.simcot(LatentConfig(projector_width=8)),
         "loop=sequential has learned is left out, since this run has loop=sequential of other settings",
     ),
-    "none any more": (
-        Sequential(32, PROJECTS), MethodConfig.simcot(),
-        "loop=sequential has learned is left out, since this run has loop=sequential of other settings",
-    ),
-    "another last state": (
-        Sequential(32, PROJECTS),
-        MethodConfig.simcot(LatentConfig(3, 2, feeds_last=False, projector_width=24)),
-        "loop=sequential has learned is left out, since this run has loop=sequential of other settings",
+    "the same where none is asked for": (Sequential(32, PROJECTS), MethodConfig.simcot(), None),
+    "fits, another last state": (
+        Sequential(32, PROJECTS), MethodConfig.simcot(LatentConfig(3, 2, feeds_last=False)), None
     ),
     "another loop": (
         Sequential(32, PROJECTS), MethodConfig.simcot(loop="pause"),
@@ -170,6 +165,11 @@ def test_a_loop_goes_on_where_it_is_the_runs_and_else_is_new(
     assert method.model is model
     assert torch.equal(logits(method.model, ids), wanted)
     assert (method.loop is before) == case.startswith("the same")
+    if case.startswith(("the same", "fits")) and before is not None:
+        assert method.loop is not None
+        weights = method.loop.state_dict()
+        assert weights
+        assert all(torch.equal(weight, weights[name]) for name, weight in before.state_dict().items())
     if case == "new":
         assert isinstance(method.loop, Sequential)
         assert method.loop.projector is not None

@@ -53,6 +53,9 @@ class Stage:
 class Curriculum(ABC):
     """The stages of a training run.
 
+    Attributes:
+        config: an instance of `Config`, set once it is made.
+
     Args:
         method: the parts and their settings.
         run: how long training is.

@@ -36,6 +36,8 @@ def think(checkpoint: Checkpoint, questions: Sequence[str]) -> Thoughts:
 
 
 def require_thoughts(checkpoint: Checkpoint) -> None:
+    if checkpoint.stage.thoughts == 0 and checkpoint.loop is not None:
+        raise UserError(f"{checkpoint.path}: is of the warm-up, before any thought; use a later checkpoint")
     if checkpoint.stage.thoughts == 0:
         raise UserError(f"{checkpoint.path}: this model writes its steps and has no thoughts; use one of mode=latent")
 

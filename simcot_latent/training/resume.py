@@ -82,13 +82,21 @@ def restore(
     if unmerged:
         require_finite(unmerged, folder / STATE_TENSORS)
     copy_weights(saved, method, unmerged)
-    restore_moments(state.tensors, method, optimizers, folder / STATE_TENSORS)
+    tensors = state.tensors
+    if drops_decoder(method):
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(f"{PREFIX}step_decoder.")}
+    restore_moments(tensors, method, optimizers, folder / STATE_TENSORS)
     try:
         torch.set_rng_state(state.tensors["random/cpu"])
     except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder / STATE_TENSORS}: random/cpu is not the state of a random generator") from error
     job.console.print(f"going on from {folder}")
     return state.values
+
+
+def drops_decoder(method: Method) -> bool:
+    """Whether a decoder that an earlier version made, and did not train, is left out: that of loss.step_weight=0."""
+    return method.step_decoder is None and method.config.steps == "decoder" and method.config.loss.step_weight == 0
 
 
 MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
@@ -199,7 +207,7 @@ def never_changing(saved: Checkpoint, planned: int, num_steps: int, method: Meth
     for name, (theirs, ours) in pairs.items():
         before, now = (None if part is None else dataclasses.asdict(part.config) for part in (theirs, ours))
         if before is None or now is None:
-            if before != now:
+            if before != now and not (name == "decoder" and now is None and drops_decoder(method)):
                 found.append(f"{name} (there was {'none' if before is None else 'one'})")
             continue
         differ = [key for key in now if before[key] != now[key] and key not in seen]

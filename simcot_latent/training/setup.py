@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from simcot_latent.errors import UserError, file_errors
 from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens
 from simcot_latent.logs import track, warn
 from simcot_latent.loops.base import ThoughtLoop
-from simcot_latent.method import Method
+from simcot_latent.method import Method, fits
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.training.memory import out_of_memory
 from simcot_latent.training.stopping import StopSignal
@@ -110,10 +110,20 @@ def make_model(job: Job, raw: DictConfig) -> Start:
 
 
 def make_method(job: Job, config: MethodConfig, start: Start) -> Method:
-    """What is trained, on its device. A loop that `init_from` brings goes on if it is of this method's settings."""
-    method = Method(start.model, start.tokenizer, job.run, config, start.loop, start.new_rows)
+    """What is trained, on its device. A loop that `init_from` brings goes on if its weights fit this method's; a
+    projector does unless another is asked for.
+    """
     before = start.loop
-    if before is not None and method.loop is not before and before.state_dict():
+    brought = getattr(before.config, "projector_width", None) if before is not None else None
+    if (
+        brought is not None
+        and before is not None
+        and before.key == config.loop
+        and config.latent.projector_width is None
+    ):
+        config = replace(config, latent=replace(config.latent, projector_width=brought))
+    method = Method(start.model, start.tokenizer, job.run, config, before, start.new_rows)
+    if before is not None and before.state_dict() and (method.loop is None or not fits(before, method.loop)):
         now = "loop=none" if method.loop is None else f"loop={method.loop.key} of other settings"
         warn(job.console, f"init_from={job.run.init_from}: what its loop={before.key} has learned is left out, since "
              f"this run has {now}")  # fmt: skip

@@ -133,3 +133,15 @@ def test_it_goes_on(resume: str, old: Path, tmp_path: Path) -> None:
         [line["loss"] for line in read_lines(x / "metrics.jsonl") if "loss" in line] for x in (old, OLD / old.name)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_decoder_that_no_loss_reaches_is_left_behind(tmp_path: Path) -> None:
+    """Earlier versions made one with loss.step_weight=0 too, and kept moments of it."""
+    folder = Path(shutil.copytree(OLD / "latent", tmp_path / "latent"))
+    (folder / "latest").symlink_to("step_0000003")
+    shutil.rmtree(folder / "step_0000006")
+    arguments = ("mode=latent", *COMMON, *RUNS["latent"], "loss.step_weight=0", f"out_dir={folder}", "resume=true")
+    run(TRAIN, *arguments, folder=tmp_path).ok()
+    assert (folder / "step_0000003/step_decoder.safetensors").exists()
+    assert not (folder / "step_0000006/step_decoder.safetensors").exists()
+    assert sl.load_checkpoint(folder).step == 6

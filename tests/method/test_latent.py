@@ -977,15 +977,12 @@ def test_a_stage_of_too_many_thoughts_is_refused_for_all_rows_too(
 
 
 def test_thoughts_of_a_stage_make_whole_groups(make_method: MakeMethod, problems: list[Problem]) -> None:
-    """Where a term cuts them into groups; without, any number will do."""
+    """With or without a term that cuts them into groups: a checkpoint keeps how many make one."""
     latent, stage = {"n_latents": 6, "latents_per_step": 2}, Stage(3, first_written=1)
-    method = make_method(latent=latent)
-    with pytest.raises(UserError, match=r"stages=.*: thoughts must make whole groups of latents_per_step=2"):
-        method.collate(encode(method, problems), stage)
-    method = make_method(latent=latent, loss={"step_weight": 0.0})
-    batch = method.collate(encode(method, problems), stage)
-    assert isinstance(batch, ThoughtBatch)
-    assert batch.counts == (3,) * len(problems)
+    for loss in ({}, {"step_weight": 0.0}):
+        method = make_method(latent=latent, loss=loss)
+        with pytest.raises(UserError, match=r"stages=.*: thoughts must make whole groups of latents_per_step=2"):
+            method.collate(encode(method, problems), stage)
 
 
 @pytest.mark.parametrize("key", ["thoughts", "first_written"])

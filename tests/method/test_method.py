@@ -86,6 +86,11 @@ REFUSED: dict[str, tuple[MethodConfig, dict[str, str], str]] = {
         {"rationale": "none", "mode": "mine"},
         "rationale=none: must be equations in mode=mine, whose steps become thoughts",
     ),
+    "nothing to minimise": (
+        simcot(steps="none", loss=LossConfig(answer_weight=0.0)),
+        {},
+        "loss.answer_weight=0: must be above 0 where no other term of the loss is left",
+    ),
     "a projector that is not there": (
         simcot(loop="pause", latent={"projector_width": 16}),
         {},
