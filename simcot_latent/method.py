@@ -286,7 +286,7 @@ class Method(nn.Module):
             written_only = written_only or stages.thoughts == 0
             stages = [stages] * len(examples)
         counts, given, loop = self.check_stages(stages, len(examples)), None, self.loop
-        if written_only:
+        if written_only or (isinstance(loop, GivenLoop) and not any(counts)):
             return self.collate_written(examples, stages)
         assert loop is not None
         texts = [written_text(e, stage, self.newline) for e, stage in zip(examples, stages, strict=True)]
@@ -342,7 +342,7 @@ class Method(nn.Module):
             )
         counts = [0 if loop is None else loop.states(stage.thoughts) for stage in stages]
         if isinstance(loop, GivenLoop):
-            if 0 in counts:
+            if 0 in counts and any(counts):
                 raise UserError(f"stages={list(stages)}: must all have thoughts with loop={self.config.loop}, or none")
             return counts  # the most that it comes to by itself
         if any(count % c for count in counts):
