@@ -309,7 +309,9 @@ class Method(nn.Module):
             rows = replace(rows, solutions=solutions)
         collated = {name: term.collate(rows) for name, term in self.terms.items()}
         added = chain.from_iterable(each.packings for each in collated.values())
-        totals = target_totals(targets) | {"problems": torch.tensor(float(len(examples)))}
+        thinking = sum(count > 0 for count in counts)
+        totals = target_totals(targets)
+        totals |= {"problems": torch.tensor(float(thinking)), "rows": torch.tensor(float(len(examples)))}
         passes = [questions, *loop.passes(counts), packed_texts, *added]
         totals |= position_totals(*passes, *([] if written is None else [written.packing]))
         if written is not None:

@@ -11,3 +11,7 @@ class NoCurriculum(Curriculum):
 
     def stage_at(self, progress: float) -> Stage:
         return Stage() if self.loop == NONE else self.all_replaced
+
+    @property
+    def resets_optimizer(self) -> bool:
+        return False

@@ -90,7 +90,7 @@ class Hidden(Term):
         assert trace.written_taps is not None
         student_LBD, teacher_LBD = trace.text_taps.hidden_LND.float(), trace.written_taps.hidden_LND.float()
         distance_LBD = DISTANCES[self.config.distill_distance](student_LBD, teacher_LBD, reduction="none")
-        distance_L = distance_LBD.mean(2).sum(1) / totals["problems"]
+        distance_L = distance_LBD.mean(2).sum(1) / totals["rows"]
         if self.config.distill_norm == "std":
             distance_L = distance_L / teacher_LBD.flatten(1).std(1)
         return TermLoss(value=distance_L.mean())

@@ -104,7 +104,7 @@ def test_a_batch_equals_its_rows(make_method: Callable[..., Method], problems: l
     assert len(set(whole.counts)) > 2
     assert 0 in whole.counts
     totals = add_up([piece.totals for piece in pieces])
-    for key in ("predictions", "weights", "tokens", "positions", "problems"):
+    for key in ("predictions", "weights", "tokens", "positions", "rows"):
         assert totals[key] == whole.totals[key], key
 
     def found(batches: Sequence[ThoughtBatch | WrittenBatch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
