@@ -26,7 +26,7 @@ from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.method import Method, ThoughtBatch
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.gpt import GPT
-from simcot_latent.probing import information, thoughts
+from simcot_latent.probing import information, readers
 from simcot_latent.probing import steps as steps_module
 from simcot_latent.probing.information import _v_information, text_entropy
 from simcot_latent.probing.steps import GroupProbe, QuestionProbe, probe_problems, probe_questions, teacher_forced
@@ -78,7 +78,7 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) 
 @pytest.fixture(autouse=True)
 def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random decoders seldom end: the limit is reached early."""
-    monkeypatch.setattr(thoughts, "MAX_STEP_TOKENS", 8)
+    monkeypatch.setattr(readers, "MAX_STEP_TOKENS", 8)
 
 
 @pytest.fixture(scope="module")

@@ -137,8 +137,8 @@ class ThoughtLoop(nn.Module, ABC):
         return thoughts
 
     def n_passes(self, thoughts: int) -> int:
-        """The passes, one after the other, that so many thoughts take; LOTUS counts that of the question among them."""
-        return thoughts
+        """The passes, one after the other, up to the last thought of a row; that over the question is one of them."""
+        return 1 + len(self.passes([self.states(thoughts)]))
 
     def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
         """How the first pass is laid out.

@@ -200,7 +200,8 @@ def test_the_same_answer_at_any_batch_size(checkpoint: Checkpoint, static: bool)
         assert generation.latents_KD is not None
         assert generation.latents_KD.shape == latents_KD.shape == (n, 32)
         torch.testing.assert_close(generation.latents_KD, latents_KD, atol=1e-4, rtol=1e-4)
-        assert generation.n_tokens == generation.n_passes == n + len(ids)
+        assert generation.n_tokens == n + len(ids)
+        assert generation.n_passes == 1 + n + len(ids), "what its last thought led to ends the thinking"
 
 
 def naive(checkpoint: Checkpoint, question: str, max_new_tokens: int) -> tuple[list[int], Tensor]:
