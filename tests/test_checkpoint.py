@@ -603,7 +603,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
     ),
     "loop of no loop": (
         lambda config: config["loop"].update(key="none"),
-        ["loop.key=none: must be one of compressed, jacobi, looped, pause, pause_multipass, sequential", "use=[module]"],
+        ["loop.key=none: must be one of compressed, jacobi, looped, pause", "use=[module]"],
     ),
     "loop that is a class path": (
         lambda config: config["loop"].update(key="simcot_latent.loops.pause.Pause"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from simcot_latent.batches import ThoughtBatch, WrittenBatch
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint, summary, write_checkpoint
 from simcot_latent.config import LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
@@ -26,7 +27,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.generate import Sampling, generate
 from simcot_latent.interop.exported import notes
 from simcot_latent.loops.compressed import Compressed
-from simcot_latent.method import Method, ThoughtBatch, WrittenBatch
+from simcot_latent.method import Method
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.gpt import GPT
