@@ -265,10 +265,11 @@ def test_noise_is_there_in_training_alone(reader: Reader) -> None:
 
 def test_a_loop_that_nobody_registered(reader: Reader) -> None:
     error = reader.type("evals.arithmetic", "ckpt=runs/noisy").error
-    assert "loop.key=noisy: must be one of none, pause, sequential; a part of your own is registered by" in error
+    assert "loop.key=noisy: must be one of compressed, jacobi, looped, none, pause, " in error
+    assert "; a part of your own is registered by" in error
     assert "use=[module]" in error
     error = reader.type(TRAIN, "loop=noisy", "--config-dir", "conf", "out_dir=runs/nobody").error
-    assert error.startswith("error: loop=noisy: must be one of none, pause, sequential")
+    assert error.startswith("error: loop=noisy: must be one of compressed, jacobi, ")
     assert reader.type(TRAIN, "use=[nosy]").error.startswith("error: use=[nosy]: cannot be imported")
 
 
