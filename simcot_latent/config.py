@@ -85,6 +85,8 @@ class LatentConfig:
         surplus: what becomes of steps beyond the last group: `merge` (into the last group), `drop`, or `write` (they
             stay written after the thoughts, as in LOTUS).
         missing: the decoder's target for a group without a step: `mask` (none) or `answer` (the answer string).
+        drop_last_step: leave the last step of every solution out, in which the answer is worked out: it is neither
+            written nor supervised, as by default in the public code of CODI and PCCoT.
         warmup: share of training on written steps, before any thought.
         stages: after the warm-up, the share of training in which thoughts replace one step more at a time (1, 2, .. all
             but one, equally long), or a list of stages, such as `[{steps: 1, share: 0.1}, {steps: 2, share: 0.1}]`
@@ -101,6 +103,7 @@ class LatentConfig:
     latents_per_step: int = 1
     surplus: str = "merge"
     missing: str = "mask"
+    drop_last_step: bool = False
     warmup: float = 0.25
     stages: Any = 0.3
     reset_optimizer: bool = False
@@ -114,6 +117,8 @@ class LatentConfig:
         right = f"{multiple} latent.latents_per_step={self.latents_per_step}"
         require(self.n_states % self.latents_per_step == 0, "latent.n_latents", self.n_latents, right)
         require_choices(self, "train", "latent")
+        right = "mask with latent.drop_last_step=true"
+        require(self.missing == "mask" or not self.drop_last_step, "latent.missing", self.missing, right)
         require(0 <= self.warmup < 1, "latent.warmup", self.warmup, "a share of training, from 0 to below 1")
         right = "a share of training, from 0 to below 1, or a list of {steps: .., share: ..}"
         require(isinstance(self.stages, list) or _is_share(self.stages), "latent.stages", self.stages, right)
