@@ -220,14 +220,18 @@ class MethodConfig:
     """A method: a choice of parts, and their settings. See `parts.PARTS` for what there is.
 
     Attributes:
-        curriculum: what the stages of training look like: `none` (one stage) or `replace` (thoughts replace the written
+        curriculum: what the stages of training look like: `none` (one stage), `replace` (thoughts replace the written
             steps one after the other, as in Coconut), `fixed_k` (all thoughts from the start, while written steps are
             removed) or `remove_tokens` (no thoughts; the tokens of the written solution are removed, as in iCoT).
-        loop: how thoughts come about: `sequential` (hidden states fed back one by one), `pause` (a learned vector in
-            place of each, the control) or `none` (no thoughts).
-        steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT) or `none`.
+        loop: how thoughts come about: `sequential` (hidden states fed back one by one), `jacobi` (all updated together a
+            few times, PCCoT), `looped` (a block that is read again and again, LOTUS), `compressed` (a few tokens of the
+            steps in one, CoLaR), `soft` (mixtures of token embeddings), `pause` or `pause_multipass` (a learned vector
+            in place of each, the controls), or `none` (no thoughts).
+        steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT), `own_head` (the
+            model's own head, LOTUS), `compressed` (what loop=compressed predicts, CoLaR) or `none`.
         distill: what the model is pulled towards, beside a pass over the written solution: a list of `hidden` (hidden
-            states where the answer begins, CODI) and `kv` (keys and values at the thoughts, KaVa).
+            states where the answer begins, CODI) and `kv` (keys and values at the thoughts, KaVa); on a command line
+            `none`, `hidden`, `kv` or `hidden_kv`.
         written: whether the written solution is learned in a pass of its own: `joint` (CODI) or `none`.
         terms: further terms of the loss, by the names under which they are registered.
         latent, decoder, loss: settings of the parts.
