@@ -172,6 +172,7 @@ CONTEXTS = [
     ("train", ("data=gsm8k",)),
     ("train", ("mode=weighted",)),
     ("train", ("latent.stages=0",)),
+    *(("train", (f"method={method}",)) for method in ("simcot_codi", "kava", "lotus", "colar", "soft", "icot")),
     ("eval", ("ckpt=x", "data=gsm8k")),
     ("probe", ("ckpt=x", "data=gsm8k")),
     ("export", ("ckpt=x", "out=x")),
