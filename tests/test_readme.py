@@ -199,6 +199,8 @@ def is_setting(code: str) -> bool:
 
 def is_key(raw: Any, name: str) -> bool:
     """Whether a configuration has a key, whatever its value."""
+    if (config_dir() / name).is_dir():
+        return True  # a group, such as method
     section, _, key = name.rpartition(".")
     return key in ((OmegaConf.select(raw, section) or {}) if section else raw)
 
