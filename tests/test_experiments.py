@@ -4,10 +4,12 @@ say they are published recipes have the published numbers, written down here a s
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
+from documents import REPOSITORY
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
@@ -40,11 +42,20 @@ def test_each_makes_a_method_that_learns(choice: str, tokenizer: Tokenizer, prob
     model = GPT(GPTConfig(tokenizer.n_vocab, context_length=512, n_layer=2, n_head=2, n_embd=16))
     method = Method(model, tokenizer, run, config)
     batch = method.collate([method.encode(problem) for problem in problems], method.last_stage)
-    loss = method(batch, batch.totals)["loss"]
+    shares = method(batch, batch.totals)
+    loss = shares["loss"]
     loss.backward()
+    assert shares.keys() <= described_metrics()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in method.parameters())
+
+
+def described_metrics() -> set[str]:
+    """The keys in the first column of the tables of `docs/running.md` about metrics.jsonl."""
+    section = (REPOSITORY / "docs/running.md").read_text(encoding="utf-8").split("\n## metrics.jsonl\n")[1]
+    cells = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    return {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
