@@ -89,7 +89,7 @@ class Checkpoint:
         loop: how it thinks, in evaluation mode; None for a model that writes its steps.
         stage: how problems are put to it: how many thoughts it has, which steps it writes.
         groups: how thoughts stand for steps.
-        steps: who was to say them, by its key in the table of parts; `none`: nobody.
+        steps: who was to say them, by its key in the table of parts; `none`: the step decoder, if there is one.
         parts: the weights of whatever else was trained, by name.
         lora: how the model was trained, where it was not as a whole. Its layers have factors still, or are merged.
         step: optimizer steps it was trained for.
@@ -109,6 +109,10 @@ class Checkpoint:
     lora: LoRA | None = None
     step: int = 0
     path: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps == NONE and self.step_decoder is not None:
+            self.steps = "decoder"
 
     @property
     def n_states(self) -> int:

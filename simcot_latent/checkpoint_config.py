@@ -167,7 +167,6 @@ def as_of_format_3(config: dict[str, Any]) -> dict[str, Any]:
         "groups": {"latents_per_step": c}
         | {key: latent[key] for key in ("surplus", "missing") if isinstance(latent.get(key), str)},
     }
-    config["steps"] = "none" if config.get("step_decoder") is None else "decoder"
     if thoughts.thinks:
         settings = {"feeds_last": last, "projector_width": widths[0] if widths else None}
         config["loop"] = {"key": "sequential", "settings": settings}

@@ -70,7 +70,7 @@ class Generation:
         n_tokens: what it took: thoughts, and tokens written, end token included.
         finished: whether it came to its end token (else it ran into a limit).
         answer_mark: see `AnswerFormat`.
-        n_passes: the passes that were taken one after the other, that over the question not counted.
+        n_passes: the passes over the model that were taken one after the other, that over the question among them.
         n_thoughts: its thoughts; of a loop that stops by itself, this question's own number.
         latents_KD: its thoughts; None for a model that writes its steps.
         before_KD: the hidden states before each thought, see `Thoughts`.
@@ -230,7 +230,7 @@ def generate(
             packing = to_device(Packing.of([row in writes for row in range(len(rows))]), device)
         hidden_ND = model(ids_N, packing, cache)
     mark, loop = checkpoint.answers.answer_mark, checkpoint.loop
-    n_passes = [0 if loop is None else loop.n_passes(n) for n in n_thoughts]
+    n_passes = [loop.n_passes(n) if loop is not None and checkpoint.stage.thoughts else 0 for n in n_thoughts]
     return [
         Generation(tokenizer.decode(ids), n + len(ids), done, mark, passes + len(ids), n, *states)
         for ids, done, n, passes, *states in zip(written, finished, n_thoughts, n_passes, latents, before, strict=True)

@@ -11,33 +11,32 @@ Shapes: B rows, P tokens of all questions with `<|bot|>`, A of all texts from `<
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from simcot_latent.batches import ThoughtBatch, WrittenBatch, flat_ids, position_totals
 from simcot_latent.config import LoRAConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Curriculum, Stage
-from simcot_latent.data.batch import Seeds
+from simcot_latent.data.batch import Seeds, seed_of
 from simcot_latent.data.format import AnswerFormat, Example, TaggedIds, encode_problem, newline
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
-from simcot_latent.loops.base import ThoughtLoop, go_on
-from simcot_latent.loops.given import Given, GivenLoop
+from simcot_latent.loops.base import ThoughtLoop, fits, go_on, is_like, make_loop
+from simcot_latent.loops.given import GivenLoop
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import gathered_gradients
 from simcot_latent.model.lora import LoRA, add_lora
-from simcot_latent.model.losses import Targets, cross_entropy
+from simcot_latent.model.losses import cross_entropy
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.taps import SeveralTaps, Taps
+from simcot_latent.model.taps import Taps
 from simcot_latent.parts import FILE_NAME, NONE, RESERVED, find
 from simcot_latent.profiling import part
-from simcot_latent.terms.base import Rows, Term, Trace, Wanted
+from simcot_latent.terms.base import Rows, Term, Trace, tap, together
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
 from simcot_latent.terms.text import (
@@ -48,59 +47,6 @@ from simcot_latent.terms.text import (
     written_step_accuracy,
     written_text,
 )
-
-
-@dataclass
-class WrittenBatch:
-    """Rows `prompt + text`, every token of the text a label.
-
-    Attributes:
-        ids_P: token ids of all rows but each one's last: first the tokens that predict nothing (prompts without their
-            last token), then those that predict a text.
-        packing: how they lie.
-        targets: the labels, in the order of the latter.
-        totals: what the shares of this batch are divided by, once summed over the whole optimizer step.
-    """
-
-    ids_P: Tensor
-    packing: Packing
-    targets: Targets
-    totals: dict[str, Tensor]
-
-
-@dataclass
-class ThoughtBatch:
-    """Questions to think about, what follows the thoughts, and what the terms need.
-
-    Attributes:
-        question_ids_P, questions: questions, `<|bot|>` of all rows last; how the first pass lies, if there are others.
-        text_ids_A, texts: `<|eot|>` and the text after it, without the last token; how the last pass lies.
-        targets: the text after `<|eot|>`.
-        counts: the states of each row; see `ThoughtLoop.states`.
-        given: the thoughts, of a loop that is given them in training.
-        terms: each term's own batch, by name.
-        totals: see `WrittenBatch`.
-        written: the written pass, if a term needs one; its totals are among the others, as `written_...`.
-    """
-
-    question_ids_P: Tensor
-    questions: Packing
-    text_ids_A: Tensor
-    texts: Packing
-    targets: Targets
-    counts: tuple[int, ...]
-    terms: dict[str, Any]
-    totals: dict[str, Tensor]
-    given: Given | None = None
-    written: WrittenBatch | None = None
-
-
-def make_loop(key: str, width: int, method: MethodConfig) -> ThoughtLoop | None:
-    """The loop of a method, new; None where it has no thoughts."""
-    if key == NONE:
-        return None
-    cls = find("loop", key)
-    return cls(width, method.settings(cls.Config))
 
 
 def make_lora(config: LoRAConfig, new_rows: int) -> LoRA | None:
@@ -458,42 +404,3 @@ class Method(nn.Module):
         if not self.run.track_step_accuracy:
             shares.pop("step_accuracy", None)
         return shares
-
-
-def tap(wanted: dict[str, Wanted | None], before: int = 0) -> dict[str, Taps]:
-    """The taps of one pass, by term."""
-    return {name: each.taps(before) for name, each in wanted.items() if each is not None}
-
-
-def together(taps: dict[str, Taps]) -> Taps | None:
-    """The taps of all terms, to be handed to a pass."""
-    return SeveralTaps(*taps.values()) if taps else None
-
-
-def is_like(loop: ThoughtLoop | None, other: ThoughtLoop) -> bool:
-    """Whether two loops are of one kind, width and settings."""
-    return loop is not None and type(loop) is type(other) and (loop.width, loop.config) == (other.width, other.config)
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed that differs for different numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
-
-
-def fits(loop: ThoughtLoop, other: ThoughtLoop) -> bool:
-    """Whether two loops are of one kind, with weights of the same names and shapes."""
-    shapes = [{name: weight.shape for name, weight in each.state_dict().items()} for each in (loop, other)]
-    return type(loop) is type(other) and shapes[0] == shapes[1]
-
-
-def flat_ids(*parts: Iterable[Sequence[int]]) -> Tensor:
-    """Token ids of rows, one after the other."""
-    return torch.tensor(list(chain.from_iterable(chain.from_iterable(parts))), dtype=torch.long)
-
-
-def position_totals(*packings: Packing) -> dict[str, Tensor]:
-    """Tokens that are read, and the slots of the rectangles in which attention lays them out."""
-    return {
-        "positions": torch.tensor(float(sum(map(len, packings)))),
-        "slots": torch.tensor(float(sum(packing.slots for packing in packings))),
-    }

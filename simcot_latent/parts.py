@@ -134,7 +134,7 @@ def find(group: str, key: str, where: str | None = None) -> Any:
 
 def keys(group: str) -> list[str]:
     """What a group offers, `none` included where a method may go without."""
-    return sorted(PARTS[group].keys() | ({NONE} if group in ("loop", "steps", "written") else set()))
+    return sorted(PARTS[group].keys() | (set() if group == "term" else {NONE}))
 
 
 def key_of(group: str, cls: type) -> str:

@@ -286,19 +286,31 @@ def test_each_part_can_be_chosen_by_itself(overrides: tuple[str, ...]) -> None:
 
 
 def test_every_part_of_the_table_is_a_file_that_chooses_it() -> None:
-    for group in ("curriculum", "loop", "steps"):
-        assert choices(group) == keys(group)
+    for group in ("curriculum", "loop", "steps", "distill", "written"):
+        assert [key for key in choices(group) if key != "hidden_kv"] == keys(group), "which is two of them"
         for key in choices(group):
-            assert getattr(parse(composed(f"{group}={key}"))[1], group) == key
+            others = {"remove_tokens": ["loop=none"], "loop=none": ["curriculum=none"]}  # with which nothing is thought
+            chosen = parse(composed(f"{group}={key}", *others.get(key, others.get(f"{group}={key}", []))))[1]
+            several = [] if key == "none" else key.split("_")
+            assert getattr(chosen, group) == (several if group == "distill" else key)
 
 
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({"loop": "paus"}, ("loop=paus: must be one of none, pause, sequential; did you mean pause?", "use=[module]")),
-        ({"loop": "NONE"}, ("loop=NONE: must be one of none, pause", "did you mean none?")),
-        ({"curriculum": "x"}, ("curriculum=x: must be one of none, replace; a part of your own",)),
-        ({"steps": "decode"}, ("steps=decode: must be one of decoder, none; did you mean decoder",)),
+        (
+            {"loop": "paus"},
+            (f"loop=paus: must be one of {', '.join(keys('loop'))}; did you mean pause?", "use=[module]"),
+        ),
+        ({"loop": "NONE"}, (f"loop=NONE: must be one of {', '.join(keys('loop'))}", "did you mean none?")),
+        (
+            {"curriculum": "x"},
+            ("curriculum=x: must be one of fixed_k, none, remove_tokens, replace; a part of your own",),
+        ),
+        (
+            {"steps": "decode"},
+            ("steps=decode: must be one of compressed, decoder, none, own_head; did you mean decoder",),
+        ),
         ({"loop": None}, ("loop=null: must be the name of a part",)),
         ({"loop": 3}, ("loop=3: must be the name of a part",)),
         ({"curriculum": {"a": 1}}, ("curriculum={'a': 1}: must be the name of a part",)),
@@ -502,6 +514,15 @@ OTHER_VALUES: dict[str, Any] = {
     "loss.answer_weight": 0.5,
     "loss.step_weight": 0.25,
     "loss.step_reduction": "codi",
+    "lora.rank": 3,
+    "lora.alpha": 4.0,
+    "lora.dropout": 0.25,
+    "lora.targets": ["qkv"],
+    "lora.split": True,
+    "lora.new_rows": False,
+    "lora.merge": False,
+    "distill": ["hidden"],
+    "written": "joint",
 }
 
 
@@ -513,7 +534,10 @@ def test_every_key_reaches_the_run() -> None:
         assert OmegaConf.select(raw, key) != value, f"{key}: that is the default"
         OmegaConf.update(raw, key, value)
     run, method = parse(raw)
-    found = dict(vars(run)) | {key: getattr(method, key) for key in ("curriculum", "loop", "steps")}
+    found = dict(vars(run)) | {
+        key: getattr(method, key) for key in ("curriculum", "loop", "steps", "distill", "written")
+    }
+    found |= {f"lora.{key}": value for key, value in vars(found.pop("lora")).items()}
     found |= {f"{name}.{key}": value for name in ("latent", "decoder", "loss")
               for key, value in vars(getattr(method, name)).items()}  # fmt: skip
     groups = {"mode", "model", "data", "tokenizer", "lora"}

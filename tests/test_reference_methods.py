@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from simcot_latent.batches import ThoughtBatch
 from simcot_latent.config import LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.format import Example, concatenate, untagged
 from simcot_latent.interop.conversion import build
@@ -24,7 +25,7 @@ from simcot_latent.loops.base import ThoughtLoop
 from simcot_latent.loops.compressed import Compressed
 from simcot_latent.loops.jacobi import Jacobi
 from simcot_latent.loops.looped import Looped
-from simcot_latent.method import Method, ThoughtBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.terms.compressed import firsts_first
 from simcot_latent.terms.keys import importance, non_redundancy, pair_distance_L, select

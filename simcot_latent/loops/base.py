@@ -22,14 +22,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from simcot_latent.config import NoSettings
+from simcot_latent.config import MethodConfig, NoSettings
 from simcot_latent.errors import UserError
 from simcot_latent.files import from_plain
 from simcot_latent.model.cache import KVCache, StaticCaches
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.taps import Taps
-from simcot_latent.parts import NONE, key_of
+from simcot_latent.parts import NONE, find, key_of
 
 
 @dataclass
@@ -137,8 +137,8 @@ class ThoughtLoop(nn.Module, ABC):
         return thoughts
 
     def n_passes(self, thoughts: int) -> int:
-        """The passes, one after the other, that so many thoughts take; LOTUS counts that of the question among them."""
-        return thoughts
+        """The passes, one after the other, up to the last thought of a row; that over the question is one of them."""
+        return 1 + len(self.passes([self.states(thoughts)]))
 
     def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
         """How the first pass is laid out.
@@ -162,6 +162,25 @@ class ThoughtLoop(nn.Module, ABC):
         """How what follows the thoughts is laid out: what is unread of all rows first, then the texts."""
         unread = self.unread(counts)
         return Packing.of(unread, lengths) if any(unread) else Packing.of(lengths)
+
+
+def make_loop(key: str, width: int, method: MethodConfig) -> ThoughtLoop | None:
+    """The loop of a method, new; None where it has no thoughts."""
+    if key == NONE:
+        return None
+    cls = find("loop", key)
+    return cls(width, method.settings(cls.Config))
+
+
+def is_like(loop: ThoughtLoop | None, other: ThoughtLoop) -> bool:
+    """Whether two loops are of one kind, width and settings."""
+    return loop is not None and type(loop) is type(other) and (loop.width, loop.config) == (other.width, other.config)
+
+
+def fits(loop: ThoughtLoop, other: ThoughtLoop) -> bool:
+    """Whether two loops are of one kind, with weights of the same names and shapes."""
+    shapes = [{name: weight.shape for name, weight in each.state_dict().items()} for each in (loop, other)]
+    return type(loop) is type(other) and shapes[0] == shapes[1]
 
 
 def with_settings(loop: ThoughtLoop | None, values: Mapping[str, Any]) -> ThoughtLoop | None:

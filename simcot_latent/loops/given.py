@@ -88,6 +88,9 @@ class GivenLoop(ThoughtLoop):
 
     gives_predictions = True
 
+    def n_passes(self, thoughts: int) -> int:
+        return 1 + thoughts  # after training, where each is read before the next is known
+
     @abstractmethod
     def give(self, texts: Sequence[Sequence[int]], seeds: Seeds | None) -> Given:
         """The thoughts of a batch, CPU tensors.

@@ -58,9 +58,6 @@ class Jacobi(ThoughtLoop):
         if self.projector is not None:
             self.projector.apply(init_weights)
 
-    def n_passes(self, thoughts: int) -> int:
-        return 1 + self.config.iterations if thoughts else 0
-
     def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
         return Packing.of(lengths, [1] * len(lengths), counts, tight=tight)
 

@@ -48,9 +48,6 @@ class Looped(ThoughtLoop):
         super().__init__(width, config)
         self.start_D = nn.Parameter(torch.empty(width).normal_(std=0.02))  # as an embedding starts
 
-    def n_passes(self, thoughts: int) -> int:
-        return 1 + self.config.loops if thoughts else 0
-
     def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
         return Packing.of(lengths, [1] * len(lengths), counts, tight=tight)
 

@@ -32,9 +32,6 @@ class Pause(ThoughtLoop):
         super().__init__(width, config)
         self.pause_D = nn.Parameter(torch.empty(width).normal_(std=0.02))  # as an embedding starts
 
-    def n_passes(self, thoughts: int) -> int:
-        return min(thoughts, 1)
-
     def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
         return Packing.of(lengths, [1] * len(lengths), counts, tight=tight)
 

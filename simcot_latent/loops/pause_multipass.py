@@ -25,9 +25,6 @@ class PauseMultipass(Pause):
 
     gives_keys = False
 
-    def n_passes(self, thoughts: int) -> int:
-        return thoughts
-
     def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
         return Packing.of(lengths, [1] * len(lengths), tight=tight)
 

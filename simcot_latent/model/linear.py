@@ -312,7 +312,7 @@ class Gathering:
             self.weight, self.bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         self.left = _LeftBehind(has_bias=layer.bias is not None)
         self.anchor: Tensor = _Anchor.apply(layer.weight, layer.bias, self.left)  # type: ignore[assignment]
-        self.learns = self.anchor.requires_grad
+        self.learns: bool = self.anchor.requires_grad
         """Whether weight or bias is trained; calls of a frozen layer leave nothing behind."""
 
 

@@ -24,7 +24,7 @@ from simcot_latent.loops.given import Given
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.losses import Labelled, Targets
 from simcot_latent.model.packing import Packing
-from simcot_latent.model.taps import Taps
+from simcot_latent.model.taps import SeveralTaps, Taps
 
 
 @dataclass(frozen=True)
@@ -224,3 +224,13 @@ class Term:
 
     def begin_stage(self, before: Stage, stage: Stage) -> None:
         """Called before the first step of each stage but the first."""
+
+
+def tap(wanted: dict[str, Wanted | None], before: int = 0) -> dict[str, Taps]:
+    """The taps of one pass, by term."""
+    return {name: each.taps(before) for name, each in wanted.items() if each is not None}
+
+
+def together(taps: dict[str, Taps]) -> Taps | None:
+    """The taps of all terms, to be handed to a pass."""
+    return SeveralTaps(*taps.values()) if taps else None

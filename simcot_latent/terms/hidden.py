@@ -11,6 +11,7 @@ Shapes: B rows, L layers, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from simcot_latent.errors import require, require_choice
 from simcot_latent.model.taps import transformers_layers
 from simcot_latent.terms.base import Collated, Rows, Term, TermLoss, Trace, Wanted
 
-DISTANCES = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}
+DISTANCES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}
 
 
 @dataclass(frozen=True)

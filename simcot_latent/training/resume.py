@@ -17,8 +17,8 @@ from simcot_latent.checkpoint_folders import CONFIG, STATE_JSON, STATE_TENSORS
 from simcot_latent.config import RunConfig, one_line
 from simcot_latent.errors import UserError, some
 from simcot_latent.logs import warn
-from simcot_latent.loops.base import ThoughtLoop
-from simcot_latent.method import Method, is_like
+from simcot_latent.loops.base import ThoughtLoop, is_like
+from simcot_latent.method import Method
 from simcot_latent.model.lora import LoRA, added_weights, frozen_weights
 from simcot_latent.training.optimizer import Muon
 from simcot_latent.weights import require_finite

@@ -24,8 +24,8 @@ from simcot_latent.distributed import Ranks
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens
 from simcot_latent.logs import track, warn
-from simcot_latent.loops.base import ThoughtLoop
-from simcot_latent.method import Method, fits
+from simcot_latent.loops.base import ThoughtLoop, fits
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.training.memory import out_of_memory
 from simcot_latent.training.stopping import StopSignal

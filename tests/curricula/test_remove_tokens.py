@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from simcot_latent.batches import WrittenBatch
 from simcot_latent.config import LatentConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
 from simcot_latent.curricula.remove_tokens import MOST_OFFSET, RemoveTokens, offset_probabilities
@@ -24,7 +25,7 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.distributed import Ranks
 from simcot_latent.errors import UserError
-from simcot_latent.method import Method, WrittenBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.terms.text import kept
 from simcot_latent.training.batches import Batches

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from simcot_latent.batches import ThoughtBatch, WrittenBatch
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint, summary, write_checkpoint
 from simcot_latent.config import LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
@@ -26,7 +27,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.generate import Sampling, generate
 from simcot_latent.interop.exported import notes
 from simcot_latent.loops.compressed import Compressed
-from simcot_latent.method import Method, ThoughtBatch, WrittenBatch
+from simcot_latent.method import Method
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.gpt import GPT
@@ -200,7 +201,8 @@ def test_the_same_answer_at_any_batch_size(checkpoint: Checkpoint, static: bool)
         assert generation.latents_KD is not None
         assert generation.latents_KD.shape == latents_KD.shape == (n, 32)
         torch.testing.assert_close(generation.latents_KD, latents_KD, atol=1e-4, rtol=1e-4)
-        assert generation.n_tokens == generation.n_passes == n + len(ids)
+        assert generation.n_tokens == n + len(ids)
+        assert generation.n_passes == 1 + n + len(ids), "what its last thought led to ends the thinking"
 
 
 def naive(checkpoint: Checkpoint, question: str, max_new_tokens: int) -> tuple[list[int], Tensor]:

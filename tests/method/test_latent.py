@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simcot_latent import method as method_module
+from simcot_latent.batches import ThoughtBatch, WrittenBatch
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
 from simcot_latent.curricula.replace import Replace
@@ -25,7 +26,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.loops.base import Thoughts
 from simcot_latent.loops.pause import Pause
 from simcot_latent.loops.sequential import Sequential, SequentialConfig, last_of_each
-from simcot_latent.method import Method, ThoughtBatch, WrittenBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.packing import Packing, tight_rectangles

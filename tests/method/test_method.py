@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simcot_latent.batches import ThoughtBatch
 from simcot_latent.config import LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.problem import Problem
@@ -18,7 +19,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.loops.base import NoSettings
 from simcot_latent.loops.pause import Pause
 from simcot_latent.loops.sequential import Sequential, SequentialConfig
-from simcot_latent.method import Method, ThoughtBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import Linear
 from simcot_latent.model.losses import Labelled, add_up

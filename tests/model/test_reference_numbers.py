@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from simcot_latent.batches import ThoughtBatch
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.format import Example, untagged
 from simcot_latent.interop.conversion import build
 from simcot_latent.loops.base import Thoughts, go_on
 from simcot_latent.loops.sequential import Sequential, SequentialConfig
-from simcot_latent.method import Method, ThoughtBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing, take
 from simcot_latent.terms.step_decoder import StepBatch, StepDecoder, StepDecoderTerm

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from simcot_latent.batches import ThoughtBatch
 from simcot_latent.config import LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.batch import Seeds
@@ -16,7 +17,7 @@ from simcot_latent.data.format import Example, concatenate, untagged
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.loops.compressed import Compressed
 from simcot_latent.loops.given import GivenThoughts
-from simcot_latent.method import Method, ThoughtBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.terms.base import Trace
 from simcot_latent.terms.compressed import CompressedBatch
