@@ -85,6 +85,8 @@ class LatentConfig:
         surplus: what becomes of steps beyond the last group: `merge` (into the last group), `drop`, or `write` (they
             stay written after the thoughts, as in LOTUS).
         missing: the decoder's target for a group without a step: `mask` (none) or `answer` (the answer string).
+        drop_last_step: leave the last step of every solution out, in which the answer is worked out: it is neither
+            written nor supervised, as by default in the public code of CODI and PCCoT.
         warmup: share of training on written steps, before any thought.
         stages: after the warm-up, the share of training in which thoughts replace one step more at a time (1, 2, .. all
             but one, equally long), or a list of stages, such as `[{steps: 1, share: 0.1}, {steps: 2, share: 0.1}]`
@@ -101,6 +103,7 @@ class LatentConfig:
     latents_per_step: int = 1
     surplus: str = "merge"
     missing: str = "mask"
+    drop_last_step: bool = False
     warmup: float = 0.25
     stages: Any = 0.3
     reset_optimizer: bool = False
@@ -114,6 +117,8 @@ class LatentConfig:
         right = f"{multiple} latent.latents_per_step={self.latents_per_step}"
         require(self.n_states % self.latents_per_step == 0, "latent.n_latents", self.n_latents, right)
         require_choices(self, "train", "latent")
+        right = "mask with latent.drop_last_step=true"
+        require(self.missing == "mask" or not self.drop_last_step, "latent.missing", self.missing, right)
         require(0 <= self.warmup < 1, "latent.warmup", self.warmup, "a share of training, from 0 to below 1")
         right = "a share of training, from 0 to below 1, or a list of {steps: .., share: ..}"
         require(isinstance(self.stages, list) or _is_share(self.stages), "latent.stages", self.stages, right)
@@ -215,14 +220,18 @@ class MethodConfig:
     """A method: a choice of parts, and their settings. See `parts.PARTS` for what there is.
 
     Attributes:
-        curriculum: what the stages of training look like: `none` (one stage) or `replace` (thoughts replace the written
+        curriculum: what the stages of training look like: `none` (one stage), `replace` (thoughts replace the written
             steps one after the other, as in Coconut), `fixed_k` (all thoughts from the start, while written steps are
             removed) or `remove_tokens` (no thoughts; the tokens of the written solution are removed, as in iCoT).
-        loop: how thoughts come about: `sequential` (hidden states fed back one by one), `pause` (a learned vector in
-            place of each, the control) or `none` (no thoughts).
-        steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT) or `none`.
+        loop: how thoughts come about: `sequential` (hidden states fed back one by one), `jacobi` (all updated at once,
+            a few times, PCCoT), `looped` (a block that is read again and again, LOTUS), `compressed` (a few tokens of the
+            steps in one, CoLaR), `soft` (mixtures of token embeddings), `pause` or `pause_multipass` (a learned vector
+            in place of each, the controls), or `none` (no thoughts).
+        steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT), `own_head`
+            (the model's own output head, LOTUS), `compressed` (what loop=compressed predicts, CoLaR) or `none`.
         distill: what the model is pulled towards, beside a pass over the written solution: a list of `hidden` (hidden
-            states where the answer begins, CODI) and `kv` (keys and values at the thoughts, KaVa).
+            states where the answer begins, CODI) and `kv` (keys and values at the thoughts, KaVa); on a command line
+            `none`, `hidden`, `kv` or `hidden_kv`.
         written: whether the written solution is learned in a pass of its own: `joint` (CODI) or `none`.
         terms: further terms of the loss, by the names under which they are registered.
         latent, decoder, loss: settings of the parts.

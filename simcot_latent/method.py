@@ -93,7 +93,8 @@ class Method(nn.Module):
         self.curriculum: Curriculum = find("curriculum", config.curriculum)(config, run)
         self.check_parts()
         self.answers = AnswerFormat(thinks=self.loop is not None)
-        self.groups = StepGroups(config.latent.latents_per_step, config.latent.surplus, config.latent.missing)
+        latent = config.latent
+        self.groups = StepGroups(latent.latents_per_step, latent.surplus, latent.missing, latent.drop_last_step)
         self.newline = newline(tokenizer)
         self.step_decoder: StepDecoder | None
         self.register_module("step_decoder", None)
@@ -138,6 +139,8 @@ class Method(nn.Module):
         if run.rationale != "equations" and self.curriculum.writes_single_steps:
             mode = f"mode={run.mode or 'latent'}"
             raise UserError(f"rationale={run.rationale}: must be equations in {mode}, whose steps become thoughts")
+        if latent.drop_last_step and run.rationale == "natural":
+            raise UserError("rationale=natural: must be equations with latent.drop_last_step=true")
         for group, key in config.parts:
             part = find(group, key)
             for what, words in (("hidden", "hidden states"), ("keys", "keys"), ("predictions", "predictions")):
@@ -211,6 +214,8 @@ class Method(nn.Module):
 
     def encode(self, problem: Problem) -> Example:
         """A problem in token ids."""
+        if self.groups.drop_last:
+            problem = replace(problem, steps=problem.steps[:-1])
         return encode_problem(self.tokenizer, problem, self.answers, self.run.rationale)  # type: ignore[arg-type]
 
     def collate(

@@ -27,11 +27,13 @@ class StepGroups:
             where the stage writes them (`write`), no group says them.
         missing: what a group without a step is supervised to say: the `answer` (the flavour on Coconut), or nothing,
             `mask` (the flavour on CODI).
+        drop_last: whether the last step of a solution is left out (`latent.drop_last_step`).
     """
 
     latents_per_step: int = 1
     surplus: str = "merge"
     missing: str = "mask"
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         require(self.latents_per_step >= 1, "groups.latents_per_step", self.latents_per_step, "at least 1")
@@ -59,7 +61,7 @@ class StepGroups:
 
     def gold(self, problem: Problem, groups: int, stage: Stage, answers: AnswerFormat) -> list[str | None]:
         """The same as text, a step per line."""
-        steps = [step.text for step in problem.steps]
+        steps = [step.text for step in problem.steps[: -1 if self.drop_last else None]]
         found = self.targets(steps, answers.answer_line(problem.answer), groups, stage)
         return [None if group is None else "\n".join(group) for group in found]
 
