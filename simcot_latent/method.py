@@ -11,7 +11,6 @@ Shapes: B rows, P tokens of all questions with `<|bot|>`, A of all texts from `<
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from simcot_latent.config import LoRAConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Curriculum, Stage
-from simcot_latent.data.batch import Seeds
+from simcot_latent.data.batch import Seeds, seed_of
 from simcot_latent.data.format import AnswerFormat, Example, TaggedIds, encode_problem, newline
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
@@ -103,11 +102,16 @@ def make_loop(key: str, width: int, method: MethodConfig) -> ThoughtLoop | None:
     return cls(width, method.settings(cls.Config))
 
 
-def make_lora(config: LoRAConfig, new_rows: int) -> LoRA | None:
-    """What is beside the layers of a model; None: nothing, and the model is trained itself."""
+def make_lora(config: LoRAConfig, tokenizer: Tokenizer) -> LoRA | None:
+    """What is beside the layers of a model; None: nothing, and the model is trained itself.
+
+    The rows of `<|bot|>` and `<|eot|>` and all after them are the ones that a published vocabulary lacks, see
+    `with_latent_tokens`. They are trained whoever added them: a model that has only written its steps before (the first
+    stage of a recipe) knows both tokens and has not used either.
+    """
     if config.rank is None:
         return None
-    rows = new_rows if config.new_rows else 0
+    rows = tokenizer.n_vocab - min(tokenizer.bot_id, tokenizer.eot_id) if config.new_rows else 0
     return LoRA(config.rank, config.alpha, list(config.targets), config.split, rows, config.merge)
 
 
@@ -120,7 +124,6 @@ class Method(nn.Module):
         run: what all methods share.
         config: the parts and their settings.
         loop: a loop that has been trained, which goes on if its weights fit; None: a new one.
-        new_rows: how many of the last rows of the model's table stand for tokens that were added to it.
 
     Raises:
         UserError: the parts do not make a method together.
@@ -133,11 +136,10 @@ class Method(nn.Module):
         run: RunConfig,
         config: MethodConfig,
         loop: ThoughtLoop | None = None,
-        new_rows: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.run, self.config = model, tokenizer, run, config
-        self.lora = make_lora(run.lora, new_rows)
+        self.lora = make_lora(run.lora, tokenizer)
         if self.lora is not None:
             add_lora(model, self.lora, run.lora.dropout)
         new = make_loop(config.loop, model.config.n_embd, config)
@@ -240,7 +242,7 @@ class Method(nn.Module):
         They are the step's own, so that a resumed run draws what an uninterrupted one does.
         """
         if self.lora is not None and self.run.lora.dropout > 0:
-            torch.manual_seed(seed_of(self.run.seed, step, rank))
+            torch.manual_seed(seed_of(self.run.seed, step, rank, 0))  # none of `Seeds`, which are of fewer numbers
 
     def begin_stage(self, before: Stage, stage: Stage) -> None:
         """To be called before the first step of each stage but the first."""
@@ -466,11 +468,6 @@ def together(taps: dict[str, Taps]) -> Taps | None:
 def is_like(loop: ThoughtLoop | None, other: ThoughtLoop) -> bool:
     """Whether two loops are of one kind, width and settings."""
     return loop is not None and type(loop) is type(other) and (loop.width, loop.config) == (other.width, other.config)
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed that differs for different numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
 
 
 def fits(loop: ThoughtLoop, other: ThoughtLoop) -> bool:
