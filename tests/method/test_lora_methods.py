@@ -116,6 +116,24 @@ def check_factors(layer: LoRALinear, grad_OI: Tensor | None, name: str) -> None:
     near(layer.lora_A.weight.grad, ALPHA / RANK * b.weight.T @ grad_OI, name)
 
 
+def test_each_step_and_rank_draws_its_own(make_model: Callable[..., GPT], tokenizer: Tokenizer) -> None:
+    """Masks of a step are the same whatever was drawn before it; without dropout nobody's generator is touched."""
+
+    def drawn(method: Method, step: int, rank: int) -> float:
+        torch.rand(3)
+        method.begin_step(step, rank)
+        return torch.rand(()).item()
+
+    method = make("cot", make_model(vocab_size=tokenizer.n_vocab), tokenizer, *LORA, "lora.dropout=0.1")
+    found = {(step, rank): drawn(method, step, rank) for step in range(3) for rank in range(3)}
+    assert len(set(found.values())) == 9
+    assert all(drawn(method, *key) == value for key, value in found.items())
+    without = make("cot", make_model(vocab_size=tokenizer.n_vocab), tokenizer, *LORA)
+    before = torch.get_rng_state()
+    without.begin_step(0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_all_presets_are_there() -> None:
     presets = {file.stem for file in (config_dir() / "method").glob("*.yaml")}
     assert presets - {"no_cot"} == METHODS.keys()
