@@ -191,9 +191,10 @@ class LoRAConfig:
             feed-forward part. All else of the model is frozen: norms, biases, embeddings, output head.
         split: whether queries, keys, values, gate and up have a change of `rank` each, as published where they are
             layers of their own (Llama); false: one for the whole of a fused layer (GPT-2).
-        new_rows: whether the rows of embedding table and output head are trained whose tokens `init_from` lacks. They
-            start alike (see `new_token_init`), so frozen `<|bot|>` and `<|eot|>` would remain one and the same to the
-            model. The public code of CODI freezes them nevertheless: `lora=codi`.
+        new_rows: whether the rows of embedding table and output head are trained that are of `<|bot|>`, `<|eot|>` and
+            the tokens after them, which published vocabularies lack. They start alike (see `new_token_init`), so
+            frozen `<|bot|>` and `<|eot|>` would remain one and the same to the model. The public code of CODI freezes
+            them nevertheless: `lora=codi`.
         merge: whether checkpoints keep the model with its change (`model.safetensors` is then whole by itself), or the
             model as it was and `lora.safetensors` beside it, from which a loaded model is merged.
     """

@@ -49,11 +49,16 @@ from simcot_latent.terms.text import (
 )
 
 
-def make_lora(config: LoRAConfig, new_rows: int) -> LoRA | None:
-    """What is beside the layers of a model; None: nothing, and the model is trained itself."""
+def make_lora(config: LoRAConfig, tokenizer: Tokenizer) -> LoRA | None:
+    """What is beside the layers of a model; None: nothing, and the model is trained itself.
+
+    The rows of `<|bot|>` and `<|eot|>` and all after them are the ones that a published vocabulary lacks, see
+    `with_latent_tokens`. They are trained whoever added them: a model that has only written its steps before (the first
+    stage of a recipe) knows both tokens and has not used either.
+    """
     if config.rank is None:
         return None
-    rows = new_rows if config.new_rows else 0
+    rows = tokenizer.n_vocab - min(tokenizer.bot_id, tokenizer.eot_id) if config.new_rows else 0
     return LoRA(config.rank, config.alpha, list(config.targets), config.split, rows, config.merge)
 
 
@@ -66,7 +71,6 @@ class Method(nn.Module):
         run: what all methods share.
         config: the parts and their settings.
         loop: a loop that has been trained, which goes on if its weights fit; None: a new one.
-        new_rows: how many of the last rows of the model's table stand for tokens that were added to it.
 
     Raises:
         UserError: the parts do not make a method together.
@@ -79,11 +83,10 @@ class Method(nn.Module):
         run: RunConfig,
         config: MethodConfig,
         loop: ThoughtLoop | None = None,
-        new_rows: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.run, self.config = model, tokenizer, run, config
-        self.lora = make_lora(run.lora, new_rows)
+        self.lora = make_lora(run.lora, tokenizer)
         if self.lora is not None:
             add_lora(model, self.lora, run.lora.dropout)
         new = make_loop(config.loop, model.config.n_embd, config)
@@ -189,7 +192,7 @@ class Method(nn.Module):
         They are the step's own, so that a resumed run draws what an uninterrupted one does.
         """
         if self.lora is not None and self.run.lora.dropout > 0:
-            torch.manual_seed(seed_of(self.run.seed, step, rank))
+            torch.manual_seed(seed_of(self.run.seed, step, rank, 0))  # none of `Seeds`, which are of fewer numbers
 
     def begin_stage(self, before: Stage, stage: Stage) -> None:
         """To be called before the first step of each stage but the first."""
