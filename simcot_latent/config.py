@@ -492,7 +492,9 @@ def check_parts(method: MethodConfig, run: RunConfig) -> None:
         for group, key, _ in chosen:
             if group not in ("curriculum", "loop"):
                 instead = "leave it out" if group == "term" else f"{group}=none"
-                raise UserError(f"{named(group, key)}: needs thoughts, which loop=none has not; take a loop, or {instead}")
+                raise UserError(
+                    f"{named(group, key)}: needs thoughts, which loop=none has not; take a loop, or {instead}"
+                )
     else:
         check_loop(method, run, [(named(group, key), part) for group, key, part in chosen if group != "curriculum"])
     curriculum = find("curriculum", method.curriculum)(method, run)  # which refuses stages that cannot be

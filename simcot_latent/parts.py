@@ -122,8 +122,8 @@ def find(group: str, key: str, where: str | None = None) -> Any:
         known = [other for other in keys(group) if other != key]  # a checkpoint may not say loop.key=none
         right = f"one of {', '.join(known)}" if known else "registered"
         raise UserError(
-            f"{where or named(group, key)}: must be {right}{did_you_mean(key, known)}; a part of your own is registered by the module that "
-            "use=[module] names"
+            f"{where or named(group, key)}: must be {right}{did_you_mean(key, known)}; a part of your own is "
+            "registered by the module that use=[module] names"
         )
     if isinstance(found, str):
         module, _, name = found.rpartition(".")
