@@ -284,7 +284,7 @@ class RunConfig:
         tokenizer: `default` (2,048 tokens, shipped) or `gpt2`.
         lora: what of the model is trained: all (`none`), or a change of low rank (`codi`); see `LoRAConfig`.
         rationale: what `mode=weighted` writes: `natural` (whole solutions), `equations` (steps only) or `none` (the
-            answer only). `mode=latent` allows `equations` only.
+            answer only). Where single steps are written behind thoughts, as in `mode=latent`, it is `equations`.
         on_too_long: what to do with problems that do not fit the context: `error`, or `drop` (they are counted and
             reported).
         step_weight_multiplier: loss weight of the tokens of written steps; 1 is plain fine-tuning. In `mode=latent` it

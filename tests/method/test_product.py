@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loop": {"latent": {"n_latents": 4, "latents_per_step": 2, "warmup": 0.25, "stages": 0.25}},
     "soft": {"latent": {"top_k": 5}},
     "remove_tokens": {"latent": {"remove_all_at": 12}},
+    "kv": {"loss": {"kv_norm": "std"}},  # of which there is none where a micro-batch has no step
 }
 """Settings for any loop, and for parts that would do little of what they can as they are."""
 
