@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from simcot_latent.errors import UserError, did_you_mean, require, require_choice, some
-from simcot_latent.parts import NONE, find
+from simcot_latent.errors import UserError, did_you_mean, either, require, require_choice, some
+from simcot_latent.parts import NONE, PARTS, find, named
 
 if TYPE_CHECKING:  # hydra and omegaconf are imported where a command line is read: the rest does without them
     from omegaconf import DictConfig
@@ -71,10 +71,6 @@ def config_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-
-
 @dataclass
 class LatentConfig:
     """How thoughts stand for steps.
@@ -120,8 +116,6 @@ class LatentConfig:
         right = "mask with latent.drop_last_step=true"
         require(self.missing == "mask" or not self.drop_last_step, "latent.missing", self.missing, right)
         require(0 <= self.warmup < 1, "latent.warmup", self.warmup, "a share of training, from 0 to below 1")
-        right = "a share of training, from 0 to below 1, or a list of {steps: .., share: ..}"
-        require(isinstance(self.stages, list) or _is_share(self.stages), "latent.stages", self.stages, right)
 
     @property
     def groups(self) -> int:
@@ -191,9 +185,10 @@ class LoRAConfig:
             feed-forward part. All else of the model is frozen: norms, biases, embeddings, output head.
         split: whether queries, keys, values, gate and up have a change of `rank` each, as published where they are
             layers of their own (Llama); false: one for the whole of a fused layer (GPT-2).
-        new_rows: whether the rows of embedding table and output head are trained whose tokens `init_from` lacks. They
-            start alike (see `new_token_init`), so frozen `<|bot|>` and `<|eot|>` would remain one and the same to the
-            model. The public code of CODI freezes them nevertheless: `lora=codi`.
+        new_rows: whether the rows of embedding table and output head are trained that are of `<|bot|>`, `<|eot|>` and
+            the tokens after them, which published vocabularies lack. They start alike (see `new_token_init`), so
+            frozen `<|bot|>` and `<|eot|>` would remain one and the same to the model. The public code of CODI freezes
+            them nevertheless: `lora=codi`.
         merge: whether checkpoints keep the model with its change (`model.safetensors` is then whole by itself), or the
             model as it was and `lora.safetensors` beside it, from which a loaded model is merged.
     """
@@ -224,8 +219,8 @@ class MethodConfig:
             steps one after the other, as in Coconut), `fixed_k` (all thoughts from the start, while written steps are
             removed) or `remove_tokens` (no thoughts; the tokens of the written solution are removed, as in iCoT).
         loop: how thoughts come about: `sequential` (hidden states fed back one by one), `jacobi` (all updated at once,
-            a few times, PCCoT), `looped` (a block that is read again and again, LOTUS), `compressed` (a few tokens of
-            the steps in one, CoLaR), `soft` (mixtures of token embeddings), `pause` or `pause_multipass` (a learned vector
+            a few times, PCCoT), `looped` (a block that is read again and again, LOTUS), `compressed` (some tokens of the
+            steps in one, CoLaR), `soft` (mixtures of token embeddings), `pause` or `pause_multipass` (a learned vector
             in place of each, the controls), or `none` (no thoughts).
         steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT), `own_head`
             (the model's own output head, LOTUS), `compressed` (what loop=compressed predicts, CoLaR) or `none`.
@@ -299,7 +294,7 @@ class RunConfig:
         tokenizer: `default` (2,048 tokens, shipped) or `gpt2`.
         lora: what of the model is trained: all (`none`), or a change of low rank (`codi`); see `LoRAConfig`.
         rationale: what `mode=weighted` writes: `natural` (whole solutions), `equations` (steps only) or `none` (the
-            answer only). `mode=latent` allows `equations` only.
+            answer only). Where single steps are written behind thoughts, as in `mode=latent`, it is `equations`.
         on_too_long: what to do with problems that do not fit the context: `error`, or `drop` (they are counted and
             reported).
         step_weight_multiplier: loss weight of the tokens of written steps; 1 is plain fine-tuning. In `mode=latent` it
@@ -487,11 +482,65 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
             method.own |= own
             values = {key: value for key, value in values.items() if key not in own}
         setattr(method, name, typed(cls, values, name))
-    find("curriculum", method.curriculum)(method, run)  # which refuses stages that cannot be
+    check_parts(method, run)
     for part in parts:
         if hasattr(part, "Config"):
             method.settings(part.Config)  # which refuses impossible values now, not after the data are loaded
     return run, method
+
+
+def check_parts(method: MethodConfig, run: RunConfig) -> None:
+    """Refuses parts that make no method together, in one line that says which needs what.
+
+    Every rule about parts is here, but for those that a curriculum has about its own stages.
+
+    Raises:
+        UserError: they do not.
+    """
+    chosen = [(group, key, find(group, key)) for group, key in method.parts]
+    if method.loop == NONE:
+        for group, key, _ in chosen:
+            if group not in ("curriculum", "loop"):
+                instead = "leave it out" if group == "term" else f"{group}=none"
+                raise UserError(
+                    f"{named(group, key)}: needs thoughts, which loop=none has not; take a loop, or {instead}"
+                )
+    else:
+        check_loop(method, run, [(named(group, key), part) for group, key, part in chosen if group != "curriculum"])
+    curriculum = find("curriculum", method.curriculum)(method, run)  # which refuses stages that cannot be
+    if method.loop != NONE and run.rationale != "equations" and curriculum.writes_single_steps:
+        writes = "latent.surplus=write" if method.latent.surplus == "write" else f"curriculum={method.curriculum}"
+        raise UserError(
+            f"rationale={run.rationale}: must be equations with {writes}, which writes single steps behind the thoughts"
+        )
+
+
+def check_loop(method: MethodConfig, run: RunConfig, parts: list[tuple[str, Any]]) -> None:
+    """Refuses parts and settings that a loop cannot do with; see `check_parts`.
+
+    Args:
+        parts: the chosen ones but the curriculum, as a message names them, and their classes.
+    """
+    key, loop, latent = f"loop={method.loop}", find("loop", method.loop), method.latent
+    for part, cls in parts:
+        for what, words in (("hidden", "hidden states"), ("keys", "keys"), ("predictions", "predictions")):
+            if getattr(cls, f"needs_{what}", False) and not getattr(loop, f"gives_{what}"):
+                others = [other for other in PARTS["loop"] if getattr(find("loop", other), f"gives_{what}")]
+                raise UserError(f"{part}: needs the {words} of thoughts, which {key} lacks; take loop={either(others)}")
+    if loop.gives_predictions:
+        if not any(getattr(cls, "needs_predictions", False) for _, cls in parts):
+            raise UserError(f"{key}: needs a term that trains what it predicts; take steps=compressed")
+        if method.steps != NONE and method.loss.step_weight == 0:
+            raise UserError(f"loss.step_weight=0.0: must be above 0 with {key}, which learns from steps=")
+        if run.rationale == "none":
+            raise UserError(f"rationale=none: {key} makes its thoughts of the written solution; take equations")
+    if latent.drop_last_step and run.rationale == "natural":
+        raise UserError("rationale=natural: must be equations with latent.drop_last_step=true")
+    settings = {f.name for f in dataclasses.fields(loop.Config)}
+    if latent.projector_width is not None and "projector_width" not in settings:
+        raise UserError(f"latent.projector_width={latent.projector_width}: must be null with {key}, which has none")
+    if not latent.feeds_last and "feeds_last" not in settings:
+        raise UserError(f"latent.feeds_last=false: must be true with {key}, whose thoughts are all read")
 
 
 REMOVED = {

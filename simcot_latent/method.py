@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simcot_latent.batches import ThoughtBatch, WrittenBatch, flat_ids, position_totals
-from simcot_latent.config import LoRAConfig, MethodConfig, RunConfig
+from simcot_latent.config import LoRAConfig, MethodConfig, RunConfig, check_parts
 from simcot_latent.curricula.base import Curriculum, Stage
 from simcot_latent.data.batch import Seeds, seed_of
 from simcot_latent.data.format import AnswerFormat, Example, TaggedIds, encode_problem, newline
@@ -34,7 +34,7 @@ from simcot_latent.model.lora import LoRA, add_lora
 from simcot_latent.model.losses import cross_entropy
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.taps import Taps
-from simcot_latent.parts import FILE_NAME, NONE, RESERVED, find
+from simcot_latent.parts import FILE_NAME, RESERVED, find
 from simcot_latent.profiling import part
 from simcot_latent.terms.base import Rows, Term, Trace, tap, together
 from simcot_latent.terms.step_decoder import StepDecoder
@@ -49,11 +49,16 @@ from simcot_latent.terms.text import (
 )
 
 
-def make_lora(config: LoRAConfig, new_rows: int) -> LoRA | None:
-    """What is beside the layers of a model; None: nothing, and the model is trained itself."""
+def make_lora(config: LoRAConfig, tokenizer: Tokenizer) -> LoRA | None:
+    """What is beside the layers of a model; None: nothing, and the model is trained itself.
+
+    The rows of `<|bot|>` and `<|eot|>` and all after them are the ones that a published vocabulary lacks, see
+    `with_latent_tokens`. They are trained whoever added them: a model that has only written its steps before (the first
+    stage of a recipe) knows both tokens and has not used either.
+    """
     if config.rank is None:
         return None
-    rows = new_rows if config.new_rows else 0
+    rows = tokenizer.n_vocab - min(tokenizer.bot_id, tokenizer.eot_id) if config.new_rows else 0
     return LoRA(config.rank, config.alpha, list(config.targets), config.split, rows, config.merge)
 
 
@@ -66,7 +71,6 @@ class Method(nn.Module):
         run: what all methods share.
         config: the parts and their settings.
         loop: a loop that has been trained, which goes on if its weights fit; None: a new one.
-        new_rows: how many of the last rows of the model's table stand for tokens that were added to it.
 
     Raises:
         UserError: the parts do not make a method together.
@@ -79,11 +83,11 @@ class Method(nn.Module):
         run: RunConfig,
         config: MethodConfig,
         loop: ThoughtLoop | None = None,
-        new_rows: int = 0,
     ) -> None:
         super().__init__()
+        check_parts(config, run)
         self.model, self.tokenizer, self.run, self.config = model, tokenizer, run, config
-        self.lora = make_lora(run.lora, new_rows)
+        self.lora = make_lora(run.lora, tokenizer)
         if self.lora is not None:
             add_lora(model, self.lora, run.lora.dropout)
         new = make_loop(config.loop, model.config.n_embd, config)
@@ -91,7 +95,12 @@ class Method(nn.Module):
         if loop is not None and new is not None and self.loop is new and fits(loop, new):
             new.load_state_dict(loop.state_dict())  # of other settings, such as what is fed, but the same weights
         self.curriculum: Curriculum = find("curriculum", config.curriculum)(config, run)
-        self.check_parts()
+        if self.loop is not None and self.loop.states(config.latent.n_latents) != config.latent.n_states:
+            raise UserError(
+                f"latent.feeds_last={str(config.latent.feeds_last).lower()}: loop={config.loop} comes to "
+                f"{self.loop.states(config.latent.n_latents)} states with {config.latent.n_latents} thoughts, not "
+                f"{config.latent.n_states}"
+            )
         self.answers = AnswerFormat(thinks=self.loop is not None)
         latent = config.latent
         self.groups = StepGroups(latent.latents_per_step, latent.surplus, latent.missing, latent.drop_last_step)
@@ -127,45 +136,6 @@ class Method(nn.Module):
                 raise UserError(f"terms: {name} has a module of the name {module_name!r}: must be {right}")
             self.register_module(module_name, module)
 
-    def check_parts(self) -> None:
-        """Refuses parts that make no method together, in one line that says which needs what."""
-        run, config, latent = self.run, self.config, self.config.latent
-        if self.loop is None:
-            for group, key in config.parts:
-                if group not in ("curriculum", "loop"):
-                    named = {"term": f"terms=[{key}]", "distill": f"distill=[{key}]"}.get(group, f"{group}={key}")
-                    raise UserError(f"{named}: needs thoughts, which loop=none has not; take a loop")
-            return
-        if run.rationale != "equations" and self.curriculum.writes_single_steps:
-            mode = f"mode={run.mode or 'latent'}"
-            raise UserError(f"rationale={run.rationale}: must be equations in {mode}, whose steps become thoughts")
-        if latent.drop_last_step and run.rationale == "natural":
-            raise UserError("rationale=natural: must be equations with latent.drop_last_step=true")
-        for group, key in config.parts:
-            part = find(group, key)
-            for what, words in (("hidden", "hidden states"), ("keys", "keys"), ("predictions", "predictions")):
-                if getattr(part, f"needs_{what}", False) and not getattr(self.loop, f"gives_{what}"):
-                    raise UserError(f"{group}={key}: needs the {words} of thoughts, which loop={config.loop} lacks")
-        if isinstance(self.loop, GivenLoop):
-            self.check_given()
-        if latent.projector_width is not None and not hasattr(self.loop.config, "projector_width"):
-            raise UserError(f"latent.projector_width={latent.projector_width}: loop={config.loop} has no projector")
-        if self.loop.states(latent.n_latents) != latent.n_states:
-            raise UserError(
-                f"latent.feeds_last={str(latent.feeds_last).lower()}: loop={config.loop} comes to "
-                f"{self.loop.states(latent.n_latents)} states with {latent.n_latents} thoughts, not {latent.n_states}"
-            )
-
-    def check_given(self) -> None:
-        """Refuses parts that a loop cannot do with which is given its thoughts in training."""
-        config, loop = self.config, self.config.loop
-        if not any(getattr(find(group, key), "needs_predictions", False) for group, key in config.parts):
-            raise UserError(f"loop={loop}: needs a term that trains what it predicts; take steps=compressed")
-        if config.steps != NONE and config.loss.step_weight == 0:
-            raise UserError(f"loss.step_weight=0.0: must be above 0 with loop={loop}, which learns from steps=")
-        if self.run.rationale == "none":
-            raise UserError(f"rationale=none: loop={loop} makes its thoughts of the written solution; take equations")
-
     # What it trains on
 
     def stage_at(self, progress: float) -> Stage:
@@ -189,7 +159,7 @@ class Method(nn.Module):
         They are the step's own, so that a resumed run draws what an uninterrupted one does.
         """
         if self.lora is not None and self.run.lora.dropout > 0:
-            torch.manual_seed(seed_of(self.run.seed, step, rank))
+            torch.manual_seed(seed_of(self.run.seed, step, rank, 0))  # none of `Seeds`, which are of fewer numbers
 
     def begin_stage(self, before: Stage, stage: Stage) -> None:
         """To be called before the first step of each stage but the first."""

@@ -121,15 +121,19 @@ def find(group: str, key: str, where: str | None = None) -> Any:
     if found is None:
         known = [other for other in keys(group) if other != key]  # a checkpoint may not say loop.key=none
         right = f"one of {', '.join(known)}" if known else "registered"
-        named = where or (f"terms=[{key}]" if group == "term" else f"{group}={key}")
         raise UserError(
-            f"{named}: must be {right}{did_you_mean(key, known)}; a part of your own is registered by the module that "
-            "use=[module] names"
+            f"{where or named(group, key)}: must be {right}{did_you_mean(key, known)}; a part of your own is "
+            "registered by the module that use=[module] names"
         )
     if isinstance(found, str):
         module, _, name = found.rpartition(".")
         return getattr(import_module(module), name)
     return found
+
+
+def named(group: str, key: str) -> str:
+    """A part as a command line chooses it."""
+    return f"terms=[{key}]" if group == "term" else f"{group}={key}"
 
 
 def keys(group: str) -> list[str]:

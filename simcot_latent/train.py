@@ -126,8 +126,9 @@ class Trainer:
         """The method as it is called in a stage: under DDP where there are ranks."""
         if self.ranks.world == 1:
             return self.method
-        # Looking for unused parameters once there are thoughts would only cost.
-        idle = stage.thoughts == 0 and self.method.parts_idle_without_thoughts
+        # Looking for unused parameters where there always are thoughts would only cost.
+        idle = stage.thoughts == 0 or self.method.curriculum.mixes_stages
+        idle = idle and self.method.parts_idle_without_thoughts
         return DistributedDataParallel(self.method, find_unused_parameters=idle)
 
     def stage_now(self) -> Stage:

@@ -325,6 +325,44 @@ def test_a_part_that_is_not_there_is_named(parts: dict[str, Any], words: tuple[s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            "mode=weighted loop=pause curriculum=replace",
+            "rationale=natural: must be equations with curriculum=replace, which writes single steps",
+        ),
+        (
+            "loop=pause latent.feeds_last=false",
+            "latent.feeds_last=false: must be true with loop=pause, whose thoughts are all read",
+        ),
+        (
+            "loop=jacobi latent.feeds_last=false curriculum=none",
+            "latent.feeds_last=false: must be true with loop=jacobi, whose thoughts are all read",
+        ),
+        (
+            "loop=looped latent.projector_width=8",
+            "latent.projector_width=8: must be null with loop=looped, which has none",
+        ),
+        (
+            "loop=none curriculum=none steps=own_head",
+            "steps=own_head: needs thoughts, which loop=none has not; take a loop, or steps=none",
+        ),
+        ("latent.feeds_last=false", "latent.feeds_last=False: must be true in stages of a single thought"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_data_are_loaded(overrides: str, says: str) -> None:
+    """And the part that is the cause is named."""
+    assert message(*overrides.split()).startswith(says)
+
+
+@pytest.mark.parametrize("override", ["latent.stages=3", "latent.stages=[{steps:9,share:2}]", "latent.stages=0.9"])
+def test_stages_are_those_of_a_curriculum_that_has_some(override: str) -> None:
+    parse(composed("curriculum=none", override))
+    for curriculum in ("replace", "fixed_k"):
+        assert message(f"curriculum={curriculum}", override).startswith("latent.stages")
+
+
 @dataclass(frozen=True)
 class NoisyConfig:
     """One setting of its own, one that `latent` has, one with a default that nobody gives."""
@@ -455,7 +493,7 @@ def test_typed_converts_to_the_declared_types() -> None:
 # Of every key a value that is not its default.
 OTHER_VALUES: dict[str, Any] = {
     "curriculum": "none",
-    "loop": "pause",
+    "loop": "another",
     "steps": "none",
     "rationale": "natural",
     "on_too_long": "drop",
@@ -526,9 +564,10 @@ OTHER_VALUES: dict[str, Any] = {
 }
 
 
-def test_every_key_reaches_the_run() -> None:
+def test_every_key_reaches_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them together, each with a value of its own: none is dropped or lands in another's place. That each does
     what it says is shown in end_to_end/test_train_options.py."""
+    monkeypatch.setitem(PARTS["loop"], "another", type("Another", (Sequential,), {}))  # which has all settings, too
     raw = composed()
     for key, value in OTHER_VALUES.items():
         assert OmegaConf.select(raw, key) != value, f"{key}: that is the default"

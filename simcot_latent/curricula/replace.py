@@ -56,6 +56,8 @@ def schedule(latent: LatentConfig, run: RunConfig) -> list[tuple[int, float]]:
         UserError: `latent.stages` is none, or is in epochs where `num_iterations` says how long training is.
     """
     if not isinstance(latent.stages, list):
+        right = "a share of training, from 0 to below 1, or a list of {steps: .., share: ..}"
+        require(_is_number(latent.stages) and 0 <= latent.stages < 1, "latent.stages", latent.stages, right)
         n = latent.groups - 1
         return [] if latent.stages == 0 else [(steps, latent.stages / n) for steps in range(1, n + 1)]
     right = f"{{steps: 1 to {latent.groups}, share: above 0, below 1}}, or the same with epochs: above 0"

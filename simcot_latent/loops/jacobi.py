@@ -81,12 +81,13 @@ class Jacobi(ThoughtLoop):
         B, K, N, T = packing.rows, max(counts), sum(counts), self.config.iterations
         device = questions_PD.device
         cache = make_cache(B, packing.longest + T * K + room, caches)
-        x_ND = self.start_D.to(questions_PD.dtype).expand(N, -1)
-        taps = taps_at_last(packing, N) if keys and T == 0 else None
+        x_ND = self.start_D.to(questions_PD.dtype).repeat(N, 1)  # with T = 0 these are the thoughts: no view of it
+        taps = taps_at_last(packing, N) if keys and (T == 0 or N == 0) else None
         hidden_MD = model.transformer(torch.cat((questions_PD, x_ND)), packing, cache, read_out=B + N, taps=taps)
         bot_BD, hidden_ND = hidden_MD.split([B, N])
         if N == 0:
-            return Thoughts(hidden_ND.new_zeros(B, 0, self.width), cache, bot_BD=bot_BD)
+            none_BKD = by_row(hidden_ND, counts)
+            return Thoughts(none_BKD, cache, None, none_BKD, bot_BD, *keys_and_values(taps, counts))
         again, position_P = Packing.of(counts).to(device), packing.offset_P[-N:]
         # Each thought comes of the state before it: that of the thought before, or, for the first, of <|bot|>.
         begins = [begin - count for begin, count in zip(accumulate(counts), counts, strict=True)]

@@ -67,11 +67,12 @@ class Looped(ThoughtLoop):
         B, K, N, R = packing.rows, max(counts), sum(counts), self.config.loops
         cache = make_cache(B, packing.longest + R * K + room, caches)
         start_ND = self.start_D.to(questions_PD.dtype).expand(N, -1)
-        taps = taps_at_last(packing, N) if keys and R == 0 else None
+        taps = taps_at_last(packing, N) if keys and (R == 0 or N == 0) else None
         hidden_MD = model.transformer(torch.cat((questions_PD, start_ND)), packing, cache, read_out=B + N, taps=taps)
         bot_BD, hidden_ND = hidden_MD.split([B, N])
         if N == 0:
-            return Thoughts(hidden_ND.new_zeros(B, 0, self.width), cache, bot_BD=bot_BD)
+            none_BKD = by_row(hidden_ND, counts)
+            return Thoughts(none_BKD, cache, None, none_BKD, bot_BD, *keys_and_values(taps, counts))
         again, position_P = Packing.of(counts).to(questions_PD.device), packing.offset_P[-N:]
         begin_B = packing.length_B - again.length_B
         for loop in range(R):

@@ -3,8 +3,10 @@
     D = mean over layers l of  mean over rows and width of smooth_l1(s_l - t_l) / std(t_l)
 
 s_l and t_l are the hidden states of layer l at the token before the number, after thoughts and after written steps. No
-gradient reaches t_l. std is the unbiased one over all of t_l in the micro-batch. The layers are the embedding output,
-each block and the last after the final norm. Source: CODI, https://arxiv.org/abs/2502.21074, section 3, and its code.
+gradient reaches t_l. std is the unbiased one over all of t_l in the micro-batch, so what the loss comes to depends, a
+little, on how a step is cut into micro-batches (`device_batch_size`, ranks); without it (`distill_norm=none`) it does
+not. The layers are the embedding output, each block and the last after the final norm. Source: CODI,
+https://arxiv.org/abs/2502.21074, section 3, and its code.
 
 Shapes: B rows, L layers, D width.
 """

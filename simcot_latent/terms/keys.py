@@ -224,7 +224,7 @@ def pair_distance_L(
     where = is_pair_BM[None, :, None, :, None]
     found = DISTANCES[distance](student_LBGME, teacher_LBGME, reduction="none") * where
     distance_L = found.flatten(1).sum(1)
-    if norm == "std":
+    if norm == "std" and is_pair_BM.any():
         std = [layer[where[0].expand_as(layer)].std() for layer in teacher_LBGME]
         distance_L = distance_L / torch.stack(std)
     return distance_L

@@ -14,7 +14,7 @@ from torch import Tensor
 from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, load_trainer_state, progress
 from simcot_latent.checkpoint_config import setting
 from simcot_latent.checkpoint_folders import CONFIG, STATE_JSON, STATE_TENSORS
-from simcot_latent.config import RunConfig, one_line
+from simcot_latent.config import MethodConfig, RunConfig, one_line
 from simcot_latent.errors import UserError, some
 from simcot_latent.logs import warn
 from simcot_latent.loops.base import ThoughtLoop, is_like
@@ -251,7 +251,8 @@ def with_defaults(before: dict[str, Any], method: Method, now: dict[str, Any]) -
     Args:
         now: the configuration of this run, which says what class its data source is.
     """
-    filled = defaults(RunConfig) | before
+    groups = {key: value for key, value in defaults(MethodConfig).items() if key in ("distill", "written")}
+    filled = defaults(RunConfig) | groups | before
     data, target = filled.get("data"), now["data"]["_target_"]
     if isinstance(data, dict) and data.get("_target_") == target:
         module, _, name = target.rpartition(".")

@@ -58,13 +58,11 @@ class Start:
     Attributes:
         model, tokenizer: the GPT that is to be trained, and its tokenizer.
         loop: a thought loop that has been trained with it; None: none.
-        new_rows: how many of the last rows of its table are of tokens that it has not been trained with.
     """
 
     model: GPT
     tokenizer: Tokenizer
     loop: ThoughtLoop | None = None
-    new_rows: int = 0
 
 
 def make_model(job: Job, raw: DictConfig) -> Start:
@@ -87,7 +85,7 @@ def make_model(job: Job, raw: DictConfig) -> Start:
             raise UserError(f"model: {error}") from error
     if job.start is not None:  # what it began from need not be there any more
         saved = load_checkpoint(job.start, key="out_dir", verify=run.verify)
-        return Start(saved.model.train(), saved.tokenizer, saved.loop, 0 if saved.lora is None else saved.lora.rows)
+        return Start(saved.model.train(), saved.tokenizer, saved.loop)
     published = load_pretrained(run.init_from, key="init_from", verify=run.verify)
     saved = with_latent_tokens(published, str(run.new_token_init))
     from simcot_latent import cli  # hydra, which training from Python does without
@@ -105,8 +103,7 @@ def make_model(job: Job, raw: DictConfig) -> Start:
                 f"model.{key}={run.model.get(key)}: init_from={run.init_from} brings its own model, in which it is "
                 f"{config.get(key)}; leave it out"
             )
-    new_rows = saved.model.config.vocab_size - published.model.config.vocab_size
-    return Start(saved.model.train(), saved.tokenizer, saved.loop, new_rows)
+    return Start(saved.model.train(), saved.tokenizer, saved.loop)
 
 
 def make_method(job: Job, config: MethodConfig, start: Start) -> Method:
@@ -122,7 +119,7 @@ def make_method(job: Job, config: MethodConfig, start: Start) -> Method:
         and config.latent.projector_width is None
     ):
         config = replace(config, latent=replace(config.latent, projector_width=brought))
-    method = Method(start.model, start.tokenizer, job.run, config, before, start.new_rows)
+    method = Method(start.model, start.tokenizer, job.run, config, before)
     if before is not None and before.state_dict() and (method.loop is None or not fits(before, method.loop)):
         now = "loop=none" if method.loop is None else f"loop={method.loop.key} of other settings"
         warn(job.console, f"init_from={job.run.init_from}: what its loop={before.key} has learned is left out, since "

@@ -34,7 +34,7 @@ RUN = (
     "eval_every=10",
     "checkpoint_every=10",
 )
-STAGES = ("curriculum=replace", "latent.warmup=0.4", "latent.stages=0.2")
+STAGES = ("curriculum=replace", "latent.warmup=0.4", "latent.stages=[{steps: 2, share: 0.2}]")
 LORA = ("lora.rank=4", "lora.alpha=8")
 DROPOUT = "lora.dropout=0.2"
 
@@ -55,7 +55,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator(["Ann has 3+4=<<3+4=7>>7 pens."] * 3, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = transformers.GPT2Config(
-        vocab_size=tokenizer.get_vocab_size(), n_embd=32, n_layer=2, n_head=2, n_positions=256, eos_token_id=0
+        vocab_size=tokenizer.get_vocab_size(),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,  # with 0.02 no hidden state of this width is near any row of the head, which is frozen
     )
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
@@ -132,7 +139,8 @@ def test_both_kinds_load_as_the_same_model(runs: Path) -> None:
     merged, apart = (sl.load_checkpoint(runs / name) for name in ("merged", "apart"))
     for (name, ours), theirs in zip(merged.model.state_dict().items(), apart.model.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6, msg=name)
-    assert merged.lora == apart.lora is not None
+    assert merged.lora is not None
+    assert merged.lora == apart.lora
     assert merged.lora.merged
     assert type(apart.model) is GPT
     assert not any("lora" in name for name in apart.model.state_dict())
@@ -180,7 +188,76 @@ def test_a_checkpoint_is_the_start_of_another_run(runs: Path, sums: Path, tmp_pa
             torch.testing.assert_close(weight, expected[key], atol=1e-7, rtol=1e-6, msg=key)
 
 
+def test_rows_that_an_earlier_stage_added_are_trained(base: Path, sums: Path, tmp_path: Path) -> None:
+    """A model that has only written its steps knows `<|bot|>` and `<|eot|>`, but as one and the same."""
+    written = [a for a in RUN if not a.startswith(("method=", "latent.", "decoder.", "num_iter", "eval_every"))]
+    short = (f"data.path={sums}", "num_iterations=2", "eval_every=-1")
+    run(TRAIN, *written, *short, "mode=weighted", f"init_from={base}", "out_dir=written", folder=tmp_path).ok()
+    before = load_file(tmp_path / "written/latest/model.safetensors")["embedding.weight"]
+    tokenizer = sl.load_checkpoint(tmp_path / "written").tokenizer
+    torch.testing.assert_close(before[tokenizer.bot_id], before[tokenizer.eot_id])
+    run(TRAIN, *RUN, *short, *LORA, "init_from=written", "out_dir=thoughts", folder=tmp_path).ok()
+    after = load_file(tmp_path / "thoughts/latest/model.safetensors")["embedding.weight"]
+    assert torch.equal(after[: tokenizer.bot_id], before[: tokenizer.bot_id])
+    assert (after[tokenizer.bot_id] - after[tokenizer.eot_id]).norm() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["merged", "apart"])
+def test_commands_read_both_kinds(name: str, runs: Path, sums: Path, tmp_path: Path) -> None:
+    """Evals and probe; what they say is what they say of the same model saved without a trace of LoRA."""
+    shutil.copytree(runs / name / "latest", tmp_path / "ckpt")
+    plain = sl.load_checkpoint(tmp_path / "ckpt")
+    plain.lora = None
+    plain.save_pretrained(tmp_path / "plain")
+    found: list[list[str]] = []
+    for folder in ("ckpt", "plain"):
+        out = f"out={folder}-results"
+        run("evals.gsm8k", f"ckpt={folder}", f"data.path={sums}", "limit=4", out, folder=tmp_path).ok()
+        lines = read_lines(tmp_path / f"{folder}-results/gsm8k.predictions.jsonl")
+        question = "question=Ann has 3 pens and finds 4 more. How many pens does Ann have?"
+        probed = run("simcot_latent.probe", f"ckpt={folder}", question, folder=tmp_path).ok().out
+        found.append([json.dumps(lines), probed.replace(folder, "")])
+    assert found[0] == found[1]
+    assert "lora" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
 # Going on
+
+
+LOOPS: dict[str, tuple[str, ...]] = {
+    "pccot": ("latent.n_latents=4",),
+    "lotus": ("latent.n_latents=4", "latent.latents_per_step=2", "loss.step_weight=1"),
+    "colar": ("latent.n_latents=8", "latent.warmup=0"),
+    "soft": ("latent.n_latents=2", "latent.top_k=5"),
+    "pause": ("latent.n_latents=2",),
+    "coconut": ("latent.n_latents=2",),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("method", LOOPS)
+def test_every_loop(method: str, optimizer: str, base: Path, sums: Path, tmp_path: Path) -> None:
+    """With dropout, and computed again on the way back: resumed as uninterrupted, then loaded and asked."""
+    arguments = [a for a in RUN if not a.startswith(("method=", "latent.", "decoder.", "num_iter", "eval_", "check"))]
+    arguments += [f"data.path={sums}", f"init_from={base}", f"method={method}", *LOOPS[method], *LORA, DROPOUT]
+    arguments += [f"optimizer={optimizer}", "activation_checkpointing=true", "lora.merge=false", "num_iterations=4"]
+    arguments += ["checkpoint_every=2", "eval_every=-1", "eval_examples=4"]
+    run(TRAIN, *arguments, "out_dir=once", folder=tmp_path).ok()
+    shutil.copytree(tmp_path / "once", tmp_path / "twice", symlinks=True)
+    shutil.rmtree(tmp_path / "twice/step_0000004")
+    (tmp_path / "twice/latest").unlink()
+    (tmp_path / "twice/latest").symlink_to("step_0000002")
+    run(TRAIN, *arguments, "resume=true", "out_dir=twice", folder=tmp_path).ok()
+    ours, theirs = (contents(tmp_path / name / "step_0000004") for name in ("twice", "once"))
+    assert without_command(ours) == without_command(theirs)
+    assert losses(tmp_path / "twice") == losses(tmp_path / "once")
+    moved = factors(load_file(tmp_path / "once/latest/lora.safetensors"))
+    assert all(x.abs().max() > 0 for x in moved.values()), "every B has left zero"
+    question = ["Ann has 3 pens and finds 4 more. How many pens does Ann have?"]
+    apart = sl.load_checkpoint(tmp_path / "once", merge_lora=False)
+    assert sl.answer(apart, question, max_new_tokens=4) == sl.answer(
+        sl.load_checkpoint(tmp_path / "once"), question, max_new_tokens=4
+    )
 
 
 @pytest.mark.parametrize("name", ["merged", "apart"])
@@ -210,6 +287,21 @@ def test_what_is_kept_may_change_on_the_way(runs: Path, arguments: tuple[str, ..
         for file in ours:
             if file.endswith(".safetensors"):
                 assert ours[file] == theirs[file], file
+
+
+def test_two_ranks_are_gone_on_with(base: Path, sums: Path, tmp_path: Path) -> None:
+    """To the last bit: the masks of each rank are those of the step, though random states are kept of one rank only."""
+    arguments = [a for a in RUN if not a.startswith(("num_iter", "eval_every", "check"))]
+    arguments += [f"data.path={sums}", f"init_from={base}", *LORA, DROPOUT, "num_iterations=4", "eval_every=-1"]
+    arguments += ["checkpoint_every=2", "target_examples_per_step=7", "device_batch_size=2"]
+    run_process(*LAUNCHER, "-m", TRAIN, *arguments, "out_dir=once", folder=tmp_path).ok()
+    shutil.copytree(tmp_path / "once", tmp_path / "twice", symlinks=True)
+    shutil.rmtree(tmp_path / "twice/step_0000004")
+    (tmp_path / "twice/latest").unlink()
+    (tmp_path / "twice/latest").symlink_to("step_0000002")
+    run_process(*LAUNCHER, "-m", TRAIN, *arguments, "resume=true", "out_dir=twice", folder=tmp_path).ok()
+    ours, theirs = (contents(tmp_path / name / "step_0000004") for name in ("twice", "once"))
+    assert without_command(ours) == without_command(theirs)
 
 
 KILLED = """
@@ -248,7 +340,7 @@ def test_what_may_not_change(runs: Path, arguments: tuple[str, ...], tmp_path: P
         (("lora.rank=5", "lora.alpha=8"), "lora.rank (was 4, is 5) may not change in a run"),
         (("lora.rank=4", "lora.alpha=9"), "lora.alpha (was 8.0, is 9.0) may not change"),
         ((*LORA, "lora.targets=[qkv]"), "lora.targets (was ['qkv', 'out', 'up', 'down'], is ['qkv']) may not change"),
-        ((*LORA, "lora.new_rows=false"), "lora.rows (was 40, is 0) may not change"),
+        ((*LORA, "lora.new_rows=false"), "lora.rows (was 50, is 0) may not change"),
         (("lora=none",), "lora (there was one) may not change"),
     ):
         refused = run(TRAIN, *again, *change, folder=tmp_path).error
@@ -283,12 +375,17 @@ def test_a_run_without_is_gone_on_with_without(arguments: tuple[str, ...], tmp_p
 
 @pytest.mark.parametrize("mode", ["latent", "weighted"])
 def test_two_ranks_equal_one(mode: str, base: Path, sums: Path, tmp_path: Path) -> None:
-    """Seven examples per step: the ranks have four and three, so two micro-batches each, where one process has four."""
+    """Seven examples per step: the ranks have four and three, so two micro-batches each, where one process has four.
+
+    Without what CODI divides by, which is of a micro-batch. The bias of keys has no gradient but rounding, of which
+    AdamW makes steps of full length: it adds the same to all that a query is compared with. So `qkv.bias` is left out.
+    """
     arguments = [*RUN, f"data.path={sums}", f"init_from={base}", *LORA, "num_iterations=5", "eval_every=-1"]
     arguments += ["target_examples_per_step=7", "device_batch_size=2", "lora.merge=false"]
-    arguments += STAGES if mode == "latent" else ["~method", "mode=weighted"]
-    if mode == "weighted":
-        arguments = [a for a in arguments if not a.startswith(("method=", "latent.", "decoder.", "~"))]
+    if mode == "latent":
+        arguments += [*STAGES, "loss.distill_norm=none"]
+    else:
+        arguments = [a for a in arguments if not a.startswith(("method=", "latent.", "decoder."))] + ["mode=weighted"]
     two = run_process(*LAUNCHER, "-m", TRAIN, *arguments, "out_dir=together", folder=tmp_path).ok()
     assert "2 rank(s)" in two.out
     run(TRAIN, *arguments, "out_dir=alone", folder=tmp_path).ok()
@@ -297,7 +394,11 @@ def test_two_ranks_equal_one(mode: str, base: Path, sums: Path, tmp_path: Path) 
             ours, theirs = (load_file(tmp_path / run / "latest" / name) for run in ("together", "alone"))
             assert ours.keys() == theirs.keys()
             for key, value in theirs.items():
-                assert (ours[key] - value).norm() <= 1e-5 * value.norm(), f"{name}: {key}"
+                if not key.endswith("qkv.bias"):
+                    assert (ours[key] - value).norm() <= 1e-5 * value.norm(), f"{name}: {key}"
+    ours, theirs = (losses(tmp_path / name) for name in ("together", "alone"))
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.get("loss", 0) == pytest.approx(their.get("loss", 0), rel=1e-5)
 
 
 def test_dropout_is_in_training_only_and_of_the_seed(runs: Path, arguments: tuple[str, ...], tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_stages_with_and_without_thoughts_in_one_batch(
         ({}, {"loop": "none"}, "steps=compressed: needs thoughts, which loop=none has not"),
         ({}, {"loss": LossConfig(step_weight=0.0)}, "loss.step_weight=0.0: must be above 0 with loop=compressed"),
         ({"rationale": "none"}, {}, "rationale=none: loop=compressed makes its thoughts of the written solution"),
-        ({}, {"latent": LatentConfig(n_latents=4, feeds_last=False)}, "latent.feeds_last=false: loop=compressed"),
+        ({}, {"latent": LatentConfig(n_latents=4, feeds_last=False)}, "latent.feeds_last=false: must be true"),
     ],
 )
 def test_parts_that_make_no_method(
