@@ -219,9 +219,9 @@ class MethodConfig:
             steps one after the other, as in Coconut), `fixed_k` (all thoughts from the start, while written steps are
             removed) or `remove_tokens` (no thoughts; the tokens of the written solution are removed, as in iCoT).
         loop: how thoughts come about: `sequential` (hidden states fed back one by one), `jacobi` (all updated at once,
-            a few times, PCCoT), `looped` (a block that is read again and again, LOTUS), `compressed` (some tokens of the
-            steps in one, CoLaR), `soft` (mixtures of token embeddings), `pause` or `pause_multipass` (a learned vector
-            in place of each, the controls), or `none` (no thoughts).
+            a few times, PCCoT), `looped` (a block that is read again and again, LOTUS), `compressed` (some tokens of
+            the steps in one, CoLaR), `soft` (mixtures of token embeddings), `pause` or `pause_multipass` (a learned
+            vector in place of each, the controls), or `none` (no thoughts).
         steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT), `own_head`
             (the model's own output head, LOTUS), `compressed` (what loop=compressed predicts, CoLaR) or `none`.
         distill: what the model is pulled towards, beside a pass over the written solution: a list of `hidden` (hidden
