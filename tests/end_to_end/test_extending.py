@@ -215,7 +215,8 @@ def test_thoughts_stay_near_the_norm_of_embeddings(reader: Reader) -> None:
 def test_mistakes_in_the_settings_of_the_method_end_in_a_line(reader: Reader) -> None:
     train = (TRAIN, "method=tide", "use=[tide]", "--config-dir", "conf", "out_dir=runs/wrong")
     assert reader.type(*train, "latent.waves=0").error == "error: latent.waves=0: must be at least 1"
-    assert "curriculum=waves: needs thoughts, which loop=none has not" in reader.type(*train, "loop=none").error
+    nothing = ("loop=none", "steps=none", "terms=[]", "~loss.calm_weight")
+    assert "curriculum=waves: needs thoughts, which loop=none has not" in reader.type(*train, *nothing).error
     assert "rationale=natural: must be equations" in reader.type(*train, "rationale=natural").error
     assert reader.type(TRAIN, "method=tide", "--config-dir", "conf", "out_dir=runs/wrong").error.startswith(
         "error: curriculum=waves: must be one of fixed_k, none, remove_tokens, replace; a part of your own"
