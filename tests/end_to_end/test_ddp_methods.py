@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from commands import ARITHMETIC, TINY, TRAIN, read_lines, run, run_process
 from safetensors.torch import load_file
 
@@ -33,7 +32,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "colar": ("method=colar", "latent.n_latents=8", *WARMED, "device_batch_size=2"),
     "icot": ("method=icot", "num_epochs=1", "latent.removal_smoothing=0.5", "device_batch_size=2"),
     "soft": ("method=soft", "latent.n_latents=3", "latent.warmup=0.2", "latent.stages=0.4", "device_batch_size=2"),
-    "mixed": ("use=[mixed]", "curriculum=mixed", "--config-dir", "conf", "steps=none", "latent.projector_width=16", "device_batch_size=1"),
+    "mixed": (
+        "use=[mixed]", "curriculum=mixed", "--config-dir", "conf", "steps=none", "latent.projector_width=16",
+        "device_batch_size=1",
+    ),
 }  # fmt: skip
 
 # Rows of many stages in each step, so that some micro-batches have no thoughts, and no use for the projector.
