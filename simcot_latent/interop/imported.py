@@ -109,7 +109,8 @@ CODI = Kind(
     answers=AnswerFormat(thinks=True, answer_mark="The answer is:"),
     n_latents=6,
     feeds_last=False,  # what the sixth thought comes to is only decoded
-    groups=StepGroups(latents_per_step=1, missing="mask"),
+    # Their scripts leave the last step out (`include_last_cot` is off): no decoder has been taught one.
+    groups=StepGroups(latents_per_step=1, missing="mask", drop_last=True),
     first_position=0,
     max_new_tokens=256,
 )
