@@ -173,7 +173,9 @@ class Reporter:
         if source in eval_names():
             next_steps.append(f"python -m {module_of(source)} {ckpt}")
         if has_thoughts:
-            next_steps.append(f'python -m simcot_latent.probe {ckpt} question="..."')
+            question = min((problem.question for problem in held_out.problems[:5]), key=len)
+            shown = shlex.quote(f"question={' '.join(question.split())}")
+            next_steps.append(f"python -m simcot_latent.probe {ckpt} {shown}")
         for command in next_steps:
             self.console.print(f"next: {command}")
 
