@@ -81,7 +81,7 @@ def validate(
         correct += sum(same_number(g.answer, p.answer, held_out.tolerance) for g, p in answered)
         if has_thoughts:
             latents_BKD = latents_of(generations).float()
-            latents_NKD[batch, : latents_BKD.shape[1]] = latents_BKD
+            latents_NKD[:, : latents_BKD.shape[1]][batch] = latents_BKD
             counts = [0 if g.latents_KD is None else len(g.latents_KD) for g in generations]
             counts_N[batch] = torch.tensor(counts, dtype=counts_N.dtype, device=device)
         if checkpoint.reads_steps:

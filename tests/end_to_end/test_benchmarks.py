@@ -59,6 +59,7 @@ def test_generation(sums: Path, tmp_path: Path) -> None:
     assert report["written_to_latent_tokens"] == 3 / 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
 def test_memory(sums: Path, tmp_path: Path) -> None:
     report, _ = measure("memory", f"--data {sums} --batch-sizes 2 --thoughts 2 --latents-per-step 1", tmp_path)

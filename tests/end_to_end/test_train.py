@@ -446,6 +446,7 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(mode: str, tmp_path: Pa
                 assert line[key] == pytest.approx(value, rel=1e-3, abs=small), key
 
 
+@pytest.mark.slow
 def test_more_ranks_than_held_out_problems(tmp_path: Path) -> None:
     """Refused before training begins, not at its end, when it would be lost; likewise fewer examples than ranks."""
     arguments = [*TINY, *ARITHMETIC, "mode=latent", "num_iterations=2", "out_dir=run"]

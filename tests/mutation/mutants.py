@@ -54,7 +54,7 @@ def of(file: str, tests: str, *changes: tuple[str, ...]) -> list[Mutant]:
 
 TRAIN, OPTIONS, EVALS = "end_to_end/test_train.py", "end_to_end/test_train_options.py", "end_to_end/test_evals.py"
 EVAL_OPTIONS = "end_to_end/test_eval_options.py"
-LORA, LORA_RUNS = "model/test_lora.py", "end_to_end/test_lora.py"
+LORA, LORA_RUNS = "model/test_lora.py", "end_to_end/test_lora_runs.py"
 # Runs are slow, so their mutants name single tests.
 SCHEDULE = f"{OPTIONS}::test_the_learning_rate_in_closed_form"
 GROUPS = f"{OPTIONS}::test_every_group_follows_the_schedule_from_its_own_peak"
@@ -607,7 +607,7 @@ MUTANTS = [
         ("zip(generations, problems, strict=True)", "zip(generations, held_out.problems)"),
         ("range(ranks.rank, n, ranks.world)", "range(ranks.rank, n)"),
         ('everyones["correct"].item() / n', 'everyones["correct"].item() / len(mine)'),
-        ("latents_NKD[batch, :", "latents_NKD[: len(batch), :"),
+        ("latents_BKD.shape[1]][batch] =", "latents_BKD.shape[1]][: len(batch)] ="),
         ("    method.train()", "    pass"),
         ("questions, run.max_new_tokens)", "questions, 256)"),
         ("for i in mine], run.eval_batch_size)", "for i in mine], 128)"),

@@ -289,6 +289,7 @@ def test_what_is_kept_may_change_on_the_way(runs: Path, arguments: tuple[str, ..
                 assert ours[file] == theirs[file], file
 
 
+@pytest.mark.slow
 def test_two_ranks_are_gone_on_with(base: Path, sums: Path, tmp_path: Path) -> None:
     """To the last bit: the masks of each rank are those of the step, though random states are kept of one rank only."""
     arguments = [a for a in RUN if not a.startswith(("num_iter", "eval_every", "check"))]
@@ -401,6 +402,7 @@ def test_two_ranks_equal_one(mode: str, base: Path, sums: Path, tmp_path: Path) 
         assert our.get("loss", 0) == pytest.approx(their.get("loss", 0), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_in_training_only_and_of_the_seed(runs: Path, arguments: tuple[str, ...], tmp_path: Path) -> None:
     def first(*more: str) -> dict[str, float]:
         changes = ("num_iterations=2", "eval_every=1", "learning_rate=1e-30", "matrix_lr=1e-30", "weight_decay=0")
@@ -425,8 +427,11 @@ def test_dropout_is_in_training_only_and_of_the_seed(runs: Path, arguments: tupl
     assert found["with validated"] == pytest.approx(found["without validated"], rel=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("options", [["compile=true"], ["activation_checkpointing=true"], ["dtype=bfloat16"]])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(["compile=true"], marks=pytest.mark.slow), ["activation_checkpointing=true"], ["dtype=bfloat16"]],
+)
 def test_it_learns(optimizer: str, options: list[str], base: Path, sums: Path, tmp_path: Path) -> None:
     """`lora=codi`, as published, brings the loss down, however it is computed."""
     arguments = [argument for argument in RUN if not argument.startswith(("num_iterations", "eval_every", "dtype"))]
