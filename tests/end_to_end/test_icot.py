@@ -18,6 +18,8 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.evaluate import with_steps_left
 
+pytestmark = pytest.mark.xdist_group("icot")  # one worker, so that the runs are made once
+
 # 8 steps an epoch, so every other step removes one token more, and the 17th and those after it all.
 ICOT = (
     *TINY,

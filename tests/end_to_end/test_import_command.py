@@ -15,6 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import simcot_latent as sl
 from simcot_latent.interop.imported import import_checkpoint
 
+pytestmark = pytest.mark.xdist_group("import_command")  # one worker, so that the checkpoints are made once
+
 IMPORT = "simcot_latent.import_checkpoint"
 END = "<|endoftext|>"
 

@@ -19,6 +19,8 @@ import simcot_latent as sl
 from simcot_latent.interop.exported import export_hf
 from simcot_latent.model.gpt import GPT
 
+pytestmark = pytest.mark.xdist_group("lora_runs")  # one worker, so that the runs are made once
+
 EXPORT = "simcot_latent.export"
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from commands import ARITHMETIC, TINY, TRAIN, contents, environment, read_lines, run, run_process
 
+pytestmark = pytest.mark.xdist_group("restarting")  # one worker, so that the runs are made once
+
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SHORT = (*TINY, *ARITHMETIC, "mode=weighted", "num_iterations=14", "checkpoint_every=4", "eval_every=5", "out_dir=run")
 
