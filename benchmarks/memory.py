@@ -29,9 +29,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.common import SIZES, add_block_options, load_problems, make_parser, report
 from benchmarks.train_step import make_method, median_batch
+from simcot_latent.batches import ThoughtBatch
 from simcot_latent.data.batch import to_device
 from simcot_latent.distributed import autocast, pick_device
-from simcot_latent.method import Method, ThoughtBatch
+from simcot_latent.method import Method
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import set_block_options
 from simcot_latent.model.packing import Packing

@@ -41,13 +41,14 @@ from benchmarks.common import (
     take_turns,
 )
 from benchmarks.peers import coconut_step, transformers_step
+from simcot_latent.batches import ThoughtBatch, WrittenBatch
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.batch import BatchOrder, to_device
 from simcot_latent.data.format import Example, concatenate
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.distributed import autocast, pick_device
-from simcot_latent.method import Method, ThoughtBatch, WrittenBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT, set_block_options
 from simcot_latent.model.linear import Linear, product
 from simcot_latent.terms.step_decoder import StepBatch

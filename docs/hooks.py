@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from omegaconf import OmegaConf
 
-from simcot_latent.config import SECTIONS, MethodConfig, config_dir
-from simcot_latent.parts import NONE
+from simcot_latent.config import SECTIONS, LoRAConfig, MethodConfig, config_dir
+from simcot_latent.parts import NONE, PARTS, find
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -58,12 +59,13 @@ ITEM = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 # Where a configuration's default is not what a command has.
 DEFAULTS = {("eval", "data"): "NAME"}
 
-# The groups that the parts of a method are chosen from.
-PARTS = ("curriculum", "loop", "steps")
+# The groups that the parts of a method are chosen from, and the section that the settings of their parts are keys of.
+GROUPS = {"curriculum": "latent", "loop": "latent", "steps": "loss", "distill": "loss", "written": "loss"}
 
 # What no dataclass has a field for.
 OTHERS = {
-    "experiment": "a preset of many keys, a file in `configs/experiment/`.",
+    "experiment": "a method with data, base model and training recipe, a file in `configs/experiment/`, see below.",
+    "method": "a method by its name, a choice of parts with their settings, see below and [Methods](methods.md).",
     "use": "modules that register parts of your own, such as `[my_parts]`, see [Extending](extending.md).",
 }
 
@@ -102,6 +104,7 @@ class Option:
     meaning: str
 
 
+@cache
 def options_page() -> str:
     """Every key of every command, from the dataclasses and the yaml files behind them."""
     return "\n".join(_lines())
@@ -116,15 +119,50 @@ def _lines() -> Iterator[str]:
     for title, (command, name, cls) in COMMANDS.items():
         yield from ("", f"## {title}", "", f"`{command}`", "", *table(options_of(name, get_class(cls))))
         if name == "train":
-            yield from (*_parts(), *_modes(), *_sources(), *_models(), *_tokenizers(), *_presets())
+            yield from (*_methods(), *_parts(), *_modes(), *_lora())
+            yield from (*_sources(), *_models(), *_tokenizers(), *_presets())
+
+
+def _methods() -> Iterator[str]:
+    yield from ("", "### Methods", "")
+    yield "Each is a mode with other parts and settings; every key may be set beside it."
+    yield ""
+    for name in choices("method"):
+        choice = chosen("train", f"method={name}")
+        parts = ", ".join(f"`{group}={choice[group]}`" for group in GROUPS)
+        yield f"- `method={name}`: {comment('method', name)} Parts: {parts}."
 
 
 def _parts() -> Iterator[str]:
     yield from ("", "### Parts of a method", "")
-    yield "A mode chooses them; each may be replaced on the command line, as in `mode=latent loop=pause`."
-    for group in PARTS:
+    yield "A mode or a method chooses them; each may be replaced on the command line, as in `mode=latent loop=pause`."
+    for group in GROUPS:
         yield ""
         yield from (f"- `{group}={name}`: {comment(group, name)}" for name in choices(group))
+    for group in GROUPS:
+        for name in (name for name in choices(group) if name in PARTS[group]):
+            if options := own_options(group, name):
+                yield from ("", f"Further keys with `{group}={name}`:", "", *table(options))
+
+
+def own_options(group: str, name: str) -> list[Option]:
+    """The keys that only this part has; its others are those of every method."""
+    section = GROUPS[group]
+    shared = {field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)}
+    cls = find(group, name).Config
+    own = [field.name for field in dataclasses.fields(cls) if field.name not in shared]
+    found, values = meanings(cls), composed("train", f"{group}={name}")[section] if own else {}
+    return [Option(f"{section}.{key}", text_of(values[key]), found[key]) for key in own]
+
+
+def _lora() -> Iterator[str]:
+    yield from ("", "### LoRA keys", "")
+    names = choices("lora")
+    yield from (row(["key", *(f"`lora={name}`" for name in names), "meaning"]), "|" + "---|" * (len(names) + 2))
+    values = [composed("train", f"lora={name}")["lora"] for name in names]
+    for options in zip(*(options_in(LoRAConfig, each, "lora.") for each in values), strict=True):
+        yield row([f"`{options[0].key}`", *(f"`{option.default}`" for option in options), options[0].meaning])
+    yield from ("", *(f"- `lora={name}`: {comment('lora', name)}" for name in names))
 
 
 def _modes() -> Iterator[str]:
@@ -133,7 +171,7 @@ def _modes() -> Iterator[str]:
         raw = composed("train", f"mode={mode}")
         sets = {key: value for key, value in read_yaml("mode", mode).items() if key in run_keys}
         yield from ("", f"### Keys of mode={mode}", "", comment("mode", mode))
-        sets = {key: raw[key] for key in PARTS} | sets
+        sets = {key: chosen("train", f"mode={mode}")[key] for key in GROUPS} | sets
         yield "It sets " + ", ".join(f"`{key}={text_of(value)}`" for key, value in sets.items()) + "."
         sections = {} if raw["loop"] == NONE else SECTIONS
         options = [o for key, cls in sections.items() for o in options_in(cls, raw[key], f"{key}.")]
@@ -170,6 +208,8 @@ def _tokenizers() -> Iterator[str]:
 def _presets() -> Iterator[str]:
     yield from ("", "### Presets", "")
     yield from (f"- `experiment={name}`: {comment('experiment', name)}" for name in choices("experiment"))
+    yield from ("", "They share these files of `configs/recipe/`:", "")
+    yield from (f"- `{name}`: {comment('recipe', name)}" for name in choices("recipe"))
 
 
 def options_of(config: str, cls: type) -> list[Option]:
@@ -179,7 +219,7 @@ def options_of(config: str, cls: type) -> list[Option]:
     found = meanings(MethodConfig) | OTHERS | meanings(cls)
     keys = [field.name for field in dataclasses.fields(cls) if field.name not in NOT_KEYS]
     if config == "train":
-        keys = ["mode", *PARTS, "terms", *(key for key in keys if key != "mode")]
+        keys = ["mode", *GROUPS, "terms", *(key for key in keys if key != "mode")]
     groups = chosen(config)
     options = []
     for key in [*keys, "use", *(key for key in groups if key not in keys)]:
@@ -235,16 +275,18 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
+@cache
 def composed(config: str, *overrides: str) -> dict[str, Any]:
     """A configuration as a command line makes it."""
     with initialize_config_dir(str(config_dir().resolve()), version_base=None):
         return OmegaConf.to_container(compose(config, [*overrides]))  # type: ignore[return-value]
 
 
-def chosen(config: str) -> dict[str, str | None]:
+@cache
+def chosen(config: str, *overrides: str) -> dict[str, str | None]:
     """Which choice a command takes of each group of ours."""
     with initialize_config_dir(str(config_dir().resolve()), version_base=None):
-        raw = compose(config, return_hydra_config=True)
+        raw = compose(config, [*overrides], return_hydra_config=True)
     picked = OmegaConf.to_container(raw.hydra.runtime.choices)
     return {key: value for key, value in picked.items() if not key.startswith("hydra")}  # type: ignore[union-attr]
 

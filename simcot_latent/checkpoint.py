@@ -3,6 +3,7 @@
     model.safetensors           the model, usable without the rest
     loop.safetensors            what the thought loop has learned, if anything: a projector, a pause vector
     step_decoder.safetensors    the auxiliary decoder, if there is one; the embedding it shares is the model's
+    lora.safetensors            what the model has learned beside its frozen layers, unless it is merged (lora.merge)
     <part>.safetensors          any further part of a method that learns
     config.json                 all that is needed to rebuild these and the tokenizer
     tokenizer/                  self-contained
@@ -36,13 +37,14 @@ from simcot_latent.checkpoint_folders import (
     CONFIG,
     DECODER,
     LOOP,
+    LORA,
     MODEL,
     STATE_JSON,
     STATE_TENSORS,
     TOKENIZER,
     find_checkpoint,
 )
-from simcot_latent.checkpoint_parts import load_model_and_loop, new_loop, read_part
+from simcot_latent.checkpoint_parts import load_lora, load_model_and_loop, new_loop, read_part
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -50,7 +52,10 @@ from simcot_latent.errors import UserError
 from simcot_latent.files import read_json, write_json
 from simcot_latent.folders import MANIFEST, Fingerprint, fingerprint, verify_files
 from simcot_latent.loops.base import ThoughtLoop
+from simcot_latent.loops.given import GivenLoop
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.lora import LoRA, added_weights, merge, plain_weights
+from simcot_latent.parts import NONE, find
 from simcot_latent.paths import HUB_ID, expanded
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
@@ -84,7 +89,9 @@ class Checkpoint:
         loop: how it thinks, in evaluation mode; None for a model that writes its steps.
         stage: how problems are put to it: how many thoughts it has, which steps it writes.
         groups: how thoughts stand for steps.
+        steps: who was to say them, by its key in the table of parts; `none`: the step decoder, if there is one.
         parts: the weights of whatever else was trained, by name.
+        lora: how the model was trained, where it was not as a whole. Its layers have factors still, or are merged.
         step: optimizer steps it was trained for.
         path: its folder.
     """
@@ -97,14 +104,28 @@ class Checkpoint:
     loop: ThoughtLoop | None = None
     stage: Stage = field(default_factory=Stage)
     groups: StepGroups = field(default_factory=StepGroups)
+    steps: str = NONE
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    lora: LoRA | None = None
     step: int = 0
     path: Path | None = None
 
+    def __post_init__(self) -> None:
+        if self.steps == NONE and self.step_decoder is not None:
+            self.steps = "decoder"
+
     @property
     def n_states(self) -> int:
-        """K, the states that the loop comes to for each question: the thoughts, and those that are only decoded."""
+        """K, the states that the loop comes to for each question: the thoughts, and those that are only decoded. Of a
+        loop that stops by itself, the most.
+        """
         return 0 if self.loop is None else self.loop.states(self.stage.thoughts)
+
+    @property
+    def reads_steps(self) -> bool:
+        """Whether there are thoughts, and steps to be read out of them."""
+        says = self.step_decoder is not None if self.steps == "decoder" else self.steps != NONE
+        return says and self.stage.thoughts > 0 and find("steps", self.steps).is_read
 
     @property
     def n_groups(self) -> int:
@@ -187,7 +208,10 @@ def summary(checkpoint: Checkpoint) -> str:
     lines = [f"A language model of {n_parameters:,} parameters, trained with `simcot_latent`."]
     if thoughts:
         c = checkpoint.groups.latents_per_step
-        lines.append(f"Before it answers it thinks {thoughts} latent thoughts, {c} per step.")
+        how_many = f"{thoughts} latent thoughts, {c} per step"
+        if isinstance(checkpoint.loop, GivenLoop):
+            how_many = f"as many latent thoughts as it takes, {thoughts} at most"
+        lines.append(f"Before it answers it thinks {how_many}.")
     if decoder is not None:
         lines.append(
             "An auxiliary decoder, which is not needed to answer, turns thoughts into the steps that they stand for "
@@ -219,7 +243,11 @@ def require_decoder(checkpoint: Checkpoint) -> StepDecoder:
 
 
 def load_checkpoint(
-    path: str | Path, device: str | torch.device = "cpu", key: str = "ckpt", verify: bool = True
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    key: str = "ckpt",
+    verify: bool = True,
+    merge_lora: bool = True,
 ) -> Checkpoint:
     """Rebuilds a checkpoint from its folder, or from a run's `out_dir`. Needs no network, runs nothing in the folder.
 
@@ -228,6 +256,7 @@ def load_checkpoint(
     Args:
         key: the config key that the path came from, for the error.
         verify: whether files are compared with the checkpoint's manifest first.
+        merge_lora: whether what is kept in `lora.safetensors` is merged into the model's weights.
 
     Raises:
         UserError: there is no checkpoint, or one of its files is missing, broken, or not the one that was saved; the
@@ -238,9 +267,10 @@ def load_checkpoint(
     if verify:
         verify_files(folder, [CONFIG, MODEL, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES)])
     config = read_config(folder / CONFIG)
+    is_apart = config.lora is not None and not config.lora.merged
     loop = None if config.loop is None else new_loop(config.loop, config.model.n_embd, folder)
     if verify and (folder / MANIFEST).exists():  # without, the note has been given
-        further = [DECODER] * has_decoder + [LOOP] * (folder / LOOP).exists()
+        further = [DECODER] * has_decoder + [LOOP] * (folder / LOOP).exists() + [LORA] * is_apart
         verify_files(folder, further + [f"{name}.safetensors" for name in config.parts])
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     if tokenizer.n_vocab != config.model.vocab_size:
@@ -248,7 +278,12 @@ def load_checkpoint(
             f"{folder / TOKENIZER}: has {tokenizer.n_vocab} tokens, but {CONFIG} says "
             f"model.vocab_size={config.model.vocab_size}; they are not of one checkpoint"
         )
-    model = load_model_and_loop(config, loop, folder)
+    model, lora = load_model_and_loop(config, loop, folder), config.lora
+    if lora is not None and is_apart:
+        load_lora(model, lora, folder / LORA)
+        if merge_lora:
+            merge(model)
+            lora = replace(lora, merged=True)
     n_states = 0 if loop is None else loop.states(config.stage.thoughts)
     if n_states % config.groups.latents_per_step:
         raise UserError(
@@ -273,7 +308,9 @@ def load_checkpoint(
         loop=None if loop is None else loop.to(device).eval(),
         stage=config.stage,
         groups=config.groups,
+        steps=config.steps,
         parts={name: read_part(folder / f"{name}.safetensors") for name in config.parts},
+        lora=lora,
         step=config.step,
         path=folder,
     )
@@ -292,16 +329,23 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, state: TrainerState |
         "answers": asdict(checkpoint.answers),
         "stage": asdict(checkpoint.stage),
         "groups": asdict(checkpoint.groups),
+        "steps": checkpoint.steps,
         "parts": sorted(checkpoint.parts),
         "step": checkpoint.step,
         "run": checkpoint.config,
     }
+    lora, model = checkpoint.lora, checkpoint.model
+    if lora is not None:  # which earlier versions do not know
+        config["lora"] = asdict(lora)
     small = [CONFIG, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES)]
     jobs: dict[str, Future[Fingerprint]] = {}
     with ThreadPoolExecutor() as pool:
         if state is not None:
             jobs[STATE_TENSORS] = pool.submit(save_tensors, state.tensors, folder / STATE_TENSORS)
-        jobs[MODEL] = pool.submit(save_weights, checkpoint.model, folder / MODEL)
+        weights = plain_weights(model, merged=lora is None or lora.merged)
+        jobs[MODEL] = pool.submit(save_tensors, weights, folder / MODEL)
+        if lora is not None and not lora.merged:
+            jobs[LORA] = pool.submit(save_tensors, added_weights(model), folder / LORA)
         if decoder is not None:
             jobs[DECODER] = pool.submit(save_weights, decoder, folder / DECODER, shared="embedding.")
         if loop is not None and loop.state_dict():

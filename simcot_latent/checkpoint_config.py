@@ -16,7 +16,8 @@ from simcot_latent.data.format import AnswerFormat
 from simcot_latent.errors import UserError, require
 from simcot_latent.files import from_plain, read_json
 from simcot_latent.model.gpt import GPTConfig
-from simcot_latent.parts import FILE_NAME, RESERVED
+from simcot_latent.model.lora import LoRA
+from simcot_latent.parts import FILE_NAME, NONE, RESERVED, find
 from simcot_latent.terms.steps import StepGroups
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class SavedConfig:
         answers: what stands around its answers.
         stage: how problems were put to it when it was saved.
         groups: how thoughts stand for steps.
+        steps: who was to say them, by its key in the table of parts.
         parts: what else was trained, each in a file of its name.
+        lora: how the model was trained, where it was not as a whole.
         step: optimizer steps it was trained for.
         run: the run's options. Whoever uses one asks `setting`, since it is what the file says, no more.
         format: see `FORMAT`.
@@ -62,7 +65,9 @@ class SavedConfig:
     groups: StepGroups
     step: int
     run: dict[str, Any]
+    steps: str = NONE
     parts: list[str] = field(default_factory=list)
+    lora: LoRA | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -76,6 +81,11 @@ class SavedConfig:
             raise UserError(f"parts: {str(wrong[0])[:60]!r} is no name of a part, which is small letters, digits and _")
         if reserved := [name for name in self.parts if name in RESERVED or self.parts.count(name) > 1]:
             raise UserError(f"parts: {reserved[0]!r} must be the name of one part, and not {', '.join(RESERVED)}")
+        if self.lora is not None:
+            rows, most = self.lora.rows, self.model.vocab_size
+            require(rows <= most, "lora.rows", rows, f"at most {most}, the rows of the table")
+        if self.steps != NONE:
+            find("steps", self.steps)
         decoder = self.step_decoder
         if decoder is not None:
             if decoder.n_embd != self.model.n_embd:

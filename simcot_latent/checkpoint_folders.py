@@ -20,7 +20,7 @@ from simcot_latent.parts import FILE_NAME
 from simcot_latent.paths import expanded, free_name
 
 MODEL, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
-DECODER, LOOP = "step_decoder.safetensors", "loop.safetensors"
+DECODER, LOOP, LORA = "step_decoder.safetensors", "loop.safetensors", "lora.safetensors"
 STATE_TENSORS, STATE_JSON = "trainer_state.safetensors", "trainer_state.json"
 LATEST = "latest"
 STEP_FOLDER = re.compile(r"step_(\d{7,})")
@@ -90,7 +90,7 @@ def remove_checkpoint(folder: Path) -> None:
     """Deletes what `write_checkpoint` wrote into a folder, and the folder if nothing else is in it: evals stay."""
     tokenizer = folder / TOKENIZER
     inside = [] if tokenizer.is_symlink() else [tokenizer / name for name in TOKENIZER_FILES]
-    others = [folder / name for name in (MODEL, DECODER, LOOP, STATE_TENSORS, STATE_JSON, MANIFEST)]
+    others = [folder / name for name in (MODEL, DECODER, LOOP, LORA, STATE_TENSORS, STATE_JSON, MANIFEST)]
     others += [folder / f"{name}.safetensors" for name in parts_of(folder)]
     for file in (folder / CONFIG, *others, *inside):  # without the first of them it is no checkpoint any more
         if file.is_file() or file.is_symlink():

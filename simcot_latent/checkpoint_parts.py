@@ -14,8 +14,16 @@ from simcot_latent.files import from_plain
 from simcot_latent.loops.base import ThoughtLoop
 from simcot_latent.loops.sequential import Sequential
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.lora import LoRA, add_lora, added_weights
 from simcot_latent.parts import find
-from simcot_latent.weights import load_module, load_weights, read_shapes, read_tensors, require_finite, require_shapes
+from simcot_latent.weights import (
+    load_module,
+    load_weights,
+    read_shapes,
+    read_tensors,
+    require_finite,
+    require_shapes,
+)
 
 
 def new_loop(saved: SavedLoop, width: int, folder: Path) -> ThoughtLoop:
@@ -72,6 +80,20 @@ def read_part(file: Path) -> dict[str, Tensor]:
     weights = {name: weight.clone() for name, weight in read_tensors(file).items()}
     require_finite(weights, file)
     return weights
+
+
+def load_lora(model: GPT, lora: LoRA, file: Path) -> None:
+    """Puts the factors of a file beside the layers of a model.
+
+    Raises:
+        UserError: the file is missing or broken, or a factor is missing, left over, of another shape or not finite.
+    """
+    add_lora(model, lora, device="meta")
+    require_shapes(read_shapes(file), {name: x.shape for name, x in added_weights(model).items()}, file)
+    # Copies: what was read may be the file itself, mapped into memory.
+    weights = {name: x.to(torch.float32, copy=True) for name, x in read_tensors(file).items()}
+    require_finite(weights, file)
+    model.load_state_dict(weights, strict=False, assign=True)
 
 
 def with_projector(model: GPT, projector: nn.Module) -> GPT:

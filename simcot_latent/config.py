@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from simcot_latent.errors import UserError, did_you_mean, require, require_choice, some
-from simcot_latent.parts import NONE, find
+from simcot_latent.errors import UserError, did_you_mean, either, require, require_choice, some
+from simcot_latent.parts import NONE, PARTS, find, named
 
 if TYPE_CHECKING:  # hydra and omegaconf are imported where a command line is read: the rest does without them
     from omegaconf import DictConfig
 
 T = TypeVar("T")
 
+_LORA_TARGETS = ("qkv", "out", "up", "down")  # those of `model.lora`, which stands above this module
 _COMPUTED_IN = ("auto", "float32", "bfloat16")
 _SPLITS = ("train", "validation", "test")  # those of `data.sources`, which stands above this module
 CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -34,7 +35,7 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "dtype": _COMPUTED_IN,
         "later_attention": ("products", "sdpa"),
         "on_nonfinite": ("error", "skip"),
-        "latent.surplus": ("merge", "drop"),
+        "latent.surplus": ("merge", "drop", "write"),
         "latent.missing": ("mask", "answer"),
         "decoder.init": ("random", "base"),
         "loss.step_reduction": ("token", "coconut", "codi"),
@@ -70,14 +71,6 @@ def config_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-
-
 @dataclass
 class LatentConfig:
     """How thoughts stand for steps.
@@ -85,13 +78,16 @@ class LatentConfig:
     Attributes:
         n_latents: K, the thoughts per question, all of which the model reads.
         latents_per_step: c, the thoughts per step group; a question has K / c groups.
-        surplus: what becomes of steps beyond the last group, `merge` (into the last group) or `drop`.
+        surplus: what becomes of steps beyond the last group: `merge` (into the last group), `drop`, or `write` (they
+            stay written after the thoughts, as in LOTUS).
         missing: the decoder's target for a group without a step: `mask` (none) or `answer` (the answer string).
+        drop_last_step: leave the last step of every solution out, in which the answer is worked out: it is neither
+            written nor supervised, as by default in the public code of CODI and PCCoT.
         warmup: share of training on written steps, before any thought.
         stages: after the warm-up, the share of training in which thoughts replace one step more at a time (1, 2, .. all
             but one, equally long), or a list of stages, such as `[{steps: 1, share: 0.1}, {steps: 2, share: 0.1}]`
-            (`steps`: how many steps thoughts replace, `share`: of training). In the rest of training thoughts replace
-            all steps. As in Coconut, https://arxiv.org/abs/2412.06769, section 3.
+            (`steps`: how many steps thoughts replace, `share`: of training, or `epochs` in its place). In the rest of
+            training thoughts replace all steps. As in Coconut, https://arxiv.org/abs/2412.06769, section 3.
         reset_optimizer: forget the optimizer's moments when a stage begins (Coconut does).
         feeds_last: whether the model reads the last state that its thoughts come to (Coconut), or only the decoder does
             (SIM-CoT on CODI): the decoder then has one step more to decode than there are thoughts.
@@ -103,6 +99,7 @@ class LatentConfig:
     latents_per_step: int = 1
     surplus: str = "merge"
     missing: str = "mask"
+    drop_last_step: bool = False
     warmup: float = 0.25
     stages: Any = 0.3
     reset_optimizer: bool = False
@@ -116,29 +113,9 @@ class LatentConfig:
         right = f"{multiple} latent.latents_per_step={self.latents_per_step}"
         require(self.n_states % self.latents_per_step == 0, "latent.n_latents", self.n_latents, right)
         require_choices(self, "train", "latent")
+        right = "mask with latent.drop_last_step=true"
+        require(self.missing == "mask" or not self.drop_last_step, "latent.missing", self.missing, right)
         require(0 <= self.warmup < 1, "latent.warmup", self.warmup, "a share of training, from 0 to below 1")
-        right = "a share of training, from 0 to below 1, or a list of {steps: .., share: ..}"
-        if isinstance(self.stages, list):
-            for i, stage in enumerate(self.stages):
-                right = f"{{steps: 1 to {self.groups}, share: above 0, below 1}}"
-                ok = isinstance(stage, dict) and set(stage) == {"steps", "share"}
-                ok = ok and _is_whole(stage["steps"]) and 1 <= stage["steps"] <= self.groups
-                require(ok and _is_share(stage["share"]) and stage["share"] > 0, f"latent.stages[{i}]", stage, right)
-        else:
-            require(_is_share(self.stages), "latent.stages", self.stages, right)
-        fewest = min([steps for steps, _ in self.schedule] + [self.groups]) * self.latents_per_step
-        require(self.feeds_last or fewest >= 2, "latent.feeds_last", False, "true in stages of a single thought")
-        total = self.warmup + sum(share for _, share in self.schedule)
-        require(total < 1, "latent.stages", f"{total:g} of training with the warm-up", "below 1 in total")
-
-    @property
-    def schedule(self) -> list[tuple[int, float]]:
-        """Every stage between the warm-up and the last: how many steps thoughts replace, and for what share."""
-        if isinstance(self.stages, list):
-            return [(stage["steps"], stage["share"]) for stage in self.stages]
-        if self.stages == 0:
-            return []
-        return [(steps, self.stages / (self.groups - 1)) for steps in range(1, self.groups)]
 
     @property
     def groups(self) -> int:
@@ -194,15 +171,63 @@ class LossConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """What of a model is trained: all of it, or a change of low rank beside frozen layers (LoRA,
+    https://arxiv.org/abs/2106.09685), and besides it only what methods have of their own, such as a projector or the
+    auxiliary decoder.
+
+    Attributes:
+        rank: of the change to each layer; None: all of the model is trained.
+        alpha: the change counts alpha / rank.
+        dropout: share of a layer's inputs that the change does not see in training. Masks are drawn anew in each step,
+            by `seed`, the step and the rank; so without dropout alone two ranks train what one does.
+        targets: the linear layers of all blocks that are changed: `qkv` and `out` of attention, `up` and `down` of the
+            feed-forward part. All else of the model is frozen: norms, biases, embeddings, output head.
+        split: whether queries, keys, values, gate and up have a change of `rank` each, as published where they are
+            layers of their own (Llama); false: one for the whole of a fused layer (GPT-2).
+        new_rows: whether the rows of embedding table and output head are trained that are of `<|bot|>`, `<|eot|>` and
+            the tokens after them, which published vocabularies lack. They start alike (see `new_token_init`), so
+            frozen `<|bot|>` and `<|eot|>` would remain one and the same to the model. The public code of CODI freezes
+            them nevertheless: `lora=codi`.
+        merge: whether checkpoints keep the model with its change (`model.safetensors` is then whole by itself), or the
+            model as it was and `lora.safetensors` beside it, from which a loaded model is merged.
+    """
+
+    rank: int | None = None
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: list(_LORA_TARGETS))
+    split: bool = False
+    new_rows: bool = True
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.rank is None or self.rank >= 1, "lora.rank", self.rank, "at least 1, or null for no LoRA")
+        require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "above 0, finite")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share, from 0 to below 1")
+        right = f"some of {', '.join(_LORA_TARGETS)}, each once"
+        known = 1 <= len(self.targets) == len({*self.targets} & {*_LORA_TARGETS})
+        require(known, "lora.targets", f"[{', '.join(self.targets)}]", right)
+
+
+@dataclass
 class MethodConfig:
     """A method: a choice of parts, and their settings. See `parts.PARTS` for what there is.
 
     Attributes:
-        curriculum: what the stages of training look like: `none` (one stage) or `replace` (thoughts replace the written
-            steps one after the other, as in Coconut).
-        loop: how thoughts come about: `sequential` (hidden states fed back one by one), `pause` (a learned vector in
-            place of each, the control) or `none` (no thoughts).
-        steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT) or `none`.
+        curriculum: what the stages of training look like: `none` (one stage), `replace` (thoughts replace the written
+            steps one after the other, as in Coconut), `fixed_k` (all thoughts from the start, while written steps are
+            removed) or `remove_tokens` (no thoughts; the tokens of the written solution are removed, as in iCoT).
+        loop: how thoughts come about: `sequential` (hidden states fed back one by one), `jacobi` (all updated at once,
+            a few times, PCCoT), `looped` (a block that is read again and again, LOTUS), `compressed` (several tokens of
+            the steps in one, CoLaR), `soft` (mixtures of token embeddings), `pause` or `pause_multipass` (a learned
+            vector in place of each, the controls), or `none` (no thoughts).
+        steps: who must say the steps that thoughts stand for: `decoder` (an auxiliary decoder, SIM-CoT), `own_head`
+            (the model's own output head, LOTUS), `compressed` (what loop=compressed predicts, CoLaR) or `none`.
+        distill: what the model is pulled towards, beside a pass over the written solution: a list of `hidden` (hidden
+            states where the answer begins, CODI) and `kv` (keys and values at the thoughts, KaVa); on a command line
+            `none`, `hidden`, `kv` or `hidden_kv`.
+        written: whether the written solution is learned in a pass of its own: `joint` (CODI) or `none`.
         terms: further terms of the loss, by the names under which they are registered.
         latent, decoder, loss: settings of the parts.
         own: values of keys of these three sections that only a chosen part declares.
@@ -211,6 +236,8 @@ class MethodConfig:
     curriculum: str = NONE
     loop: str = NONE
     steps: str = NONE
+    distill: list[str] = field(default_factory=list)
+    written: str = NONE
     terms: list[str] = field(default_factory=list)
     latent: LatentConfig = field(default_factory=LatentConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -235,6 +262,7 @@ class MethodConfig:
     def parts(self) -> list[tuple[str, str]]:
         """The chosen parts by group and key, without `none`."""
         chosen = [("curriculum", self.curriculum), ("loop", self.loop), ("steps", self.steps)]
+        chosen += [("written", self.written), *(("distill", key) for key in self.distill)]
         chosen += [("term", key) for key in self.terms]
         return [(group, key) for group, key in chosen if key != NONE]
 
@@ -264,8 +292,9 @@ class RunConfig:
         model: the shape of a model that starts from random weights: `tiny`, `small` or `gpt2`.
         data: where problems come from: `arithmetic`, `gsm8k` or `gsm8k_aug`.
         tokenizer: `default` (2,048 tokens, shipped) or `gpt2`.
+        lora: what of the model is trained: all (`none`), or a change of low rank (`codi`); see `LoRAConfig`.
         rationale: what `mode=weighted` writes: `natural` (whole solutions), `equations` (steps only) or `none` (the
-            answer only). `mode=latent` allows `equations` only.
+            answer only). Where single steps are written behind thoughts, as in `mode=latent`, it is `equations`.
         on_too_long: what to do with problems that do not fit the context: `error`, or `drop` (they are counted and
             reported).
         step_weight_multiplier: loss weight of the tokens of written steps; 1 is plain fine-tuning. In `mode=latent` it
@@ -322,6 +351,7 @@ class RunConfig:
     model: dict[str, Any]
     data: dict[str, Any]
     tokenizer: dict[str, Any]
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     rationale: str = "natural"
     on_too_long: str = "error"
     step_weight_multiplier: float = 2.0
@@ -434,14 +464,15 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
     shared_keys = {f.name for f in dataclasses.fields(RunConfig)}
     shared = {key: value for key, value in sections.items() if key in shared_keys}
     run = typed(RunConfig, {key: literal(value) if isinstance(value, str) else value for key, value in shared.items()})
-    chosen = {key: sections.get(key, NONE) for key in ("curriculum", "loop", "steps")}
+    chosen = {key: sections.get(key, NONE) for key in ("curriculum", "loop", "steps", "written")}
     for key, value in chosen.items():
         require(isinstance(value, str), key, value, "the name of a part")
-    method = MethodConfig(**chosen, terms=typed(_Terms, {"terms": sections.get("terms", [])}).terms)
+    several = typed(_Several, {key: sections[key] for key in ("distill", "terms") if key in sections})
+    method = MethodConfig(**chosen, distill=several.distill, terms=several.terms)
     parts = [find(group, key) for group, key in method.parts]
     if not parts and (given := [key for key in SECTIONS if key in sections]) and run.mode != "weighted":
         raise UserError(f"loop=none: has no thoughts, so {some(given)} of mode={run.mode} can set nothing; take a loop")
-    known = {*shared_keys, *chosen, "terms", *(SECTIONS if parts else ())}
+    known = {*shared_keys, *chosen, "distill", "terms", *(SECTIONS if parts else ())}
     if unknown := [key for key in sections if key not in known]:
         raise UserError(f"{unknown[0]}: mode={run.mode} has no such key{did_you_mean(str(unknown[0]), known)}")
     for name, cls in SECTIONS.items():
@@ -451,10 +482,65 @@ def parse(raw: DictConfig) -> tuple[RunConfig, MethodConfig]:
             method.own |= own
             values = {key: value for key, value in values.items() if key not in own}
         setattr(method, name, typed(cls, values, name))
+    check_parts(method, run)
     for part in parts:
         if hasattr(part, "Config"):
             method.settings(part.Config)  # which refuses impossible values now, not after the data are loaded
     return run, method
+
+
+def check_parts(method: MethodConfig, run: RunConfig) -> None:
+    """Refuses parts that make no method together, in one line that says which needs what.
+
+    Every rule about parts is here, but for those that a curriculum has about its own stages.
+
+    Raises:
+        UserError: they do not.
+    """
+    chosen = [(group, key, find(group, key)) for group, key in method.parts]
+    if method.loop == NONE:
+        for group, key, _ in chosen:
+            if group not in ("curriculum", "loop"):
+                instead = "leave it out" if group == "term" else f"{group}=none"
+                raise UserError(
+                    f"{named(group, key)}: needs thoughts, which loop=none has not; take a loop, or {instead}"
+                )
+    else:
+        check_loop(method, run, [(named(group, key), part) for group, key, part in chosen if group != "curriculum"])
+    curriculum = find("curriculum", method.curriculum)(method, run)  # which refuses stages that cannot be
+    if method.loop != NONE and run.rationale != "equations" and curriculum.writes_single_steps:
+        writes = "latent.surplus=write" if method.latent.surplus == "write" else f"curriculum={method.curriculum}"
+        raise UserError(
+            f"rationale={run.rationale}: must be equations with {writes}, which writes single steps behind the thoughts"
+        )
+
+
+def check_loop(method: MethodConfig, run: RunConfig, parts: list[tuple[str, Any]]) -> None:
+    """Refuses parts and settings that a loop cannot do with; see `check_parts`.
+
+    Args:
+        parts: the chosen ones but the curriculum, as a message names them, and their classes.
+    """
+    key, loop, latent = f"loop={method.loop}", find("loop", method.loop), method.latent
+    for part, cls in parts:
+        for what, words in (("hidden", "hidden states"), ("keys", "keys"), ("predictions", "predictions")):
+            if getattr(cls, f"needs_{what}", False) and not getattr(loop, f"gives_{what}"):
+                others = [other for other in PARTS["loop"] if getattr(find("loop", other), f"gives_{what}")]
+                raise UserError(f"{part}: needs the {words} of thoughts, which {key} lacks; take loop={either(others)}")
+    if loop.gives_predictions:
+        if not any(getattr(cls, "needs_predictions", False) for _, cls in parts):
+            raise UserError(f"{key}: needs a term that trains what it predicts; take steps=compressed")
+        if method.steps != NONE and method.loss.step_weight == 0:
+            raise UserError(f"loss.step_weight=0.0: must be above 0 with {key}, which learns from steps=")
+        if run.rationale == "none":
+            raise UserError(f"rationale=none: {key} makes its thoughts of the written solution; take equations")
+    if latent.drop_last_step and run.rationale == "natural":
+        raise UserError("rationale=natural: must be equations with latent.drop_last_step=true")
+    settings = {f.name for f in dataclasses.fields(loop.Config)}
+    if latent.projector_width is not None and "projector_width" not in settings:
+        raise UserError(f"latent.projector_width={latent.projector_width}: must be null with {key}, which has none")
+    if not latent.feeds_last and "feeds_last" not in settings:
+        raise UserError(f"latent.feeds_last=false: must be true with {key}, whose thoughts are all read")
 
 
 REMOVED = {
@@ -465,7 +551,10 @@ REMOVED = {
 
 
 @dataclass
-class _Terms:
+class _Several:
+    """The groups of which a method may have several parts."""
+
+    distill: list[str] = field(default_factory=list)
     terms: list[str] = field(default_factory=list)
 
 

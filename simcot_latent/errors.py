@@ -36,6 +36,12 @@ def some(words: Iterable[str], most: int = 3) -> str:
     return ", ".join(words[:most]) + more
 
 
+def either(words: Iterable[str]) -> str:
+    """One of several words, for people: `a, b or c`."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def did_you_mean(typed: str, known: Iterable[str]) -> str:
     """The end of a message about a word that is not known: the one or two that are nearest to it, if any is near."""
     by_lower = {word.lower(): word for word in known}

@@ -10,29 +10,32 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 
-from simcot_latent.checkpoint import load_checkpoint
+from simcot_latent.checkpoint import Checkpoint, load_checkpoint
 from simcot_latent.checkpoint_config import setting
 from simcot_latent.checkpoint_folders import find_checkpoint
 from simcot_latent.config import require_choices, require_tolerance, typed
 from simcot_latent.data.batch import by_length
+from simcot_latent.data.format import encode_problem, newline
 from simcot_latent.data.problem import Problem, last_number, parse_steps, same_number
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require
 from simcot_latent.generate import Generation, Sampling, encode_prompts, generate
 from simcot_latent.logs import make_console, track
+from simcot_latent.loops.base import with_settings
 from simcot_latent.metrics import score_steps, wilson_interval
 from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.paths import check_writable, write_lines, write_text
-from simcot_latent.probing.thoughts import decode_taught, gold_groups, latents_of
+from simcot_latent.probing.thoughts import decode_taught, gold_groups, states_of
 from simcot_latent.terms.steps import holds_step
+from simcot_latent.terms.text import written_solution
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -53,6 +56,8 @@ class EvalConfig:
         temperature: of sampling; 0: greedy.
         top_k: draw among the k most likely tokens; None: among all.
         seed: of sampling.
+        loop_settings: settings of the thought loop that are to be others than in training, such as `{compression: 5}`,
+            of those that a loop leaves free; None: none.
         tolerance: how far an answer may be from gold and still count as right, as a share of gold: `1e-6` for golds
             such as 0.6666666667; None: as the data state it (`data.tolerance`).
         device: as in training.
@@ -71,6 +76,7 @@ class EvalConfig:
     temperature: float = 0.0
     top_k: int | None = None
     seed: int = 0
+    loop_settings: dict[str, Any] | None = None
     tolerance: float | None = None
     device: str = "auto"
     cuda_graphs: bool = False
@@ -152,6 +158,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
     files = report_files(Path(config.out or f"{config.ckpt}/evals"), name, config.split)
     check_writable(files, "give out=DIR, a folder for the results")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
+    checkpoint.loop = with_settings(checkpoint.loop, config.loop_settings or {})
     problems, source, data = cli.trained_problems(raw, checkpoint, config.split, config.limit, console)  # type: ignore[arg-type]
     tolerance = cli.choose_tolerance(config.tolerance, source)
 
@@ -174,11 +181,12 @@ def evaluate(name: str, raw: DictConfig) -> None:
             seconds += time.perf_counter() - began
             decoded: list[list[str]] = [[] for _ in chosen]
             gold: list[list[str | None]] = [[] for _ in chosen]
-            if checkpoint.step_decoder is not None and checkpoint.stage.thoughts:
+            if checkpoint.reads_steps:
                 gold = [gold_groups(checkpoint, problem) for problem in chosen]
-                decoded = decode_taught(checkpoint, latents_of(generations), gold)
+                decoded = decode_taught(checkpoint, states_of(checkpoint, generations), gold)
             elif not checkpoint.stage.thoughts and setting(checkpoint, "rationale") != "none":
-                pairs = [written_steps(g.text, p) for g, p in zip(generations, chosen, strict=True)]
+                left = [with_steps_left(checkpoint, problem) for problem in chosen]
+                pairs = [written_steps(g.text, p) for g, p in zip(generations, left, strict=True)]
                 decoded, gold = [said for said, _ in pairs], [wanted for _, wanted in pairs]
         for i, problem, generation, said, wanted in zip(batch, chosen, generations, decoded, gold, strict=True):
             predictions[i] = Prediction(problem, generation, said, wanted, tolerance)
@@ -199,6 +207,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "temperature": config.temperature,
         "top_k": config.top_k,
         "seed": config.seed,
+        "loop_settings": config.loop_settings,
         "tolerance": tolerance,
         "device": str(device),
         "cuda_graphs": config.cuda_graphs,
@@ -210,6 +219,16 @@ def evaluate(name: str, raw: DictConfig) -> None:
     console.print(report_table(report))
     write_report(files, report, ordered)
     console.print(f"written to {files[0]}")
+
+
+def with_steps_left(checkpoint: Checkpoint, problem: Problem) -> Problem:
+    """A problem with what is left of its solution where the model's stage removes tokens: the steps without a gap."""
+    tokenizer, stage = checkpoint.tokenizer, checkpoint.stage
+    if stage.removed == 0:
+        return problem
+    example = encode_problem(tokenizer, problem, checkpoint.answers, setting(checkpoint, "rationale"))
+    left = tokenizer.decode(written_solution(example, stage, newline(tokenizer)).ids)
+    return replace(problem, rationale=left, steps=parse_steps(left)[0])
 
 
 def written_steps(text: str, problem: Problem) -> tuple[list[str], list[str | None]]:
@@ -232,6 +251,8 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "accuracy_last_number": correct_last / n,
         "ci95_last_number": list(wilson_interval(correct_last, n)),
         "tokens_per_answer": sum(p.generation.n_tokens for p in predictions) / n,
+        "thoughts_per_answer": sum(p.generation.n_thoughts for p in predictions) / n,
+        "passes_per_answer": sum(p.generation.n_passes for p in predictions) / n,
         "unfinished": sum(not p.generation.finished for p in predictions),
     }
     steps = [step for p in predictions for step in p.steps]
@@ -274,7 +295,9 @@ def report_table(report: dict[str, Any]) -> Table:
         table.add_row("groups taught the answer, exact match", f"{text} of {report['answer_groups']} groups")
     if report["tolerance"]:
         table.add_row("tolerance", f"{report['tolerance']:g} of the gold answer")
-    table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {report['thoughts']} thoughts")
+    thoughts = f"{report['thoughts_per_answer']:.1f}".removesuffix(".0")
+    table.add_row("tokens an answer", f"{report['tokens_per_answer']:.1f}, of them {thoughts} thoughts")
+    table.add_row("passes an answer", f"{report['passes_per_answer']:.1f}, one after the other")
     table.add_row("without an end token", str(report["unfinished"]))
     table.add_row("questions/s", f"{report['questions_per_s']:.1f} (batch {report['batch_size']}, {report['dtype']})")
     return table
@@ -299,6 +322,8 @@ def write_report(files: tuple[Path, Path], report: dict[str, Any], predictions: 
             "last_number": last_number(p.generation.text),
             "correct_last_number": p.correct_last_number,
             "n_tokens": p.generation.n_tokens,
+            "n_thoughts": p.generation.n_thoughts,
+            "n_passes": p.generation.n_passes,
             "finished": p.generation.finished,
             "decoded_steps": [s if holds_step(p.problem, k) else "" for k, s in enumerate(p.decoded)],
             "gold_steps": [g if holds_step(p.problem, k) else None for k, g in enumerate(p.gold)],

@@ -21,6 +21,7 @@ from simcot_latent.data.format import encode_question
 from simcot_latent.data.problem import ANSWER_MARK, strict_answer
 from simcot_latent.errors import UserError
 from simcot_latent.loops.base import Thoughts, go_on
+from simcot_latent.loops.given import Ending, GivenLoop
 from simcot_latent.model.cache import StaticCache, StaticCaches, make_cache
 from simcot_latent.model.packing import Packing
 
@@ -69,14 +70,20 @@ class Generation:
         n_tokens: what it took: thoughts, and tokens written, end token included.
         finished: whether it came to its end token (else it ran into a limit).
         answer_mark: see `AnswerFormat`.
+        n_passes: the passes over the model that were taken one after the other, that over the question among them.
+        n_thoughts: its thoughts; of a loop that stops by itself, this question's own number.
         latents_KD: its thoughts; None for a model that writes its steps.
+        before_KD: the hidden states before each thought, see `Thoughts`.
     """
 
     text: str
     n_tokens: int
     finished: bool
     answer_mark: str = ANSWER_MARK
+    n_passes: int = 0
+    n_thoughts: int = 0
     latents_KD: Tensor | None = field(default=None, compare=False, repr=False)
+    before_KD: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def answer(self) -> str:
@@ -109,20 +116,34 @@ def encode_prompts(checkpoint: Checkpoint, questions: Sequence[str]) -> list[lis
 
 
 def reads_between(checkpoint: Checkpoint) -> int:
-    """Positions that a model reads between a prompt and the first token it writes: thoughts, and `<|eot|>`."""
-    return checkpoint.stage.thoughts + len(checkpoint.answers.opening(checkpoint.tokenizer))
+    """Positions that a model reads, at most, beside a prompt and before it writes: thoughts, and `<|eot|>`."""
+    loop, thoughts = checkpoint.loop, checkpoint.stage.thoughts
+    return (0 if loop is None else loop.positions(thoughts)) + len(checkpoint.answers.opening(checkpoint.tokenizer))
 
 
 def think_about(
-    checkpoint: Checkpoint, prompts: Sequence[list[int]], room: int = 0, caches: StaticCaches | None = None
+    checkpoint: Checkpoint,
+    prompts: Sequence[list[int]],
+    room: int = 0,
+    caches: StaticCaches | None = None,
+    sampling: Sampling | None = None,
 ) -> Thoughts:
-    """Thoughts about encoded prompts, one batch; `room` and `caches`: see `ThoughtLoop.think`."""
+    """Thoughts about encoded prompts, one batch.
+
+    Args:
+        room, caches: see `ThoughtLoop.think`.
+        sampling: of a loop that draws its thoughts; None: it draws nothing.
+    """
     model, loop = checkpoint.model, checkpoint.loop
     assert loop is not None
-    counts = [checkpoint.n_states] * len(prompts)
-    packing = to_device(loop.pack_questions([len(prompt) - 1 for prompt in prompts], counts), checkpoint.device)
+    counts, lengths = [checkpoint.n_states] * len(prompts), [len(prompt) - 1 for prompt in prompts]
     questions_PD = model.embedding(last_behind(prompts, checkpoint.device))
-    return loop.think(model, questions_PD, packing, counts, room, caches)
+    packing = to_device(loop.pack_questions(lengths, counts), checkpoint.device)
+    if not isinstance(loop, GivenLoop):
+        return loop.think(model, questions_PD, packing, counts, room, caches)
+    sampling = sampling or Sampling()
+    ending = Ending(checkpoint.tokenizer.eot_id, sampling.temperature, sampling.generator)
+    return loop.think(model, questions_PD, packing, counts, room, caches, ending=ending)
 
 
 def last_behind(prompts: Sequence[list[int]], device: torch.device) -> Tensor:
@@ -156,10 +177,16 @@ def generate(
     spent, opening = reads_between(checkpoint), checkpoint.answers.opening(tokenizer)
     limits = [min(max_new_tokens, model.config.context_length - len(ids) - spent) for ids in prompts]
     B, room = len(prompts), len(opening) + max(limits)
+    n_thoughts = [checkpoint.stage.thoughts] * B
     latents: Sequence[Tensor | None] = [None] * B
+    before: Sequence[Tensor | None] = [None] * B
     if checkpoint.stage.thoughts and checkpoint.loop is not None:
-        thoughts = think_about(checkpoint, prompts, room, caches)
+        thoughts = think_about(checkpoint, prompts, room, caches, sampling)
         latents = thoughts.latents_BKD.unbind()
+        if thoughts.counts is not None:
+            n_thoughts = list(thoughts.counts)
+            latents = [latents_KD[:n] for latents_KD, n in zip(latents, n_thoughts, strict=True)]
+        before = before if thoughts.before_BKD is None else thoughts.before_BKD.unbind()
         opening_PD = model.embedding(torch.tensor(opening * B, device=device))
         packing = checkpoint.loop.pack_texts([len(opening)] * B, [checkpoint.n_states] * B)
         hidden_ND = go_on(model, thoughts, opening_PD, to_device(packing, device))
@@ -202,10 +229,11 @@ def generate(
             writes = set(going)
             packing = to_device(Packing.of([row in writes for row in range(len(rows))]), device)
         hidden_ND = model(ids_N, packing, cache)
-    n_thoughts = checkpoint.stage.thoughts
+    mark, loop = checkpoint.answers.answer_mark, checkpoint.loop
+    n_passes = [loop.n_passes(n) if loop is not None and checkpoint.stage.thoughts else 0 for n in n_thoughts]
     return [
-        Generation(tokenizer.decode(ids), n_thoughts + len(ids), done, checkpoint.answers.answer_mark, latents_KD)
-        for ids, done, latents_KD in zip(written, finished, latents, strict=True)
+        Generation(tokenizer.decode(ids), n + len(ids), done, mark, passes + len(ids), n, *states)
+        for ids, done, n, passes, *states in zip(written, finished, n_thoughts, n_passes, latents, before, strict=True)
     ]
 
 

@@ -30,15 +30,31 @@ NONE = "none"
 
 PARTS: dict[str, dict[str, str | type]] = {
     "curriculum": {
+        "fixed_k": "simcot_latent.curricula.fixed_k.FixedK",
         NONE: "simcot_latent.curricula.none.NoCurriculum",
+        "remove_tokens": "simcot_latent.curricula.remove_tokens.RemoveTokens",
         "replace": "simcot_latent.curricula.replace.Replace",
     },
     "loop": {
+        "compressed": "simcot_latent.loops.compressed.Compressed",
+        "jacobi": "simcot_latent.loops.jacobi.Jacobi",
+        "looped": "simcot_latent.loops.looped.Looped",
         "pause": "simcot_latent.loops.pause.Pause",
+        "pause_multipass": "simcot_latent.loops.pause_multipass.PauseMultipass",
         "sequential": "simcot_latent.loops.sequential.Sequential",
+        "soft": "simcot_latent.loops.soft.Soft",
     },
     "steps": {
+        "compressed": "simcot_latent.terms.compressed.CompressedTerm",
         "decoder": "simcot_latent.terms.step_decoder.StepDecoderTerm",
+        "own_head": "simcot_latent.terms.own_head.OwnHead",
+    },
+    "distill": {
+        "hidden": "simcot_latent.terms.hidden.Hidden",
+        "kv": "simcot_latent.terms.keys.Keys",
+    },
+    "written": {
+        "joint": "simcot_latent.terms.written.Joint",
     },
     "term": {},
 }
@@ -52,7 +68,7 @@ def register(group: str, key: str) -> Callable[[T], T]:
     """Puts a class into the table, as a decorator of it.
 
     Args:
-        group: `curriculum`, `loop`, `steps` or `term`.
+        group: `curriculum`, `loop`, `steps`, `distill`, `written` or `term`.
         key: what a command line and a checkpoint call it.
 
     Raises:
@@ -105,10 +121,9 @@ def find(group: str, key: str, where: str | None = None) -> Any:
     if found is None:
         known = [other for other in keys(group) if other != key]  # a checkpoint may not say loop.key=none
         right = f"one of {', '.join(known)}" if known else "registered"
-        named = where or (f"terms=[{key}]" if group == "term" else f"{group}={key}")
         raise UserError(
-            f"{named}: must be {right}{did_you_mean(key, known)}; a part of your own is registered by the module that "
-            "use=[module] names"
+            f"{where or named(group, key)}: must be {right}{did_you_mean(key, known)}; a part of your own is "
+            "registered by the module that use=[module] names"
         )
     if isinstance(found, str):
         module, _, name = found.rpartition(".")
@@ -116,9 +131,14 @@ def find(group: str, key: str, where: str | None = None) -> Any:
     return found
 
 
+def named(group: str, key: str) -> str:
+    """A part as a command line chooses it."""
+    return f"terms=[{key}]" if group == "term" else f"{group}={key}"
+
+
 def keys(group: str) -> list[str]:
     """What a group offers, `none` included where a method may go without."""
-    return sorted(PARTS[group].keys() | ({NONE} if group in ("loop", "steps") else set()))
+    return sorted(PARTS[group].keys() | (set() if group == "term" else {NONE}))
 
 
 def key_of(group: str, cls: type) -> str:

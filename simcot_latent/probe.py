@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from simcot_latent.checkpoint import load_checkpoint, require_decoder
+from simcot_latent.checkpoint import load_checkpoint
 from simcot_latent.config import require_choices, require_tolerance, typed
 from simcot_latent.distributed import autocast, pick_device, pick_dtype
 from simcot_latent.errors import UserError, require
 from simcot_latent.logs import make_console
 from simcot_latent.paths import check_writable, write_text
+from simcot_latent.probing.readers import step_reader
 from simcot_latent.probing.steps import probe_problems, probe_questions
 from simcot_latent.probing.summary import probe_table, summarise, summary_table
 from simcot_latent.text import LONE_SURROGATE
@@ -82,7 +83,7 @@ def main(raw: DictConfig) -> None:
     if file is not None:
         check_writable([file], "give another out=DIR")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
-    require_decoder(checkpoint)
+    step_reader(checkpoint)
     with torch.no_grad(), autocast(device, pick_dtype(config.dtype, device)):
         if config.question is not None:
             probes, summary = probe_questions(checkpoint, [config.question]), None

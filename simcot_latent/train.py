@@ -126,8 +126,9 @@ class Trainer:
         """The method as it is called in a stage: under DDP where there are ranks."""
         if self.ranks.world == 1:
             return self.method
-        # Looking for unused parameters once there are thoughts would only cost.
-        idle = stage.thoughts == 0 and self.method.parts_idle_without_thoughts
+        # Looking for unused parameters where there always are thoughts would only cost.
+        idle = stage.thoughts == 0 or self.method.curriculum.mixes_stages
+        idle = idle and self.method.parts_idle_without_thoughts
         return DistributedDataParallel(self.method, find_unused_parameters=idle)
 
     def stage_now(self) -> Stage:
@@ -184,7 +185,7 @@ class Trainer:
                         totals,
                         grad_norm,
                         interval,
-                        self.stage_now().thoughts,
+                        self.stage_now(),
                         self.nonfinite.total,
                     )
                     interval = Interval()
@@ -222,6 +223,7 @@ class Trainer:
         totals = ranks.sum(prepared.totals | {"stop": torch.tensor(float(job.stop.asked))})
         stopping = bool(totals.pop("stop") > 0)
         device_totals = {key: value.to(job.device, non_blocking=True) for key, value in totals.items()}
+        self.method.begin_step(self.step, ranks.rank)
         lrm = lr_multiplier(run, self.step, self.num_steps)
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = group["peak_lr"] * lrm
@@ -268,7 +270,7 @@ class Trainer:
 
     def begin_stage(self, stage: Stage) -> None:
         """A step before the first of a stage."""
-        self.console.print(f"step {self.step:05d} | stage: {stage.thoughts} thoughts")
+        self.console.print(f"step {self.step:05d} | stage: {stage.in_words}")
         self.method.begin_stage(self.stage_now(), stage)
         self.module = self.wrap(stage)
         if self.method.curriculum.resets_optimizer:

@@ -81,6 +81,12 @@ def randomise() -> Callable[..., None]:
     return randomise_weights
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Weights that a test leaves to torch are the same in every run, and whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., GPT]:
     """`make_model(family, seed=0, **changes)`: a tiny random GPT; see `build_model`."""

@@ -599,11 +599,11 @@ def refusal(folder: Path, change: Callable[[dict[str, Any]], object]) -> str:
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
     "unknown loop": (
         lambda config: config["loop"].update(key="sequentiel"),
-        ["loop.key=sequentiel: must be one of", "pause, sequential", "did you mean sequential?", "use=[module]"],
+        ["loop.key=sequentiel: must be one of", "sequential, soft", "did you mean sequential?", "use=[module]"],
     ),
     "loop of no loop": (
         lambda config: config["loop"].update(key="none"),
-        ["loop.key=none: must be one of pause, sequential", "use=[module]"],
+        ["loop.key=none: must be one of compressed, jacobi, looped, pause", "use=[module]"],
     ),
     "loop that is a class path": (
         lambda config: config["loop"].update(key="simcot_latent.loops.pause.Pause"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from simcot_latent import cli, parts
+from simcot_latent.config import config_dir
 from simcot_latent.errors import UserError
 
 PARSER = OverridesParser.create()
@@ -362,7 +363,7 @@ def test_no_module_at_all(typed: str) -> None:
     assert "use" not in seen[0]
 
 
-EXPERIMENTS = "smollm2_gsm8k_latent, smollm2_gsm8k_weighted"
+EXPERIMENTS = ", ".join(sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml")))
 
 
 @pytest.mark.parametrize(

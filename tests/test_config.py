@@ -70,8 +70,8 @@ def test_experiments_are_runs_that_can_be_changed(experiment: str) -> None:
     run, _ = parse(composed(f"experiment={experiment}", "learning_rate=0.5"))
     assert experiment.endswith(run.mode)
     assert run.learning_rate == 0.5
-    assert run.init_from is not None
-    assert run.num_epochs >= 2
+    assert (run.init_from is None) == experiment.startswith("arithmetic")
+    assert run.num_epochs >= (1 if run.init_from is None else 2)
 
 
 # --- what there is to choose -----------------------------------------------------------------------------------------
@@ -285,20 +285,43 @@ def test_each_part_can_be_chosen_by_itself(overrides: tuple[str, ...]) -> None:
     ]
 
 
+# Parts that mode=latent does not go with.
+NEEDS = {
+    "curriculum=remove_tokens": ["mode=weighted"],
+    "loop=none": ["mode=weighted"],
+    "loop=compressed": ["steps=compressed"],
+    "steps=compressed": ["loop=compressed"],
+    "steps=own_head": ["loop=looped"],
+    "distill=kv": ["loop=jacobi"],
+    "distill=hidden_kv": ["loop=jacobi"],
+}
+
+
 def test_every_part_of_the_table_is_a_file_that_chooses_it() -> None:
-    for group in ("curriculum", "loop", "steps"):
-        assert choices(group) == keys(group)
+    for group in ("curriculum", "loop", "steps", "distill", "written"):
+        assert [key for key in choices(group) if key != "hidden_kv"] == keys(group), "which is two of them"
         for key in choices(group):
-            assert getattr(parse(composed(f"{group}={key}"))[1], group) == key
+            chosen = parse(composed(f"{group}={key}", *NEEDS.get(f"{group}={key}", [])))[1]
+            several = [] if key == "none" else key.split("_")
+            assert getattr(chosen, group) == (several if group == "distill" else key)
 
 
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({"loop": "paus"}, ("loop=paus: must be one of none, pause, sequential; did you mean pause?", "use=[module]")),
-        ({"loop": "NONE"}, ("loop=NONE: must be one of none, pause", "did you mean none?")),
-        ({"curriculum": "x"}, ("curriculum=x: must be one of none, replace; a part of your own",)),
-        ({"steps": "decode"}, ("steps=decode: must be one of decoder, none; did you mean decoder",)),
+        (
+            {"loop": "paus"},
+            (f"loop=paus: must be one of {', '.join(keys('loop'))}; did you mean pause?", "use=[module]"),
+        ),
+        ({"loop": "NONE"}, (f"loop=NONE: must be one of {', '.join(keys('loop'))}", "did you mean none?")),
+        (
+            {"curriculum": "x"},
+            ("curriculum=x: must be one of fixed_k, none, remove_tokens, replace; a part of your own",),
+        ),
+        (
+            {"steps": "decode"},
+            ("steps=decode: must be one of compressed, decoder, none, own_head; did you mean decoder",),
+        ),
         ({"loop": None}, ("loop=null: must be the name of a part",)),
         ({"loop": 3}, ("loop=3: must be the name of a part",)),
         ({"curriculum": {"a": 1}}, ("curriculum={'a': 1}: must be the name of a part",)),
@@ -311,6 +334,44 @@ def test_a_part_that_is_not_there_is_named(parts: dict[str, Any], words: tuple[s
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            "mode=weighted loop=pause curriculum=replace",
+            "rationale=natural: must be equations with curriculum=replace, which writes single steps",
+        ),
+        (
+            "loop=pause latent.feeds_last=false",
+            "latent.feeds_last=false: must be true with loop=pause, whose thoughts are all read",
+        ),
+        (
+            "loop=jacobi latent.feeds_last=false curriculum=none",
+            "latent.feeds_last=false: must be true with loop=jacobi, whose thoughts are all read",
+        ),
+        (
+            "loop=looped latent.projector_width=8",
+            "latent.projector_width=8: must be null with loop=looped, which has none",
+        ),
+        (
+            "loop=none curriculum=none steps=own_head",
+            "steps=own_head: needs thoughts, which loop=none has not; take a loop, or steps=none",
+        ),
+        ("latent.feeds_last=false", "latent.feeds_last=False: must be true in stages of a single thought"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_data_are_loaded(overrides: str, says: str) -> None:
+    """And the part that is the cause is named."""
+    assert message(*overrides.split()).startswith(says)
+
+
+@pytest.mark.parametrize("override", ["latent.stages=3", "latent.stages=[{steps:9,share:2}]", "latent.stages=0.9"])
+def test_stages_are_those_of_a_curriculum_that_has_some(override: str) -> None:
+    parse(composed("curriculum=none", override))
+    for curriculum in ("replace", "fixed_k"):
+        assert message(f"curriculum={curriculum}", override).startswith("latent.stages")
 
 
 @dataclass(frozen=True)
@@ -443,7 +504,7 @@ def test_typed_converts_to_the_declared_types() -> None:
 # Of every key a value that is not its default.
 OTHER_VALUES: dict[str, Any] = {
     "curriculum": "none",
-    "loop": "pause",
+    "loop": "another",
     "steps": "none",
     "rationale": "natural",
     "on_too_long": "drop",
@@ -502,20 +563,35 @@ OTHER_VALUES: dict[str, Any] = {
     "loss.answer_weight": 0.5,
     "loss.step_weight": 0.25,
     "loss.step_reduction": "codi",
+    "lora.rank": 3,
+    "lora.alpha": 4.0,
+    "lora.dropout": 0.25,
+    "lora.targets": ["qkv"],
+    "lora.split": True,
+    "lora.new_rows": False,
+    "lora.merge": False,
+    "distill": ["hidden"],
+    "written": "joint",
 }
 
 
-def test_every_key_reaches_the_run() -> None:
+def test_every_key_reaches_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them together, each with a value of its own: none is dropped or lands in another's place. That each does
     what it says is shown in end_to_end/test_train_options.py."""
+    monkeypatch.setitem(PARTS["loop"], "another", type("Another", (Sequential,), {}))  # which has all settings, too
     raw = composed()
     for key, value in OTHER_VALUES.items():
         assert OmegaConf.select(raw, key) != value, f"{key}: that is the default"
         OmegaConf.update(raw, key, value)
     run, method = parse(raw)
-    found = dict(vars(run)) | {key: getattr(method, key) for key in ("curriculum", "loop", "steps")}
+    found = dict(vars(run)) | {
+        key: getattr(method, key) for key in ("curriculum", "loop", "steps", "distill", "written")
+    }
+    found |= {f"lora.{key}": value for key, value in vars(found.pop("lora")).items()}
     found |= {f"{name}.{key}": value for name in ("latent", "decoder", "loss")
               for key, value in vars(getattr(method, name)).items()}  # fmt: skip
-    groups = {"mode", "model", "data", "tokenizer"}
+    groups = {"mode", "model", "data", "tokenizer", "lora"}
+    # Which is refused with latent.missing=answer.
+    assert found.pop("latent.drop_last_step") is False
     assert found.keys() - groups == OTHER_VALUES.keys(), "a key is missing in the table above"
     assert {key: found[key] for key in OTHER_VALUES} == OTHER_VALUES

@@ -23,6 +23,7 @@ FLOORS = (
     "metrics weights",
     "loops curricula",
     "terms",
+    "batches",
     "method",
     "checkpoint_folders hub",
     "checkpoint_config",
@@ -52,6 +53,7 @@ LONG_FILES = {
     "data/problem.py": "one grammar of numbers and expressions, for steps and answers alike",
     "data/tokenizer.py": "one class: an encoding with its roles, its spans of text and its files",
     "model/cache.py": "the caches of keys and values, growing and static, which share their attention",
+    "model/linear.py": "layers and tables whose weights gather their gradients over the passes of a step",
     "model/gpt.py": "one transformer for all families, to be read from top to bottom",
 }
 """Files that are longer since they are one idea, and which."""

@@ -24,6 +24,7 @@ from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, Transformer
 from simcot_latent.model.packing import Packing
+from simcot_latent.parts import find
 from simcot_latent.terms.steps import StepGroups
 
 WIDTH = 32
@@ -157,7 +158,11 @@ def naive_generation(
         written.append(int(ids[0]))
         vectors.append(model.embedding.weight[written[-1]])
     text, finished = tokenizer.decode(written), tokenizer.end_id in written
-    return Generation(text, way.thoughts + len(written), finished, latents_KD=latents_KD), lead
+    n_passes = len(written)  # each token is read in the pass after it, but the last; the first one follows the text
+    if way.thoughts:
+        n_passes += 1 if isinstance(way.loop, Pause) else len(latents)
+    n_tokens, n = way.thoughts + len(written), way.thoughts
+    return Generation(text, n_tokens, finished, n_passes=n_passes, n_thoughts=n, latents_KD=latents_KD), lead
 
 
 # The same alone and in company
@@ -175,6 +180,45 @@ def test_equals_a_naive_loop(ending_model: GPT, tokenizer: Tokenizer, way: Way) 
     lengths = {generation.n_tokens for generation in generations}
     assert len(lengths) >= 4, f"too much alike to prove anything: {lengths}"
     assert len({generation.text for generation in generations}) >= 4
+
+
+LOOPS: dict[str, tuple[dict[str, Any], int]] = {
+    "sequential": ({}, 4),
+    "sequential, last is only decoded": ({"feeds_last": False}, 5),
+    "soft": ({}, 4),
+    "pause": ({}, 1),
+    "pause_multipass": ({}, 5),
+    "jacobi": ({"iterations": 2}, 3),
+    "looped": ({"loops": 3}, 4),
+}
+"""Settings of a loop, and the passes that it takes to four thoughts, that over the question among them."""
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_passes_are_those_that_were_taken(
+    loop: str, make_model: Callable[..., GPT], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted at the model: up to the last thought, then one over `<|eot|>`, and one for each token but the last."""
+    model = build_ending_model(make_model, tokenizer, "llama", 5.0)
+    cls, (settings, passes) = find("loop", loop.split(",")[0]), LOOPS[loop]
+    checkpoint = Way(cls(WIDTH, cls.Config(**settings)), 4).of(model, tokenizer)
+    taken: list[int] = []
+    monkeypatch.setattr(model.transformer, "forward", counted(model.transformer.forward, taken))
+    for question in QUESTIONS[:4]:
+        taken.clear()
+        (found,) = generate(checkpoint, [question], 6)
+        written = found.n_tokens - 4
+        assert found.n_passes == len(taken) == passes + written, loop
+
+
+def counted(forward: Callable[..., Tensor], taken: list[int]) -> Callable[..., Tensor]:
+    """A function that adds to a list when it is called."""
+
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        taken.append(1)
+        return forward(*arguments, **options)
+
+    return call
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])

@@ -28,7 +28,11 @@ from simcot_latent.parts import PARTS, find, key_of, keys, register, use
 from simcot_latent.terms.base import Term
 from simcot_latent.training.saving import as_checkpoint, save_checkpoint
 
-BASES: dict[str, type] = {"curriculum": Curriculum, "loop": ThoughtLoop, "steps": Term, "term": Term}
+BASES: dict[str, type] = {
+    "curriculum": Curriculum, "loop": ThoughtLoop, "steps": Term, "distill": Term, "written": Term, "term": Term,
+}  # fmt: skip
+LOOPS = ["compressed", "jacobi", "looped", "none", "pause", "pause_multipass", "sequential", "soft"]
+SAID = ", ".join(LOOPS)
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +78,11 @@ def test_every_key_stands_for_a_part_of_its_group(group: str, key: str) -> None:
 def test_what_each_group_offers() -> None:
     """`none` too, where a method may go without; a term is always named."""
     assert {group: keys(group) for group in PARTS} == {
-        "curriculum": ["none", "replace"],
-        "loop": ["none", "pause", "sequential"],
-        "steps": ["decoder", "none"],
+        "curriculum": ["fixed_k", "none", "remove_tokens", "replace"],
+        "loop": LOOPS,
+        "steps": ["compressed", "decoder", "none", "own_head"],
+        "distill": ["hidden", "kv", "none"],
+        "written": ["joint", "none"],
         "term": [],
     }
     assert find("loop", "pause") is Pause
@@ -94,7 +100,7 @@ def test_what_is_registered_is_found() -> None:
     assert register("loop", "noisy")(Noisy) is Noisy, "a decorator gives back what it decorates"
     assert find("loop", "noisy") is Noisy
     assert key_of("loop", Noisy) == "noisy"
-    assert keys("loop") == ["noisy", "none", "pause", "sequential"]
+    assert keys("loop") == sorted([*LOOPS, "noisy"])
     assert keys("term") == []
     assert key_of("loop", Sequential) == "sequential", "whose subclass it is"
     assert sl.register is register
@@ -131,7 +137,7 @@ def test_a_module_that_is_imported_again_registers_its_part_again() -> None:
 @pytest.mark.parametrize("group", ["loops", "", "Loop", "optimizer"])
 def test_an_unknown_group(group: str) -> None:
     assert message("register", group, "x") == (
-        f"register({group!r}, 'x'): the group must be one of curriculum, loop, steps, term"
+        f"register({group!r}, 'x'): the group must be one of curriculum, loop, steps, distill, written, term"
     )
 
 
@@ -200,12 +206,16 @@ OWN = "; a part of your own is registered by the module that use=[module] names"
 @pytest.mark.parametrize(
     ("group", "key", "says"),
     [
-        ("loop", "sequentiel", "must be one of none, pause, sequential; did you mean sequential?"),
-        ("loop", "Pause", "must be one of none, pause, sequential; did you mean pause?"),
-        ("loop", "", "must be one of none, pause, sequential"),
-        ("loop", "none", "must be one of pause, sequential"),  # which stands for no part
-        ("curriculum", "replac", "must be one of none, replace; did you mean replace?"),
-        ("steps", "simcot_latent.terms.step_decoder.StepDecoderTerm", "must be one of decoder, none"),
+        ("loop", "sequentiel", f"must be one of {SAID}; did you mean sequential?"),
+        ("loop", "Pause", f"must be one of {SAID}; did you mean pause?"),
+        ("loop", "", f"must be one of {SAID}"),
+        ("loop", "none", f"must be one of {SAID.replace('none, ', '')}"),  # which stands for no part
+        ("curriculum", "replac", "must be one of fixed_k, none, remove_tokens, replace; did you mean replace?"),
+        (
+            "steps",
+            "simcot_latent.terms.step_decoder.StepDecoderTerm",
+            "must be one of compressed, decoder, none, own_head",
+        ),
         ("term", "contrast", "must be registered"),
     ],
 )

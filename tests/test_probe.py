@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import simcot_latent as sl
+from simcot_latent.batches import ThoughtBatch
 from simcot_latent.checkpoint import Checkpoint, TrainerState
 from simcot_latent.config import LatentConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
@@ -23,11 +24,10 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
 from simcot_latent.loops.sequential import Sequential, SequentialConfig
-from simcot_latent.method import Method, ThoughtBatch
+from simcot_latent.method import Method
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.gpt import GPT
-from simcot_latent.probing import information, thoughts
-from simcot_latent.probing import steps as steps_module
+from simcot_latent.probing import information, readers
 from simcot_latent.probing.information import _v_information, text_entropy
 from simcot_latent.probing.steps import GroupProbe, QuestionProbe, probe_problems, probe_questions, teacher_forced
 from simcot_latent.probing.summary import probe_table, summarise, summary_table
@@ -78,7 +78,7 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) 
 @pytest.fixture(autouse=True)
 def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random decoders seldom end: the limit is reached early."""
-    monkeypatch.setattr(thoughts, "MAX_STEP_TOKENS", 8)
+    monkeypatch.setattr(readers, "MAX_STEP_TOKENS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -417,10 +417,10 @@ def test_probing_problems(
     The decoder is replaced by one that says `<<3*4=12>>` and nothing else, so scores are known.
     """
 
-    def always(checkpoint: Checkpoint, latents_BKD: torch.Tensor) -> list[list[tuple[str, float]]]:
-        return [[("<<3*4=12>>", 0.5)] * GROUPS for _ in latents_BKD]
+    def always(reader: readers.DecoderReader, groups_NCD: torch.Tensor) -> list[tuple[str, float]]:
+        return [("<<3*4=12>>", 0.5) for _ in groups_NCD]
 
-    monkeypatch.setattr(steps_module, "decode_groups", always)
+    monkeypatch.setattr(readers.DecoderReader, "read", always)
     checkpoint = make_checkpoint(surplus="merge", missing="mask")
     probes = probe_problems(checkpoint, problems)
     answers = sl.answer(checkpoint, [problem.question for problem in problems])

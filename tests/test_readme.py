@@ -30,6 +30,7 @@ from simcot_latent.cli import quote_text
 from simcot_latent.config import (
     DecoderConfig,
     LatentConfig,
+    LoRAConfig,
     LossConfig,
     RunConfig,
     as_plain,
@@ -45,7 +46,7 @@ from simcot_latent.evaluate import EvalConfig
 from simcot_latent.export import ExportConfig
 from simcot_latent.import_checkpoint import ImportConfig
 from simcot_latent.model.packing import Packing
-from simcot_latent.parts import keys
+from simcot_latent.parts import PARTS, find, keys
 from simcot_latent.probe import ProbeConfig
 
 hooks = load_hooks()
@@ -171,6 +172,7 @@ CONTEXTS = [
     ("train", ("data=gsm8k",)),
     ("train", ("mode=weighted",)),
     ("train", ("latent.stages=0",)),
+    *(("train", (f"method={method}",)) for method in ("simcot_codi", "kava", "lotus", "colar", "soft", "icot")),
     ("eval", ("ckpt=x", "data=gsm8k")),
     ("probe", ("ckpt=x", "data=gsm8k")),
     ("export", ("ckpt=x", "out=x")),
@@ -197,6 +199,8 @@ def is_setting(code: str) -> bool:
 
 def is_key(raw: Any, name: str) -> bool:
     """Whether a configuration has a key, whatever its value."""
+    if (config_dir() / name).is_dir():
+        return True  # a group, such as method
     section, _, key = name.rpartition(".")
     return key in ((OmegaConf.select(raw, section) or {}) if section else raw)
 
@@ -271,7 +275,7 @@ def test_the_drawing_of_a_packed_batch() -> None:
     assert packing.slots - len(packing) == 1  # slot 17
 
 
-GROUPS = ("data", "model", "tokenizer")
+GROUPS = ("data", "model", "tokenizer")  # lora is a group as well, with one set of keys
 ROW = re.compile(r"^\| `([\w.]+)` \| `.+` \|.* \w.*\|$", re.MULTILINE)
 
 
@@ -302,17 +306,42 @@ def test_the_options_page_has_every_key() -> None:
         assert f"| `{option}` | `{default}` | " in page
 
 
-@pytest.mark.parametrize("group", hooks.PARTS)
+@pytest.mark.parametrize("group", hooks.GROUPS)
 def test_parts_are_those_of_the_table_and_of_the_pages(group: str) -> None:
     """Each has a yaml file, and a line on the options page and on that about methods."""
-    assert hooks.choices(group) == keys(group)
+    several = {"distill": {"none", "hidden_kv"}}.get(group, set())  # of which a method may have more than one
+    assert hooks.choices(group) == sorted({*keys(group), *several})
     page, methods = hooks.options_page(), (REPOSITORY / "docs/methods.md").read_text(encoding="utf-8")
     for key in keys(group):
         assert f"\n- `{group}={key}`: " in page
         assert f"\n| `{group}={key}` | " in methods
     for mode in ("latent", "weighted"):
-        values = as_plain(composed(f"mode={mode}"))
-        assert f"`{group}={values[group]}`" in page.split(f"### Keys of mode={mode}\n")[1].split("\n###")[0]
+        value = as_plain(composed(f"mode={mode}"))[group] or "none"
+        assert f"`{group}={value}`" in page.split(f"### Keys of mode={mode}\n")[1].split("\n###")[0]
+
+
+@pytest.mark.parametrize(("group", "key"), [(group, key) for group in hooks.GROUPS for key in PARTS[group]])
+def test_the_settings_of_a_part_are_keys_of_its_yaml_and_of_the_options_page(group: str, key: str) -> None:
+    """With the defaults of its class, and a meaning."""
+    section, config = hooks.GROUPS[group], find(group, key).Config
+    shared = {field.name for cls in (LatentConfig, DecoderConfig, LossConfig) for field in fields(cls)}
+    own = {field.name for field in fields(config) if field.name not in shared}
+    options, values = hooks.own_options(group, key), as_plain(composed(f"{group}={key}"))[section]
+    assert {option.key for option in options} == {f"{section}.{name}" for name in own}
+    assert {name: values[name] for name in own} == {name: getattr(config(), name) for name in own}
+    page = hooks.options_page()
+    parts = page.split(f"\nFurther keys with `{group}={key}`:\n")
+    assert len(parts) == (2 if own else 1)
+    for option in options:
+        line = hooks.row([f"`{option.key}`", f"`{option.default}`", option.meaning])
+        assert ROW.fullmatch(line)
+        assert f"\n{line}\n" in parts[1].split("\nFurther keys")[0]
+
+
+@pytest.mark.parametrize("method", hooks.choices("method"))
+def test_methods_are_on_the_pages(method: str) -> None:
+    assert f"\n- `method={method}`: " in hooks.options_page()
+    assert f"`method={method}`" in (REPOSITORY / "docs/methods.md").read_text(encoding="utf-8")
 
 
 def test_an_option_without_a_meaning_is_noticed() -> None:
@@ -332,6 +361,7 @@ def test_an_option_without_a_meaning_is_noticed() -> None:
         (LatentConfig, "latent", "train"),
         (DecoderConfig, "decoder", "train"),
         (LossConfig, "loss", "train"),
+        (LoRAConfig, "lora", "train"),
         (RunConfig, None, "train"),
         (Arithmetic, "data", "train"),
         *((cls, None, config) for config, cls in CONFIGS.items()),
@@ -341,7 +371,7 @@ def test_defaults_in_the_code_are_those_of_the_yaml(cls: type, section: str | No
     values = as_plain(composed(config=config))
     values = values if section is None else values[section]
     for field in fields(cls):
-        if field.name in ("model", "data", "tokenizer", "rationale", "mode") and section is None:
+        if field.name in ("model", "data", "tokenizer", "lora", "rationale", "mode") and section is None:
             continue  # groups, and what a mode sets
         if cls is Arithmetic and field.name == "version":
             continue  # in code the default is what settings without a version mean, those of earlier checkpoints

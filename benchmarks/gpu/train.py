@@ -30,8 +30,8 @@ from benchmarks.common import compare, load_problems, synchronise, take_turns
 from benchmarks.gpu.common import NOMINAL_TFLOPS, Report, card_name, device_of, is_out_of_memory, parse_part
 from benchmarks.gpu.profile import busy_seconds, device_events
 from benchmarks.train_step import Bench
+from simcot_latent.batches import ThoughtBatch
 from simcot_latent.data.problem import Problem
-from simcot_latent.method import ThoughtBatch
 from simcot_latent.model import losses
 from simcot_latent.model.gpt import Transformer, set_block_options
 from simcot_latent.model.linear import Linear

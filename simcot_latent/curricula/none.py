@@ -10,4 +10,8 @@ class NoCurriculum(Curriculum):
     """Thoughts stand for all steps; in a method without thoughts, all steps are written."""
 
     def stage_at(self, progress: float) -> Stage:
-        return Stage() if self.loop == NONE else Stage(self.latent.n_latents, first_written=None)
+        return Stage() if self.loop == NONE else self.all_replaced
+
+    @property
+    def resets_optimizer(self) -> bool:
+        return False

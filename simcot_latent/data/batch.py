@@ -1,11 +1,13 @@
 """From examples to batches: which examples make a step."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -69,9 +71,40 @@ class BatchOrder:
         return [batches[i] for i in order]
 
     def _generator(self, stream: int) -> torch.Generator:
-        # Torch's generator reads 32 bits of its seed, so seed and stream go through a hash, not into separate bits.
-        digest = hashlib.blake2b(f"{self.seed}/{stream}".encode(), digest_size=4).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        return torch.Generator().manual_seed(seed_of(self.seed, stream))
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on each of some numbers.
+
+    Torch's generator reads 32 bits of its seed, so they go through a hash, not into separate bits.
+    """
+    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Of whatever is drawn for a batch: the same however an optimizer step is cut into micro-batches and ranks.
+
+    Attributes:
+        step: for what is drawn once for all rows of an optimizer step.
+        rows: for what is drawn for each row of the batch.
+    """
+
+    step: int
+    rows: Sequence[int]
+
+    @classmethod
+    def of(cls, seed: int, step: int, positions: Sequence[int]) -> Seeds:
+        """The seeds of a batch.
+
+        Args:
+            seed: of the run.
+            step: the optimizer step.
+            positions: where each row stands in the global batch of that step.
+        """
+        return cls(seed_of(seed, step), [seed_of(seed, step, position) for position in positions])
 
 
 def micro_batches(indices: Sequence[int], device_batch_size: int, rank: int, world: int) -> list[list[int]]:

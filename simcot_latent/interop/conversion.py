@@ -16,6 +16,7 @@ from torch import Tensor
 from simcot_latent.errors import UserError, some
 from simcot_latent.interop.families import FAMILIES, Family, family_of
 from simcot_latent.model.gpt import GPT, GPTConfig
+from simcot_latent.model.lora import plain_weights
 
 
 class PublishedModel(Protocol):
@@ -128,7 +129,7 @@ def describe(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"no published family is like this model: a {family.model_type}, the nearest, has not "
             f"{', '.join(differences)}"
         )
-    state = model.state_dict()
+    state = plain_weights(model)
     tensors: dict[str, Tensor] = {}
     for ours, parts in family.names({name: value.shape for name, value in state.items()}):
         rows = part_rows(len(state[ours]), len(parts), config)

@@ -18,6 +18,7 @@ from simcot_latent.files import write_json
 from simcot_latent.folders import new_folder
 from simcot_latent.interop.conversion import describe
 from simcot_latent.interop.published_tokenizers import write_tokenizer
+from simcot_latent.loops.given import GivenLoop
 from simcot_latent.paths import give_usual_permissions, writing
 
 GENERATION_CONFIG = "generation_config.json"
@@ -72,7 +73,10 @@ def notes(checkpoint: Checkpoint, family: str) -> list[str]:
     parts = {
         "the auxiliary decoder": checkpoint.step_decoder is not None,
         "the projector of thoughts": getattr(loop, "projector", None) is not None,
-        f"the loop of {thoughts} thoughts before an answer": thoughts > 0,
+        f"the loop of {thoughts} thoughts before an answer": thoughts > 0 and not isinstance(loop, GivenLoop),
+        f"the loop of up to {thoughts} thoughts before an answer, and the head that says them": (
+            thoughts > 0 and isinstance(loop, GivenLoop)
+        ),
     }
     left_out = ", ".join(name for name, is_there in parts.items() if is_there)
     lines = [f"left out, since {family} has no place for it: {left_out}; see {checkpoint.path}"] if left_out else []

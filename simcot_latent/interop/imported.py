@@ -45,6 +45,7 @@ from simcot_latent.interop.published import (
 from simcot_latent.interop.tensor_names import plain_names
 from simcot_latent.loops.sequential import Sequential, SequentialConfig
 from simcot_latent.model.gpt import GPT
+from simcot_latent.parts import NONE
 from simcot_latent.paths import HUB_ID, expanded
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
@@ -108,7 +109,8 @@ CODI = Kind(
     answers=AnswerFormat(thinks=True, answer_mark="The answer is:"),
     n_latents=6,
     feeds_last=False,  # what the sixth thought comes to is only decoded
-    groups=StepGroups(latents_per_step=1, missing="mask"),
+    # Their scripts leave the last step out (`include_last_cot` is off): no decoder has been taught one.
+    groups=StepGroups(latents_per_step=1, missing="mask", drop_last=True),
     first_position=0,
     max_new_tokens=256,
 )
@@ -190,6 +192,7 @@ def import_checkpoint(
         loop=None if loop is None else loop.eval(),
         stage=stage,
         groups=groups,
+        steps=NONE if decoder is None else "decoder",
         config={
             "mode": "weighted" if stage_0 else "latent",
             "rationale": "equations",

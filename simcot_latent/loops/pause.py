@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simcot_latent.config import NoSettings
-from simcot_latent.loops.base import ThoughtLoop, Thoughts
+from simcot_latent.loops.base import ThoughtLoop, Thoughts, by_row, keys_and_values, taps_at_last
 from simcot_latent.model.cache import StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing
@@ -24,6 +24,9 @@ from simcot_latent.model.packing import Packing
 
 class Pause(ThoughtLoop):
     """All thoughts in the question's pass, from one learned vector."""
+
+    gives_hidden = True
+    gives_keys = True
 
     def __init__(self, width: int, config: NoSettings) -> None:
         super().__init__(width, config)
@@ -40,12 +43,13 @@ class Pause(ThoughtLoop):
         counts: Sequence[int],
         room: int,
         caches: StaticCaches | None = None,
+        keys: bool = False,
     ) -> Thoughts:
-        B, K, N = packing.rows, max(counts), sum(counts)
+        B, N = packing.rows, sum(counts)
         cache = make_cache(B, packing.longest + room, caches)
         x_PD = torch.cat((questions_PD, self.pause_D.to(questions_PD.dtype).expand(N, -1)))
-        hidden_ND = model.transformer(x_PD, packing, cache, read_out=N)
-        index = [row * K + k for row, count in enumerate(counts) for k in range(count)]
-        index_N = torch.tensor(index, dtype=torch.long, device=hidden_ND.device)
-        latents_MD = hidden_ND.new_zeros(B * K, hidden_ND.shape[1]).index_copy(0, index_N, hidden_ND)
-        return Thoughts(latents_MD.unflatten(0, (B, K)), cache)
+        taps = taps_at_last(packing, N) if keys else None
+        hidden_MD = model.transformer(x_PD, packing, cache, read_out=B + N, taps=taps)
+        bot_BD, hidden_ND = hidden_MD.split([B, N])
+        latents_BKD = by_row(hidden_ND, counts)
+        return Thoughts(latents_BKD, cache, None, latents_BKD, bot_BD, *keys_and_values(taps, counts))

@@ -91,6 +91,10 @@ class Sequential(ThoughtLoop):
         """The thought (..., D) that a hidden state (..., D) becomes: itself, or its projection."""
         return hidden if self.projector is None else self.projector(hidden)
 
+    def thought_from(self, model: GPT, hidden_RD: Tensor) -> Tensor:
+        """The thought (R, D) that a hidden state (R, D) of the model becomes."""
+        return self.thought(hidden_RD)
+
     def think(
         self,
         model: GPT,
@@ -99,14 +103,15 @@ class Sequential(ThoughtLoop):
         counts: Sequence[int],
         room: int,
         caches: StaticCaches | None = None,
+        keys: bool = False,
     ) -> Thoughts:
         B, K, device = packing.rows, max(counts), questions_PD.device
         cache = make_cache(B, packing.longest + K + room, caches)
-        thoughts = [self.thought(model.transformer(questions_PD, packing, cache, read_out=B))]
+        thoughts = [self.thought_from(model, model.transformer(questions_PD, packing, cache, read_out=B))]
         if min(counts) == K > 0:
             one_each = Packing.grid(B, 1, device)
             for _ in range(K - 1):
-                thoughts.append(self.thought(model.transformer(thoughts[-1], one_each, cache)))
+                thoughts.append(self.thought_from(model, model.transformer(thoughts[-1], one_each, cache)))
             return Thoughts(torch.stack(thoughts, dim=1), cache, thoughts[-1] if self.config.feeds_last else None)
         has_any_B1 = torch.tensor([[float(count > 0)] for count in counts], device=device)
         rows, latest_RD = list(range(B)), thoughts[0]
@@ -117,7 +122,7 @@ class Sequential(ThoughtLoop):
             if len(going) < len(rows):
                 latest_RD = take(latest_RD, torch.tensor([rows.index(row) for row in going], device=device))
                 rows = going
-            latest_RD = self.thought(model.transformer(latest_RD, one_each, cache))
+            latest_RD = self.thought_from(model, model.transformer(latest_RD, one_each, cache))
             thoughts.append(latest_RD.new_zeros(B, latest_RD.shape[1]).index_copy(0, one_each.row_P, latest_RD))
         latents_BKD = torch.stack(thoughts, dim=1)
         latents_BKD = latents_BKD[:, :K]  # none in rows of the first stage alone, among others

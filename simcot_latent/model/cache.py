@@ -222,12 +222,18 @@ class StaticCache(KVCache):
         self.longest += packing.longest
 
     def hide(self, begin_B: Tensor | None = None, end_B: Tensor | None = None) -> None:
-        super().hide(begin_B, end_B)
+        super().hide(self._for_all_rows(begin_B), self._for_all_rows(end_B))
         if self.hidden_BC is None:
             return
         if self._hidden_SC is None:
             self._hidden_SC, self._graph = torch.zeros_like(self.hidden_BC), None
         self.hidden_BC = self._hidden_SC.copy_(self.hidden_BC)
+
+    def _for_all_rows(self, column_B: Tensor | None) -> Tensor | None:
+        """Columns of the rows of a batch as those of all S; of unused rows, behind the last that was read."""
+        if column_B is None or self.length_B is None:
+            return column_B
+        return torch.cat((column_B, self.length_B[len(column_B) :]))
 
     def _new_layer(self, zeros: Callable[..., Tensor], shape: tuple[int, ...]) -> _Layer:
         if self._filled == len(self._layers):

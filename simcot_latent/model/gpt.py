@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simcot_latent.errors import UserError, require, require_choice
 from simcot_latent.model.cache import CacheView, KVCache, StaticCache
-from simcot_latent.model.linear import Embedding, Linear, activated, gathered_again
+from simcot_latent.model.linear import Embedding, Head, Linear, activated, gathered_again
 from simcot_latent.model.packing import Packing
 from simcot_latent.model.rotary import RopeScaling, Rotary
 from simcot_latent.model.taps import Taps
@@ -273,7 +273,7 @@ def is_hooked(module: nn.Module) -> bool:
     return any(is_hooked(part) for part in module._modules.values() if part is not None)
 
 
-_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+_checkpoint = partial(checkpoint, use_reentrant=False)
 
 
 class Block(nn.Module):
@@ -289,6 +289,8 @@ class Block(nn.Module):
         self.compiled_few: tuple[Callable[..., Tensor], ...] | None = None
         self.checkpointing = False
         """Whether activations are computed again in the backward pass instead of kept, but for what attention keeps."""
+        self.draws = False
+        """Whether a pass in training draws random numbers (dropout), which must be the same when computed again."""
 
     def forward(self, x_PD: Tensor, sight: Sight, read_out: int | None = None) -> Tensor:
         """(M, D): only what is to be read out is computed beyond keys and values."""
@@ -299,8 +301,8 @@ class Block(nn.Module):
             return self.feed_forward(last(x_PD, read_out) + change_MD)
         before, after = (self.before, self.after) if compiled is None else compiled
         if checkpointing:
-            again = partial(gathered_again, self)
-            before, after = (partial(_checkpoint, part, context_fn=again) for part in (before, after))
+            options = {"context_fn": partial(gathered_again, self), "preserve_rng_state": self.draws and self.training}
+            before, after = (partial(_checkpoint, part, **options) for part in (before, after))
         seen_PD = sight.attend(before(x_PD))
         return after(last(x_PD, read_out), last(seen_PD, read_out))
 
@@ -450,7 +452,7 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.n_embd)
         self.transformer = Transformer(config)
-        self.head = None if config.tie_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = None if config.tie_head else Head(config.n_embd, config.vocab_size)
         init_weights(self.embedding)
         if self.head is not None:
             init_weights(self.head)
@@ -473,7 +475,7 @@ class GPT(nn.Module):
     @property
     def output_table(self) -> Tensor:
         """The weight (V, D) of the output head."""
-        return self.embedding.table if self.head is None else self.head.weight
+        return self.embedding.table if self.head is None else self.head.table
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""

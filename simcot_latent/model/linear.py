@@ -6,7 +6,10 @@ every call only leaves its input and its output's gradient behind; when all of t
 are taken at once: the same sum, in another order. An embedding that is also the output head has two gradients as large
 as itself, one of them zero but for a few rows: these rows are added to the other.
 
-Shapes: P tokens, I numbers in, O numbers out.
+What is frozen has no gradient: of a frozen weight neither the product is taken nor the input kept, and of a frozen
+table only the rows that are trained (see `LastRows`) have one.
+
+Shapes: P tokens, I numbers in, O numbers out, V rows of a table, N of them trained, D width.
 """
 
 from __future__ import annotations
@@ -145,17 +148,90 @@ class _Origin:
         return None if origin is None or input._version != origin.version else origin
 
 
-class Embedding(nn.Embedding):
+class LastRows:
+    """Of a table that is frozen, the last rows may be trained: those of tokens that were added to a vocabulary.
+
+    They are a parameter of their own, `rows`, so that optimizers, gradients and moments are of their size. The table
+    holds them too, brought up to date whenever it is asked for.
+    """
+
+    weight: Tensor
+    rows: nn.Parameter | None
+
+    def train_last_rows(self, count: int) -> None:
+        """From now on the table is frozen but for its last rows; 0: whole."""
+        self.weight.requires_grad_(False)
+        self.rows = nn.Parameter(self.weight.detach()[-count:].clone()) if count else None
+
+    def current(self) -> Tensor:
+        """The table (V, D), its trained rows as they are now; without a graph."""
+        if self.rows is not None:
+            # Unseen by autograd, which may have kept the table for the way back: rows change between steps only.
+            self.weight.data[-len(self.rows) :] = self.rows.data
+        return self.weight
+
+    def differentiable(self) -> Tensor:
+        """The same, for gradients of what is trained of it."""
+        table_VD = self.current()
+        if self.rows is None or not torch.is_grad_enabled():
+            return table_VD
+        table_VD = _LastRows.apply(self.rows, table_VD)  # type: ignore[assignment]
+        table_VD.trained_rows = len(self.rows)  # type: ignore[attr-defined]
+        return table_VD
+
+
+def trained_rows(table_VD: Tensor) -> int | None:
+    """How many of a table's last rows are all that its gradient is asked for of; None: the whole gradient is."""
+    return getattr(table_VD, "trained_rows", None)
+
+
+class _LastRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.count = len(rows_ND)
+        return weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_VD: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if grad_VD is None:
+            return None, None
+        # `cross_entropy` gives those rows and no others, as a sparse tensor.
+        return grad_VD.coalesce().values() if grad_VD.is_sparse else grad_VD[-ctx.count :], None
+
+
+class Head(LastRows, nn.Linear):
+    """An output head that is not the embedding table."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__(width, vocab_size, bias=False)
+        self.register_parameter("rows", None)
+
+    @property
+    def table(self) -> Tensor:
+        """The weight (V, D)."""
+        return self.differentiable()
+
+
+class Embedding(LastRows, nn.Embedding):
     """`nn.Embedding`, whose gradients can be gathered."""
 
     gathered: GatheredTable | None = None
 
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__(vocab_size, width)
+        self.register_parameter("rows", None)
+
     @property
     def table(self) -> Tensor:
         """The weight (V, D), to be used as output head."""
-        return self.weight if self.gathered is None else self.gathered.anchor
+        return self.differentiable() if self.gathered is None else self.gathered.anchor
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.rows is not None:
+            first = len(self.weight) - len(self.rows)
+            new = F.embedding((input - first).clamp(min=0), self.rows)
+            return torch.where((input >= first).unsqueeze(-1), new, F.embedding(input, self.weight))
         if self.gathered is None:
             return super().forward(input)
         return _Lookup.apply(input, self.gathered.anchor, self.gathered)  # type: ignore[no-any-return]
@@ -190,7 +266,7 @@ def gathered_gradients(*modules: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.gathering = Gathering(layer)
         for table in tables:
-            table.gathered = GatheredTable(table.weight)
+            table.gathered = GatheredTable(table)
         yield
     finally:
         for layer in layers:
@@ -236,6 +312,8 @@ class Gathering:
             self.weight, self.bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         self.left = _LeftBehind(has_bias=layer.bias is not None)
         self.anchor: Tensor = _Anchor.apply(layer.weight, layer.bias, self.left)  # type: ignore[assignment]
+        self.learns: bool = self.anchor.requires_grad
+        """Whether weight or bias is trained; calls of a frozen layer leave nothing behind."""
 
 
 class _LeftBehind:
@@ -299,16 +377,18 @@ class _Call(torch.autograd.Function):
         ctx.gathering, ctx.again = gathering, again
         if input.dtype != gathering.weight.dtype:
             input = input.to(gathering.weight.dtype)
-        ctx.save_for_backward(input if source is None else source)
+        if gathering.learns:
+            ctx.save_for_backward(input if source is None else source)
         return product(input, gathering.weight, gathering.bias)
 
     @staticmethod
     def backward(ctx: Any, grad_PO: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_PO is None:
             return None, None, None, None, None
-        gathering, (x_PI,) = ctx.gathering, ctx.saved_tensors
+        gathering = ctx.gathering
         anchor = gathering.anchor.grad_fn
         if anchor is not None and torch._C._will_engine_execute_node(anchor):  # somebody asks for the weight's gradient
+            (x_PI,) = ctx.saved_tensors
             if ctx.again is not None:
                 x_PI = ctx.again.output(x_PI).to(gathering.weight.dtype)
             gathering.left.add(x_PI, grad_PO)
@@ -318,9 +398,13 @@ class _Call(torch.autograd.Function):
 class GatheredTable:
     """An embedding in use: the weight as its users see it, and the rows that lookups have left behind."""
 
-    def __init__(self, weight_VD: Tensor) -> None:
+    def __init__(self, table: Embedding) -> None:
         self.calls: list[tuple[Tensor, Tensor]] = []
-        self.anchor: Tensor = _TableAnchor.apply(weight_VD, self.calls)  # type: ignore[assignment]
+        self.anchor: Tensor
+        if table.weight.requires_grad:
+            self.anchor = _TableAnchor.apply(table.weight, self.calls)  # type: ignore[assignment]
+        else:
+            self.anchor = table.differentiable()
 
 
 class _TableAnchor(torch.autograd.Function):

@@ -3,7 +3,7 @@
 Every number here is a *share of an optimizer step*: a sum over the labels of one micro-batch on one rank, divided by a
 total over all micro-batches and all ranks. Shares therefore add up to the step's value, whatever way a step is cut.
 
-Shapes: M labelled tokens, V vocabulary, D width.
+Shapes: M labelled tokens, V vocabulary, N trained rows of a table (all of them or, of a frozen one, the last), D width.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from simcot_latent.model.linear import trained_rows
 
 # Logits are held for as many labels at once as keep them under so many bytes: enough that a product with the table is
 # worth adding to the table's gradient, which is as large as the table itself.
@@ -90,7 +92,10 @@ def cross_entropy(*parts: Labelled, softcap: float | None = None) -> CrossEntrop
         hidden, tables, labels, scales = zip(*parts, strict=True)
         parts = (Labelled(torch.cat(hidden), tables[0], torch.cat(labels), torch.cat(scales)),)
     learns = torch.is_grad_enabled()  # within the function it never is
-    found = [CrossEntropy(*_CrossEntropy.apply(*part, softcap, learns)) for part in parts]  # type: ignore[misc]
+    found = [
+        CrossEntropy(*_CrossEntropy.apply(*part, softcap, learns, trained_rows(part.table_VD)))  # type: ignore[misc]
+        for part in parts
+    ]
     return CrossEntropy(
         torch.stack([each.loss for each in found]).sum(),
         torch.cat([each.nll_M for each in found]),
@@ -110,6 +115,7 @@ class _CrossEntropy(torch.autograd.Function):
         scale_M: Tensor,
         softcap: float | None,
         learns: bool,
+        trained: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = table_VD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table_VD.dtype
@@ -117,7 +123,8 @@ class _CrossEntropy(torch.autograd.Function):
         wants_hidden, wants_table = (learns and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Float32 whatever the products are in: chunks add up.
-        grad_table = torch.empty_like(table, dtype=torch.float32) if wants_table else None
+        rows_N = slice(None) if trained is None else slice(len(table) - trained, None)
+        grad_table = torch.empty_like(table[rows_N], dtype=torch.float32) if wants_table else None
         nll_M = torch.empty_like(scale_M)
         correct_M = torch.empty_like(label_M, dtype=torch.bool)
         n_chunk = max(1, CHUNK_BYTES // (len(table) * table.element_size()))
@@ -151,12 +158,13 @@ class _CrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     torch.mm(grad_CV, table, out=grad_hidden[chunk])
                 if grad_table is not None:
-                    _add_product(grad_table, grad_CV.T, hidden[chunk], first=chunk.start == 0)
+                    _add_product(grad_table, grad_CV[:, rows_N].T, hidden[chunk], first=chunk.start == 0)
         ctx.mark_non_differentiable(nll_M, correct_M)
         ctx.dtypes = hidden_MD.dtype, table_VD.dtype
         if grad_table is not None and len(label_M) == 0:
             grad_table.zero_()
         ctx.grads = grad_hidden, grad_table
+        ctx.sparse = None if trained is None else table_VD.shape
         return (nll_M * scale_M).sum(), nll_M, correct_M
 
     @staticmethod
@@ -168,7 +176,11 @@ class _CrossEntropy(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_loss).to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return hidden, table, None, None, None, None
+        if table is not None and ctx.sparse is not None:
+            V, D = ctx.sparse
+            index_1N = torch.arange(V - len(table), V, device=table.device).unsqueeze(0)
+            table = torch.sparse_coo_tensor(index_1N, table, (V, D), check_invariants=False, is_coalesced=True)
+        return hidden, table, None, None, None, None, None
 
 
 def _slices(length: int, size: int) -> list[slice]:

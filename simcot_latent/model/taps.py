@@ -148,6 +148,26 @@ class Taps:
         self._found[kind][layer] = x.detach() if self.detach else x
 
 
+class SeveralTaps(Taps):
+    """Taps of several who want something of the same pass; each is filled by itself."""
+
+    def __init__(self, *taps: Taps) -> None:
+        super().__init__(hidden=False)
+        self.taps = taps
+
+    def begin(self, n_layer: int, tokens: int, read_out: int | None, device: torch.device) -> None:
+        for taps in self.taps:
+            taps.begin(n_layer, tokens, read_out, device)
+
+    def add_hidden(self, layer: int, x: Tensor, left_out: bool = False) -> None:
+        for taps in self.taps:
+            taps.add_hidden(layer, x, left_out)
+
+    def add_attention(self, layer: int, qkv_PXE: Tensor, heads: tuple[int, int], rotary: Rotary | None) -> None:
+        for taps in self.taps:
+            taps.add_attention(layer, qkv_PXE, heads, rotary)
+
+
 def transformers_layers(n_layer: int) -> list[int]:
     """The layers of `transformers`' `hidden_states`: the last is the one after the final norm (as CODI takes them)."""
     return [*range(n_layer), n_layer + 1]

@@ -1,6 +1,6 @@
 """How thoughts lie: their distances from one another, from other problems' and from the words.
 
-Shapes: B questions, K thoughts, D width, V vocabulary; X sets of N points.
+Shapes: B questions, K thoughts, D width, V vocabulary; X sets of N points; of B * K thoughts, N that there are.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from einops import rearrange
 from torch import Tensor
 
 
-def geometry(latents_BKD: Tensor, embedding_VD: Tensor) -> dict[str, float]:
+def geometry(latents_BKD: Tensor, embedding_VD: Tensor, is_there_BK: Tensor | None = None) -> dict[str, float]:
     """How far thoughts lie apart, and from the words: collapse shows here before it shows in accuracy.
+
+    Args:
+        is_there_BK: which of the thoughts there are, where rows have different numbers of them; None: all.
 
     Returns:
         `thought_distance`: mean L2 distance between two thoughts of one problem (nan for a single thought);
@@ -22,16 +25,25 @@ def geometry(latents_BKD: Tensor, embedding_VD: Tensor) -> dict[str, float]:
         `thought_norm`: mean L2 norm of a thought, the scale that the others are read against.
     """
     latents_BKD = latents_BKD.float()
-    to_mean = (latents_BKD - embedding_VD.float().mean(0)).norm(dim=-1).mean().item()
+    if is_there_BK is None:
+        is_there_BK = torch.ones_like(latents_BKD[..., 0], dtype=torch.bool)
+    there_ND = latents_BKD[is_there_BK]
     return {
-        "thought_distance": mean_distance(latents_BKD),
-        "thought_spread": mean_distance(rearrange(latents_BKD, "b k d -> k b d")),
-        "thought_to_embedding": to_mean,
-        "thought_norm": latents_BKD.norm(dim=-1).mean().item(),
+        "thought_distance": mean_distance(latents_BKD, is_there_BK),
+        "thought_spread": mean_distance(rearrange(latents_BKD, "b k d -> k b d"), is_there_BK.T),
+        "thought_to_embedding": (there_ND - embedding_VD.float().mean(0)).norm(dim=-1).mean().item(),
+        "thought_norm": there_ND.norm(dim=-1).mean().item(),
     }
 
 
-def mean_distance(points_XND: Tensor) -> float:
-    """Mean L2 distance between two of N points, over X sets of them; nan for a single point."""
-    X, N, _ = points_XND.shape
-    return torch.cdist(points_XND, points_XND).sum().item() / (X * N * (N - 1)) if N > 1 else float("nan")
+def mean_distance(points_XND: Tensor, is_there_XN: Tensor) -> float:
+    """Mean L2 distance between two points of a set, over all such pairs of X sets; nan where there is none.
+
+    Args:
+        is_there_XN: which of the N points each set has.
+    """
+    size_X = is_there_XN.sum(1)
+    pairs = (size_X * (size_X - 1)).sum().item()
+    is_pair_XNN = is_there_XN.unsqueeze(1) & is_there_XN.unsqueeze(2)
+    distance_XNN = torch.cdist(points_XND, points_XND).masked_fill(~is_pair_XNN, 0.0)
+    return distance_XNN.sum().item() / pairs if pairs else float("nan")

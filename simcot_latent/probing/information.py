@@ -1,4 +1,4 @@
-"""How much thoughts tell the decoder about steps: pointwise V-information.
+"""How much thoughts tell the decoder, or the head that reads them, about steps: pointwise V-information.
 
 Shapes: B questions, K thoughts, G step groups, C thoughts per group, N groups that are scored, D width, M labels.
 """
@@ -15,12 +15,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, require_decoder
-from simcot_latent.data.batch import to_device
+from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.data.problem import Problem
 from simcot_latent.logs import make_console, track
-from simcot_latent.probing.thoughts import gold_groups, group_prefix
-from simcot_latent.terms.step_decoder import PackedSteps
+from simcot_latent.probing.readers import step_reader
+from simcot_latent.probing.thoughts import gold_groups
 from simcot_latent.terms.steps import holds_step
 
 DONORS = 64
@@ -37,7 +36,7 @@ class VInformation(NamedTuple):
 @torch.no_grad()
 def v_information(
     checkpoint: Checkpoint,
-    latents_BKD: Tensor,
+    states_BKD: Tensor,
     problems: Sequence[Problem],
     rows: Sequence[int] | None = None,
     batch_size: int = 32,
@@ -55,7 +54,7 @@ def v_information(
     it.
 
     Args:
-        latents_BKD: the thoughts about `problems`.
+        states_BKD: what steps are read of, of the thoughts about `problems`; see `states_of`.
         rows: the problems to score; None: all. Donors are of all problems in any case.
         batch_size: problems at once.
         console: where to show progress; None: nowhere.
@@ -63,8 +62,7 @@ def v_information(
     Returns:
         By problem and group; without the groups that hold no step, or that hold one in a single problem.
     """
-    decoder, tokenizer, c = require_decoder(checkpoint), checkpoint.tokenizer, checkpoint.groups.latents_per_step
-    G = checkpoint.n_groups
+    reader, tokenizer, G = step_reader(checkpoint), checkpoint.tokenizer, checkpoint.n_groups
     gold = [gold_groups(checkpoint, problem) for problem in problems]
     wanted = set(range(len(problems)) if rows is None else rows)
     circle = sorted(range(len(problems)), key=lambda row: (_digest(problems[row].question), row))
@@ -76,16 +74,13 @@ def v_information(
             twice = [*members, *members]  # the own problem comes first
             pairs += [(row, group, j) for i, row in enumerate(members) if row in wanted for j in twice[i : i + n]]
     ids = {(row, group): tokenizer.encode(gold[row][group] or "") for row, group, _ in pairs}
-    groups_NCD = group_prefix(checkpoint, latents_BKD)
+    groups_NCD = reader.groups(states_BKD)
     nats: dict[tuple[int, int], list[float]] = {}
     starts = range(0, len(pairs), batch_size * G)
     for start in track(starts, "V-information", console or make_console(is_main=False)):
         batch = pairs[start : start + batch_size * G]
-        steps = PackedSteps.of([ids[row, group] for row, group, _ in batch], tokenizer.end_id, c)
-        steps = to_device(steps, latents_BKD.device)
-        prefix_NCD = groups_NCD[torch.tensor([j * G + group for _, group, j in batch], device=latents_BKD.device)]
-        nll_M = decoder.score(prefix_NCD, steps).nll_M
-        nats_N = torch.zeros(len(batch), device=latents_BKD.device).index_add(0, steps.group_M, nll_M)
+        index_N = torch.tensor([j * G + group for _, group, j in batch], device=states_BKD.device)
+        nats_N = reader.score(groups_NCD[index_N], [ids[row, group] for row, group, _ in batch]).nats_N
         for (row, group, _), value in zip(batch, nats_N.tolist(), strict=True):
             nats.setdefault((row, group), []).append(value)
     return {key: _v_information(values) for key, values in nats.items()}

@@ -15,23 +15,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from simcot_latent.checkpoint import Checkpoint, require_decoder
+from simcot_latent.checkpoint import Checkpoint
 from simcot_latent.checkpoint_config import setting
-from simcot_latent.data.batch import to_device
 from simcot_latent.data.problem import Problem
 from simcot_latent.generate import Generation, generate
 from simcot_latent.logs import make_console, track
 from simcot_latent.metrics import score_steps, steps_are_right
 from simcot_latent.probing.information import v_information
+from simcot_latent.probing.readers import step_reader
 from simcot_latent.probing.thoughts import (
-    decode_groups,
+    decode_states,
     gold_groups,
-    group_prefix,
-    latents_of,
     require_thoughts,
+    states_of,
     think,
 )
-from simcot_latent.terms.step_decoder import PackedSteps
 from simcot_latent.terms.steps import holds_step
 
 
@@ -79,21 +77,24 @@ class QuestionProbe:
 
 def probe_questions(checkpoint: Checkpoint, questions: Sequence[str]) -> list[QuestionProbe]:
     """Questions without gold solutions: what their thoughts say, and the answers."""
-    generations, latents_BKD = _answer(checkpoint, questions)
+    generations, states_BKD = _answer(checkpoint, questions)
     return [
         QuestionProbe(question, [GroupProbe(text, steps_are_right(text), p) for text, p in groups], generation.answer)
         for question, groups, generation in zip(
-            questions, decode_groups(checkpoint, latents_BKD), generations, strict=True
+            questions, decode_states(checkpoint, states_BKD), generations, strict=True
         )
     ]
 
 
 def _answer(checkpoint: Checkpoint, questions: Sequence[str]) -> tuple[list[Generation], Tensor]:
-    """Answers to questions as one batch, and the thoughts (B, K, D) that they came from."""
-    require_decoder(checkpoint)
+    """Answers to questions as one batch, and what the steps of their thoughts are read of (B, K, D)."""
+    reader = step_reader(checkpoint)
     require_thoughts(checkpoint)
     generations = generate(checkpoint, questions, setting(checkpoint, "max_new_tokens"))
-    return generations, latents_of(generations) if generations else think(checkpoint, []).latents
+    if not generations:
+        nothing_BKD = think(checkpoint, []).latents
+        return generations, reader.states(nothing_BKD, nothing_BKD)
+    return generations, states_of(checkpoint, generations)
 
 
 def probe_problems(
@@ -115,14 +116,14 @@ def probe_problems(
         for i in track(starts, "thinking", console, sizes)
     ]
     answers = [generation.answer for generations, _ in answered for generation in generations]
-    latents_BKD = torch.cat([latents for _, latents in answered])
+    states_BKD = torch.cat([latents for _, latents in answered])
     gold = [gold_groups(checkpoint, problem) for problem in problems]
-    found = v_information(checkpoint, latents_BKD, problems, batch_size=batch_size, console=console)
+    found = v_information(checkpoint, states_BKD, problems, batch_size=batch_size, console=console)
     probes = []
     for i in track(starts, "decoding", console, sizes):
         rows = slice(i, i + batch_size)
-        decoded = chain.from_iterable(decode_groups(checkpoint, latents_BKD[rows]))
-        forced = teacher_forced(checkpoint, latents_BKD[rows], gold[rows])
+        decoded = chain.from_iterable(decode_states(checkpoint, states_BKD[rows]))
+        forced = teacher_forced(checkpoint, states_BKD[rows], gold[rows])
         groups = map(score_group, decoded, chain.from_iterable(gold[rows]), forced)
         for row, problem in enumerate(problems[rows], start=i):
             its_groups = [
@@ -163,23 +164,17 @@ class Forced(NamedTuple):
 
 
 def teacher_forced(
-    checkpoint: Checkpoint, latents_BKD: Tensor, gold: Sequence[Sequence[str | None]]
+    checkpoint: Checkpoint, states_BKD: Tensor, gold: Sequence[Sequence[str | None]]
 ) -> list[Forced | None]:
     """Each group's gold text, group by group and row by row; None where there is none."""
-    decoder, tokenizer = require_decoder(checkpoint), checkpoint.tokenizer
+    reader, tokenizer = step_reader(checkpoint), checkpoint.tokenizer
     texts = list(chain.from_iterable(gold))
     taught = [i for i, text in enumerate(texts) if text is not None]
     results: list[Forced | None] = [None] * len(texts)
     if not taught:
         return results
     ids = [tokenizer.encode(texts[i] or "") for i in taught]
-    steps = PackedSteps.of(ids, tokenizer.end_id, checkpoint.groups.latents_per_step)
-    steps = to_device(steps, latents_BKD.device)
-    found = decoder.score(group_prefix(checkpoint, latents_BKD)[taught], steps)
-    zero_N = torch.zeros(len(taught), device=latents_BKD.device)
-    labels_N = zero_N.index_add(0, steps.group_M, torch.ones_like(found.nll_M))
-    accuracy_N = zero_N.index_add(0, steps.group_M, found.correct_M.float()) / labels_N
-    nats_N = zero_N.index_add(0, steps.group_M, found.nll_M)
-    for i, accuracy, nats in zip(taught, accuracy_N.tolist(), nats_N.tolist(), strict=True):
+    found = reader.score(reader.groups(states_BKD)[taught], ids)
+    for i, accuracy, nats in zip(taught, found.token_accuracy_N.tolist(), found.nats_N.tolist(), strict=True):
         results[i] = Forced(accuracy, nats)
     return results

@@ -28,6 +28,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.model.cache import KVCache
 from simcot_latent.model.gpt import GPT, GPTConfig, Transformer, output_logits
 from simcot_latent.model.linear import Embedding
+from simcot_latent.model.lora import plain_weights
 from simcot_latent.model.losses import CrossEntropy, Labelled, cross_entropy, share
 from simcot_latent.model.packing import Packing, take
 from simcot_latent.profiling import part
@@ -100,8 +101,8 @@ class StepDecoder(nn.Module):
         return decoder
 
     def copy_base(self, base: GPT) -> None:
-        """Takes over the base's positions, norm and first blocks."""
-        source = base.transformer.state_dict()
+        """Takes over the base's positions, norm and first blocks, as they compute: LoRA merged."""
+        source = plain_weights(base.transformer)
         self.transformer.load_state_dict({name: source[name] for name in self.transformer.state_dict()})
 
     @classmethod
@@ -211,6 +212,7 @@ class StepDecoderTerm(Term):
     Config = StepSettings
     config: StepSettings
     name = "step"
+    is_read = True
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, method: MethodConfig) -> None:
         super().__init__(model, tokenizer, method)

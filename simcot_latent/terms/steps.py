@@ -23,18 +23,21 @@ class StepGroups:
 
     Attributes:
         latents_per_step: c, the thoughts of a group.
-        surplus: `merge` adds the steps beyond the last group to it (both published flavours), `drop` leaves them out.
+        surplus: `merge` adds the steps beyond the last group to it (both published flavours), `drop` leaves them out;
+            where the stage writes them (`write`), no group says them.
         missing: what a group without a step is supervised to say: the `answer` (the flavour on Coconut), or nothing,
             `mask` (the flavour on CODI).
+        drop_last: whether the last step of a solution is left out (`latent.drop_last_step`).
     """
 
     latents_per_step: int = 1
     surplus: str = "merge"
     missing: str = "mask"
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         require(self.latents_per_step >= 1, "groups.latents_per_step", self.latents_per_step, "at least 1")
-        require_choice("groups.surplus", self.surplus, ("merge", "drop"))
+        require_choice("groups.surplus", self.surplus, ("merge", "drop", "write"))
         require_choice("groups.missing", self.missing, ("mask", "answer"))
 
     def count(self, states: int) -> int:
@@ -50,7 +53,7 @@ class StepGroups:
             groups: how many there are.
             stage: in an early one, the later steps are still written.
         """
-        steps = steps[: stage.first_written]
+        steps = steps if stage.overlap else steps[: stage.first_written]
         found: list[list[T] | None] = [[step] for step in steps[:groups]]
         if len(steps) > groups > 0 and self.surplus == "merge":
             found[-1] = list(steps[groups - 1 :])
@@ -58,7 +61,7 @@ class StepGroups:
 
     def gold(self, problem: Problem, groups: int, stage: Stage, answers: AnswerFormat) -> list[str | None]:
         """The same as text, a step per line."""
-        steps = [step.text for step in problem.steps]
+        steps = [step.text for step in problem.steps[: -1 if self.drop_last else None]]
         found = self.targets(steps, answers.answer_line(problem.answer), groups, stage)
         return [None if group is None else "\n".join(group) for group in found]
 

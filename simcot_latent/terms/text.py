@@ -19,11 +19,36 @@ from simcot_latent.model.losses import Labelled, Targets, at_least_tiny, share
 
 
 def written_text(example: Example, stage: Stage, newline: TaggedIds) -> TaggedIds:
-    """What is written of a problem in a stage: the steps that no thought replaces, then the answer."""
-    if stage.first_written == 0:
-        return concatenate([example.rationale, example.answer])
-    steps = [] if stage.first_written is None else example.steps[stage.first_written :]
-    return concatenate([lines(steps, newline), example.answer])
+    """What is written of a problem in a stage: what is left of its solution, then the answer."""
+    return concatenate([written_solution(example, stage, newline), example.answer])
+
+
+def written_solution(example: Example, stage: Stage, newline: TaggedIds) -> TaggedIds:
+    """The steps that no thought replaces, without the tokens that are removed from them."""
+    solution = example.rationale
+    if stage.first_written != 0:
+        steps = [] if stage.first_written is None else example.steps[stage.first_written :]
+        solution = lines(steps, newline)
+    part = kept(len(solution), stage.removed, stage.removed_side)
+    return TaggedIds(solution.ids[part], solution.in_step[part])
+
+
+def kept(length: int, removed: int | None, side: str) -> slice:
+    """Which of so many tokens are left where some are removed.
+
+    Args:
+        removed: how many; None, or more than there are: all.
+        side: from the `left` or the `right`.
+    """
+    gone = length if removed is None else min(removed, length)
+    return slice(gone, length) if side == "left" else slice(0, length - gone)
+
+
+def thought_text(example: Example, stage: Stage, newline: TaggedIds) -> TaggedIds:
+    """What would be written in place of the thoughts of a stage."""
+    if stage.first_written is None or stage.overlap:
+        return example.rationale
+    return lines(example.steps[: stage.first_written], newline)
 
 
 def text_targets(texts: Sequence[TaggedIds], step_weight: float) -> Targets:
@@ -41,9 +66,13 @@ def target_totals(targets: Targets) -> dict[str, Tensor]:
     }
 
 
-def text_labels(hidden_MD: Tensor, table_VD: Tensor, targets: Targets, totals: dict[str, Tensor]) -> Labelled:
-    """The labels of a text, scaled so that their cross-entropies sum to L_ans."""
-    return Labelled(hidden_MD, table_VD, targets.label_M, targets.weight_M / at_least_tiny(totals["weights"]))
+def text_labels(hidden_MD: Tensor, table_VD: Tensor, targets: Targets, weights: Tensor) -> Labelled:
+    """The labels of a text, scaled so that their cross-entropies sum to the loss.
+
+    Args:
+        weights: the sum of all labels' weights in the optimizer step.
+    """
+    return Labelled(hidden_MD, table_VD, targets.label_M, targets.weight_M / at_least_tiny(weights))
 
 
 def written_step_accuracy(correct_M: Tensor, targets: Targets, totals: dict[str, Tensor]) -> Tensor:

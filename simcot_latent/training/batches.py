@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from simcot_latent.curricula.base import Stage
-from simcot_latent.data.batch import BatchOrder, micro_batches, pin
+from simcot_latent.data.batch import BatchOrder, Seeds, micro_batches, pin
 from simcot_latent.data.format import Example
 from simcot_latent.data.lazy import Lazily
 from simcot_latent.errors import UserError
@@ -51,6 +51,7 @@ class Batches:
         needed = SKIPPED + WARMUP + PROFILED
         if run.profile and self.num_steps < needed:
             raise UserError(f"profile=true: takes {needed} steps, this run has {self.num_steps}; raise num_iterations")
+        method.curriculum.begin(len(examples) / size, self.num_steps)
 
     def stage(self, step: int) -> Stage:
         """How problems are put to the model in a step (0-based)."""
@@ -58,9 +59,13 @@ class Batches:
 
     def prepare(self, step: int) -> PreparedStep:
         """This rank's batches of a step."""
-        job, stage = self.job, self.stage(step)
-        pieces = micro_batches(self.order.batch(step), job.run.device_batch_size, job.ranks.rank, job.ranks.world)
-        batches = [self.method.collate([self.examples[i] for i in piece], stage) for piece in pieces]
+        job, indices = self.job, self.order.batch(step)
+        batches: list[Any] = []
+        for rows in micro_batches(range(len(indices)), job.run.device_batch_size, job.ranks.rank, job.ranks.world):
+            examples = [self.examples[indices[row]] for row in rows]
+            seeds = Seeds.of(job.run.seed, step, rows)
+            stages = self.method.stages_of(step / self.num_steps, seeds)
+            batches.append(self.method.collate(examples, stages, seeds))
         totals = add_up([batch.totals for batch in batches])
         batches = [replace(batch, totals={}) for batch in batches]  # they are not read on the device
         return PreparedStep([pin(batch) for batch in batches] if job.device.type == "cuda" else batches, totals)

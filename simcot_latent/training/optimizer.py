@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from simcot_latent.config import RunConfig
 from simcot_latent.model.gpt import GPT
+from simcot_latent.model.linear import LastRows
 
 # A quintic that drives every singular value towards 1 within five steps (https://kellerjordan.github.io/posts/muon/).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -90,13 +91,14 @@ def orthogonalise(x_NRC: Tensor) -> Tensor:
 
 
 def make_optimizers(module: nn.Module, run: RunConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of all parameters of a module; each group keeps its peak learning rate as `peak_lr`.
+    """The optimizers of all parameters of a module that are trained; each group keeps its peak rate as `peak_lr`.
 
     Norms' scales and biases do not decay. With `optimizer=muon`, AdamW has embeddings, output head, scales and biases.
     """
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     tables |= {id(m.head.weight) for m in module.modules() if isinstance(m, GPT) and m.head is not None}
-    parameters = list(module.parameters())
+    tables |= {id(m.rows) for m in module.modules() if isinstance(m, LastRows)}
+    parameters = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() == 2 and id(p) not in tables and run.optimizer == "muon"]
     taken = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in taken]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from simcot_latent.checkpoint import Checkpoint
+from simcot_latent.curricula.base import Stage
 from simcot_latent.data.batch import Prefetch
 from simcot_latent.data.format import Example
 from simcot_latent.data.lazy import Lazily
@@ -77,7 +78,10 @@ class Reporter:
         model, loop, decoder = self.method.model, self.method.loop, self.method.step_decoder
         size = f"{count_parameters(model) + (0 if loop is None else count_parameters(loop)):,} parameters"
         if decoder is not None:
-            size += f" + decoder {count_parameters(decoder) - model.embedding.weight.numel():,}"
+            size += f" + decoder {count_parameters(decoder) - count_parameters(model.embedding):,}"
+        if self.method.lora is not None:
+            learned = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
+            size += f", of which {learned:,} are trained (LoRA)"
         self.console.print(
             f"mode={run.mode} | {size} | {len(examples)} problems, {held_out} held out | "
             f"{self.num_steps} steps of {run.target_examples_per_step} | {job.device}, {job.dtype}, "
@@ -87,6 +91,8 @@ class Reporter:
         if not any(example.steps for example in encoded):
             warn(self.console, "no <<expression=result>> step in the training data: step losses, weights and "
                  "accuracies will be empty")  # fmt: skip
+        if self.method.curriculum.warning is not None:
+            warn(self.console, self.method.curriculum.warning)
 
     def step(
         self,
@@ -96,13 +102,13 @@ class Reporter:
         totals: dict[str, Tensor],
         grad_norm: Tensor,
         interval: Interval,
-        n_latents: int,
+        stage: Stage,
         nonfinite: int,
     ) -> None:
         """Writes a step's metrics, over all ranks, and its line on the console.
 
         Args:
-            n_latents: the thoughts per question that it was trained with.
+            stage: how problems were put to the model.
             nonfinite: steps so far whose loss or gradient was not a number.
         """
         run = self.job.run
@@ -117,8 +123,10 @@ class Reporter:
             "tokens_per_s": interval.tokens_per_s(),
             "data_wait": interval.data_wait(),
             "padding": 1 - (totals["positions"] / totals["slots"]).item(),
-            "n_latents": n_latents,
+            "n_latents": stage.thoughts,
         }
+        if stage.removed:
+            metrics["tokens_removed"] = stage.removed
         if run.on_nonfinite == "skip":
             metrics["nonfinite_steps"] = nonfinite
         log.write(step, metrics)
@@ -132,7 +140,7 @@ class Reporter:
         parts += [f"grad {metrics['grad_norm']:.2f}", f"tok/s {metrics['tokens_per_s']:.0f}"]
         self.console.print(" | ".join(parts))
         same = metrics["num_tokens"] == metrics["weighted_tokens"]
-        written = n_latents == 0 and run.rationale != "none"
+        written = stage.thoughts == 0 and stage.removed == 0 and run.rationale != "none"
         if written and same and run.step_weight_multiplier != 1.0 and not self.warned_weights:
             self.warned_weights = True
             warn(self.console, f"step_weight_multiplier={run.step_weight_multiplier} but no token of this step was "
@@ -150,7 +158,7 @@ class Reporter:
             held_out: what it was validated on.
         """
         self.console.print(validation_table(metrics, len(held_out.problems)))
-        has_thoughts = checkpoint.step_decoder is not None and checkpoint.stage.thoughts > 0
+        has_thoughts = checkpoint.reads_steps
         if has_thoughts:
             self.method.eval()
             with torch.no_grad(), autocast(self.job.device, self.job.dtype):
@@ -165,7 +173,9 @@ class Reporter:
         if source in eval_names():
             next_steps.append(f"python -m {module_of(source)} {ckpt}")
         if has_thoughts:
-            next_steps.append(f'python -m simcot_latent.probe {ckpt} question="..."')
+            question = min((problem.question for problem in held_out.problems[:5]), key=len)
+            shown = shlex.quote(f"question={' '.join(question.split())}")
+            next_steps.append(f"python -m simcot_latent.probe {ckpt} {shown}")
         for command in next_steps:
             self.console.print(f"next: {command}")
 

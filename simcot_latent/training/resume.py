@@ -14,12 +14,14 @@ from torch import Tensor
 from simcot_latent.checkpoint import Checkpoint, TrainerState, load_checkpoint, load_trainer_state, progress
 from simcot_latent.checkpoint_config import setting
 from simcot_latent.checkpoint_folders import CONFIG, STATE_JSON, STATE_TENSORS
-from simcot_latent.config import RunConfig, one_line
+from simcot_latent.config import MethodConfig, RunConfig, one_line
 from simcot_latent.errors import UserError, some
 from simcot_latent.logs import warn
-from simcot_latent.loops.base import ThoughtLoop
-from simcot_latent.method import Method, is_like
+from simcot_latent.loops.base import ThoughtLoop, is_like
+from simcot_latent.method import Method
+from simcot_latent.model.lora import LoRA, added_weights, frozen_weights
 from simcot_latent.training.optimizer import Muon
+from simcot_latent.weights import require_finite
 
 if TYPE_CHECKING:
     from simcot_latent.training.setup import Job
@@ -39,6 +41,9 @@ FREE = {
 PREFIX = "optimizer/"
 """Of the names of what optimizers keep: `optimizer/<parameter>/<key>`."""
 
+UNMERGED = "unmerged/"
+"""Of the names of what a merged model does not hold (`lora.merge`): frozen weights, and what is beside them."""
+
 
 def trainer_state(method: Method, optimizers: Sequence[torch.optim.Optimizer], **values: Any) -> TrainerState:
     """What it takes to go on with a run, beside its checkpoint."""
@@ -49,6 +54,9 @@ def trainer_state(method: Method, optimizers: Sequence[torch.optim.Optimizer], *
         for parameter, moments in optimizer.state.items()
         for key, value in moments.items()
     }
+    if method.lora is not None and method.lora.merged:
+        unmerged = frozen_weights(method.model) | added_weights(method.model)
+        tensors |= {f"{UNMERGED}{name}": tensor for name, tensor in unmerged.items()}
     return TrainerState(tensors | {"random/cpu": torch.get_rng_state()}, values)
 
 
@@ -61,7 +69,7 @@ def restore(
         UserError: it is damaged, or was trained with other options than `resume` allows, see `check_changes`.
     """
     run = job.run
-    saved = load_checkpoint(folder, job.device, key="out_dir", verify=run.verify)
+    saved = load_checkpoint(folder, job.device, key="out_dir", verify=run.verify, merge_lora=False)
     state = load_trainer_state(folder, run.verify)
     step, planned = progress(state, folder)
     if step != saved.step:
@@ -70,7 +78,10 @@ def restore(
             "one checkpoint"
         )
     check_changes(saved, planned, num_steps, method, job)
-    copy_weights(saved, method)
+    unmerged = {name.removeprefix(UNMERGED): x for name, x in state.tensors.items() if name.startswith(UNMERGED)}
+    if unmerged:
+        require_finite(unmerged, folder / STATE_TENSORS)
+    copy_weights(saved, method, unmerged)
     tensors = state.tensors
     if drops_decoder(method):
         tensors = {name: x for name, x in tensors.items() if not name.startswith(f"{PREFIX}step_decoder.")}
@@ -106,7 +117,8 @@ def restore_moments(
     left = {name for name in tensors if name.startswith(PREFIX)}
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, parameter in method.named_parameters():
-        optimizer = owner[parameter]
+        if (optimizer := owner.get(parameter)) is None:  # it is frozen
+            continue
         keys = {key: f"{PREFIX}{name}/{key}" for key in MOMENTS[type(optimizer)]}
         found = [full for full in keys.values() if full in tensors]
         if not found:  # it has had no gradient yet
@@ -131,14 +143,21 @@ def restore_moments(
         raise UserError(f"{file}: holds {some(sorted(left))}, of which this run has no parameter")
 
 
-def copy_weights(saved: Checkpoint, method: Method) -> None:
+def copy_weights(saved: Checkpoint, method: Method, unmerged: Mapping[str, Tensor]) -> None:
     """A checkpoint's weights into what is to be trained; of the same shapes, see `never_changing`.
+
+    Args:
+        unmerged: weights of the model that are to be taken in place of the merged ones.
 
     Raises:
         UserError: a further part is of other shapes.
     """
     modules = {"model": saved.model, "loop": saved.loop, "step_decoder": saved.step_decoder}
     states = {name: module.state_dict() for name, module in modules.items() if module is not None}
+    states["model"] |= unmerged
+    if "step_decoder" in states:  # whose table is the model's
+        table = {name: x for name, x in states["model"].items() if name.startswith("embedding.")}
+        states["step_decoder"] |= table
     for name, module in method.named_children():
         try:
             module.load_state_dict(states[name] if name in states else saved.parts[name])
@@ -194,7 +213,18 @@ def never_changing(saved: Checkpoint, planned: int, num_steps: int, method: Meth
         differ = [key for key in now if before[key] != now[key] and key not in seen]
         seen.update(differ)  # the decoder has most of its shape from the model
         found += [f"{name}.{key} (was {before[key]}, is {now[key]})" for key in differ]
-    return found + other_loop(saved.loop, method.loop) + other_parts(saved, method)
+    return (
+        found + other_lora(saved.lora, method.lora) + other_loop(saved.loop, method.loop) + other_parts(saved, method)
+    )
+
+
+def other_lora(theirs: LoRA | None, ours: LoRA | None) -> list[str]:
+    """How what is beside two models differs; whether checkpoints merge it may change."""
+    if theirs is None or ours is None:
+        return [] if theirs is ours else [f"lora (there was {'none' if theirs is None else 'one'})"]
+    before, now = dataclasses.asdict(theirs), dataclasses.asdict(ours)
+    changed = [key for key in now if before[key] != now[key] and key != "merged"]
+    return [f"lora.{key} (was {before[key]}, is {now[key]})" for key in changed]
 
 
 def other_loop(theirs: ThoughtLoop | None, ours: ThoughtLoop | None) -> list[str]:
@@ -221,16 +251,19 @@ def with_defaults(before: dict[str, Any], method: Method, now: dict[str, Any]) -
     Args:
         now: the configuration of this run, which says what class its data source is.
     """
-    filled = defaults(RunConfig) | before
+    groups = {key: value for key, value in defaults(MethodConfig).items() if key in ("distill", "written")}
+    filled = defaults(RunConfig) | groups | before
     data, target = filled.get("data"), now["data"]["_target_"]
     if isinstance(data, dict) and data.get("_target_") == target:
         module, _, name = target.rpartition(".")
         source: type = getattr(import_module(module), name)
         filled["data"] = (defaults(source) if dataclasses.is_dataclass(source) else {}) | data
-    for section in dataclasses.fields(method.config):
-        value = getattr(method.config, section.name)
-        if isinstance(filled.get(section.name), dict) and dataclasses.is_dataclass(value):
-            filled[section.name] = defaults(type(value)) | filled[section.name]
+    sections = [(field.name, getattr(method.config, field.name)) for field in dataclasses.fields(method.config)]
+    for name, value in [*sections, ("lora", method.run.lora)]:
+        given, saved = now.get(name), filled.get(name)
+        if isinstance(saved, dict) and isinstance(given, dict) and dataclasses.is_dataclass(value):
+            # A method's section need not have all keys: those that this run leaves out are no change either.
+            filled[name] = {k: v for k, v in defaults(type(value)).items() if k in given} | saved
     return filled
 
 
@@ -241,7 +274,8 @@ def defaults(cls: type) -> dict[str, Any]:
         if field.default is not dataclasses.MISSING:
             found[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = field.default_factory()
+            value = field.default_factory()
+            found[field.name] = defaults(type(value)) if dataclasses.is_dataclass(value) else value
     return found
 
 

@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from simcot_latent.checkpoint import Checkpoint, TrainerState, write_checkpoint
 from simcot_latent.checkpoint_folders import (
     LATEST,
@@ -21,6 +19,8 @@ from simcot_latent.curricula.base import Stage
 from simcot_latent.errors import UserError
 from simcot_latent.folders import move_aside, remove_empty, remove_partial_folder, sync_folder, written_beside
 from simcot_latent.method import Method
+from simcot_latent.model.lora import frozen_weights
+from simcot_latent.parts import NONE
 from simcot_latent.training.memory import in_units
 
 
@@ -39,7 +39,9 @@ def as_checkpoint(method: Method, stage: Stage, options: dict[str, Any], step: i
         loop=method.loop,
         stage=stage,
         groups=method.groups,
+        steps=method.config.steps if "step" in method.terms else NONE,
         parts=method.further_parts(),
+        lora=method.lora,
         step=step,
     )
 
@@ -94,11 +96,11 @@ def remove_partial(out_dir: Path) -> None:
     _remove_link(out_dir / f".{LATEST}.partial")
 
 
-def make_room(out_dir: Path, trained: nn.Module, optimizer: str) -> None:
+def make_room(out_dir: Path, method: Method, optimizer: str) -> None:
     """Removes what killed saves left half-written, and makes sure that a checkpoint fits.
 
     Args:
-        trained: all that a checkpoint keeps the weights of.
+        method: what is trained.
         optimizer: the run's option of that name.
 
     Raises:
@@ -106,7 +108,11 @@ def make_room(out_dir: Path, trained: nn.Module, optimizer: str) -> None:
     """
     remove_partial(out_dir)
     moments = 2 if optimizer == "adamw" else 1  # at least; Muon has one per matrix
-    needed = 4 * sum(parameter.numel() for parameter in trained.parameters()) * (1 + moments)
+    parameters = list(method.parameters())
+    numbers = sum(p.numel() for p in parameters) + moments * sum(p.numel() for p in parameters if p.requires_grad)
+    if method.lora is not None and method.lora.merged:
+        numbers += sum(weight.numel() for weight in frozen_weights(method.model).values())
+    needed = 4 * numbers
     free = shutil.disk_usage(out_dir).free
     if free < needed:
         raise UserError(

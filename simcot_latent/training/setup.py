@@ -24,8 +24,8 @@ from simcot_latent.distributed import Ranks
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens
 from simcot_latent.logs import track, warn
-from simcot_latent.loops.base import ThoughtLoop
-from simcot_latent.method import Method, fits
+from simcot_latent.loops.base import ThoughtLoop, fits
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT, GPTConfig
 from simcot_latent.training.memory import out_of_memory
 from simcot_latent.training.stopping import StopSignal
@@ -73,6 +73,11 @@ def make_model(job: Job, raw: DictConfig) -> Start:
     """
     run = job.run
     if run.init_from is None:
+        if run.lora.rank is not None:
+            warn(
+                job.console,
+                f"lora.rank={run.lora.rank}: without init_from= the weights that it freezes are random ones",
+            )
         tokenizer: Tokenizer = instantiate(raw.tokenizer, "tokenizer")
         try:
             return Start(GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **run.model)), tokenizer)

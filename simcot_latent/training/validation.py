@@ -20,12 +20,13 @@ from simcot_latent.data.format import Example
 from simcot_latent.data.problem import Problem, same_number
 from simcot_latent.distributed import Ranks
 from simcot_latent.generate import generate
+from simcot_latent.loops.given import GivenLoop
 from simcot_latent.method import Method
 from simcot_latent.metrics import wilson_interval
 from simcot_latent.model.losses import add_up
 from simcot_latent.probing.geometry import geometry
 from simcot_latent.probing.information import v_information
-from simcot_latent.probing.thoughts import latents_of
+from simcot_latent.probing.thoughts import latents_of, states_of
 
 # Thoughts count as collapsed when they lie this much closer together than they are long. Published distances: 28 in a
 # healthy model, 4 in a collapsed one, where the norm is of the order of the former (SIM-CoT, section 3.1).
@@ -70,6 +71,8 @@ def validate(
     metrics = {f"val_{key}": value.item() for key, value in ranks.sum(found).items()}
     correct = torch.zeros((), device=device)
     latents_NKD = torch.zeros(n, checkpoint.n_states, checkpoint.model.config.n_embd, device=device)
+    states_NKD = torch.zeros_like(latents_NKD)
+    counts_N = torch.zeros(n, device=device)
     for batch in plan:
         problems = [held_out.problems[i] for i in batch]
         questions = [problem.question for problem in problems]
@@ -77,32 +80,41 @@ def validate(
         answered = zip(generations, problems, strict=True)
         correct += sum(same_number(g.answer, p.answer, held_out.tolerance) for g, p in answered)
         if has_thoughts:
-            latents_NKD[batch] = latents_of(generations).float()
-    everyones = ranks.sum({"correct": correct, "latents": latents_NKD})
+            latents_BKD = latents_of(generations).float()
+            latents_NKD[:, : latents_BKD.shape[1]][batch] = latents_BKD
+            counts = [0 if g.latents_KD is None else len(g.latents_KD) for g in generations]
+            counts_N[batch] = torch.tensor(counts, dtype=counts_N.dtype, device=device)
+        if checkpoint.reads_steps:
+            states_NKD[batch] = states_of(checkpoint, generations).float()
+    everyones = ranks.sum({"correct": correct, "latents": latents_NKD, "states": states_NKD, "counts": counts_N})
     metrics["val_accuracy"] = everyones["correct"].item() / n
     if has_thoughts:
-        metrics |= geometry(everyones["latents"], checkpoint.model.embedding.weight)
-    if has_thoughts and checkpoint.step_decoder is not None:
-        metrics |= thought_v_information(checkpoint, held_out.problems, everyones["latents"], run, ranks)
+        most = int(everyones["counts"].max())
+        is_there_NK = torch.arange(most, device=device) < everyones["counts"].unsqueeze(1)
+        metrics |= geometry(everyones["latents"][:, :most], checkpoint.model.embedding.weight, is_there_NK)
+        if isinstance(checkpoint.loop, GivenLoop):
+            metrics["thoughts_per_problem"] = everyones["counts"].mean().item()
+    if checkpoint.reads_steps:
+        metrics |= thought_v_information(checkpoint, held_out.problems, everyones["states"], run, ranks)
     method.train()
     return metrics
 
 
 def thought_v_information(
-    checkpoint: Checkpoint, problems: Sequence[Problem], latents_NKD: Tensor, run: RunConfig, ranks: Ranks
+    checkpoint: Checkpoint, problems: Sequence[Problem], states_NKD: Tensor, run: RunConfig, ranks: Ranks
 ) -> dict[str, float]:
     """Mean V-information of thoughts about their steps (see `probe.v_information`), and of the most that it can be,
     over the first `V_INFORMATION_PROBLEMS` problems; nan where no two of them have a step in the same group.
 
     The step loss alone does not tell whether thoughts hold anything: much of a step can be guessed.
     """
-    problems, latents_NKD = problems[:V_INFORMATION_PROBLEMS], latents_NKD[:V_INFORMATION_PROBLEMS]
+    problems, states_NKD = problems[:V_INFORMATION_PROBLEMS], states_NKD[:V_INFORMATION_PROBLEMS]
     mine = range(ranks.rank, len(problems), ranks.world)
-    found = v_information(checkpoint, latents_NKD, problems, mine, run.eval_batch_size).values()
+    found = v_information(checkpoint, states_NKD, problems, mine, run.eval_batch_size).values()
     sums = torch.tensor(
         [float(len(found)), sum(each.v_information for each in found), sum(each.v_information_bound for each in found)]
     )
-    count, total, bound = ranks.sum({"sums": sums.to(latents_NKD.device)})["sums"].tolist()
+    count, total, bound = ranks.sum({"sums": sums.to(states_NKD.device)})["sums"].tolist()
     return {
         "thought_v_information": total / count if count else math.nan,
         "thought_v_information_bound": bound / count if count else math.nan,

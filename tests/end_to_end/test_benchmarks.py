@@ -59,9 +59,49 @@ def test_generation(sums: Path, tmp_path: Path) -> None:
     assert report["written_to_latent_tokens"] == 3 / 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
 def test_memory(sums: Path, tmp_path: Path) -> None:
     report, _ = measure("memory", f"--data {sums} --batch-sizes 2 --thoughts 2 --latents-per-step 1", tmp_path)
     (row,) = report["rows"]
     assert 0 < row["ours_step_mb"] < row["ours_peak_mb"]
     assert row["ratio_step_mb"] == row["ours_step_mb"] / row["padded_step_mb"]
+
+
+def test_lora(sums: Path, tmp_path: Path) -> None:
+    report, out = measure("lora", f"--data {sums} --size S --batch-size 2 --thoughts 2 --repeats 1", tmp_path)
+    rows = {row["side"]: row for row in report["rows"]}
+    assert list(rows) == ["whole", "lora", "no dropout", "not frozen"]
+    assert rows["lora"]["trained"] == rows["not frozen"]["trained"] < rows["whole"]["trained"]
+    assert rows["no dropout"]["gradients_mb"] == pytest.approx(4e-6 * rows["lora"]["trained"])
+    assert rows["no dropout"]["gradients_mb"] < rows["not frozen"]["gradients_mb"]
+    assert f"{rows['lora']['to_whole']:.2f}" in out
+
+
+def test_a_step_of_each_method_against_its_bound(sums: Path, tmp_path: Path) -> None:
+    """Tokens are those of all passes: of PCCoT's three iterations more than of CODI's six thoughts."""
+    arguments = f"--data {sums} --size S --batch-size 2 --repeats 1 --methods cot simcot_coconut codi pccot colar"
+    report, out = measure("method_steps", arguments, tmp_path)
+    rows = {row["method"]: row for row in report["rows"]}
+    assert list(rows) == ["cot", "simcot_coconut", "codi", "pccot", "colar"]
+    assert rows["pccot"]["base_tokens"] == rows["codi"]["base_tokens"] + 2 * (4 * 24 - 6)
+    assert [rows[name]["passes"] for name in ("cot", "codi", "pccot", "colar")] == [1, 7, 5, 1]
+    assert [name for name, row in rows.items() if row["decoder_tokens"]] == ["simcot_coconut"]
+    for row in rows.values():
+        assert row["ratio"] == row["ours_s"] / row["bound_s"]
+        assert f"{row['ratio']:.2f}" in out
+
+
+@pytest.mark.slow
+def test_what_methods_learn(tmp_path: Path) -> None:
+    """Two runs side by side; a second command takes what the first has left, and trains nothing."""
+    tiny = "data.train_size=64 data.validation_size=8 data.test_size=8 model.n_layer=1 model.n_embd=32 model.n_head=2"
+    arguments = f"--methods cot coconut --seeds 3 --minutes 0.02 --cores 0 0 --out-dir runs {tiny}"
+    report, out = measure("methods", arguments, tmp_path)
+    assert [row["method"] for row in report["rows"]] == ["cot", "coconut"]
+    assert all(row["steps"] >= 120 and len(row["accuracies"]) == 1 for row in report["rows"])
+    assert report["rows"][0]["passes_per_answer"] == report["rows"][0]["tokens_per_answer"]
+    assert "simcot_latent.train method=coconut seed=3" in out
+    again, out = measure("methods", arguments, tmp_path)
+    assert again["rows"] == report["rows"]
+    assert "simcot_latent.train" not in out

@@ -39,6 +39,7 @@ def call(command: list[str], scripts: dict[str, str], folder: Path) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_each_runs_its_module(scripts: dict[str, str], latent_run: Trained, tmp_path: Path) -> None:
     assert len(SCRIPTS) == 5
     ckpt = f"ckpt={latent_run.latest}"

@@ -16,6 +16,10 @@ import pytest
 from commands import ARITHMETIC, REPOSITORY, TINY, TRAIN, Trained, read_lines, run, run_process, strict_json
 from documents import BLOCK, PAGES, Command, blocks, commands
 
+pytestmark = pytest.mark.xdist_group(
+    "documentation"
+)  # one worker, so that the runs that pages take for granted are made once
+
 DATA = "data.path=path/to/gsm8k"
 SHORT = ("num_iterations=2", "eval_every=-1", "checkpoint_every=-1")
 HERE = {"evals.arithmetic", "evals.gsm8k", "simcot_latent.probe", "simcot_latent.export"}
@@ -69,6 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, sums: Path) -> Path:
         run(TRAIN, f"mode={mode}", *TINY, *SHORT, *ARITHMETIC, folder=folder).ok()
     shutil.copytree(folder / "runs/weighted", folder / "runs/smollm2_weighted", symlinks=True)
     run("simcot_latent.export", "ckpt=runs/weighted", "out=path/to/SmolLM2-135M", folder=folder).ok()
+    shutil.copytree(folder / "path/to/SmolLM2-135M", folder / "path/to/gpt2")
     return folder
 
 

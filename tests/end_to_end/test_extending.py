@@ -17,12 +17,14 @@ from commands import ARITHMETIC, REPOSITORY, TINY, TRAIN, Outcome, read_lines, r
 from documents import Command, blocks, commands, files
 
 import simcot_latent as sl
+from simcot_latent.config import LatentConfig, MethodConfig, RunConfig
+from simcot_latent.curricula.base import Stage
 from simcot_latent.data.sources.arithmetic import Arithmetic
 from simcot_latent.data.tokenizer import default_tokenizer
 from simcot_latent.interop.families import FAMILIES
 from simcot_latent.interop.published_tokenizers import write_tokenizer
 from simcot_latent.loops.sequential import Sequential, SequentialConfig
-from simcot_latent.parts import PARTS
+from simcot_latent.parts import PARTS, keys
 
 pytestmark = pytest.mark.xdist_group("extending")  # the commands run once, one after the other
 
@@ -125,10 +127,12 @@ def test_commands_run_as_printed(command: Command, reader: Reader) -> None:
     reader.outcomes[command.line].ok()
 
 
-@pytest.mark.parametrize("out_dir", ["runs/mine", "runs/contrast", "runs/noisy", "runs/olmo"])
+@pytest.mark.parametrize("out_dir", ["runs/mine", "runs/tide", "runs/contrast", "runs/noisy", "runs/olmo"])
 def test_each_is_trained_evaluated_and_probed(out_dir: str, reader: Reader) -> None:
     modules = [
-        c.module for c in COMMANDS if out_dir in c.line or (c.module == TRAIN and f"mode={out_dir[5:]}" in c.words)
+        c.module
+        for c in COMMANDS
+        if out_dir in c.line or (c.module == TRAIN and {f"mode={out_dir[5:]}", f"method={out_dir[5:]}"} & {*c.words})
     ]
     assert {TRAIN, "simcot_latent.probe"} < set(modules)
     name = "mine" if out_dir == "runs/mine" else "arithmetic"
@@ -149,7 +153,10 @@ def test_what_training_prints_next_works(command: Command, reader: Reader) -> No
     lines = re.findall(r"^next: python -m (.+)$", out, re.MULTILINE)
     assert len(lines) == (1 if "data=mine" in command.words else 2)
     for line in lines:
-        reader.type(*shlex.split(line.replace('"..."', shlex.quote(QUESTION)))).ok()
+        done = reader.type(*shlex.split(line)).ok()
+        if line.startswith("simcot_latent.probe"):
+            question = shlex.split(line)[-1].removeprefix("question=")
+            assert question.split()[0] in done.out, "a problem that was held out"
 
 
 # --- the data source, and its eval -----------------------------------------------------------------------------------
@@ -181,6 +188,44 @@ def test_mistakes_in_the_data_end_in_a_line(reader: Reader, tmp_path: Path) -> N
     )
 
 
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+def test_the_stages_come_in_waves(reader: Reader) -> None:
+    run = RunConfig(mode="", model={}, data={}, tokenizer={}, rationale="equations")
+    config = MethodConfig.simcot(LatentConfig(n_latents=8, latents_per_step=2, warmup=0.2), own={"waves": 2})
+    with as_in_a_new_process(reader.folder):
+        from tide import Waves  # type: ignore[import-not-found]
+
+        curriculum = Waves(config, run)
+    wave = [Stage(2, 1), Stage(4, 2), Stage(6, 3), Stage(8, None)]
+    assert [curriculum.stage_at((tenth + 0.5) / 10) for tenth in range(10)] == [Stage(), Stage(), *wave, *wave]
+    assert curriculum.stage_at(1.0) == Stage(8, None)
+
+
+def test_thoughts_stay_near_the_norm_of_embeddings(reader: Reader) -> None:
+    lines, checkpoint = reader.metrics("runs/tide"), reader.checkpoint("runs/tide")
+    for line in (line for line in lines if line.get("n_latents")):
+        total = line["answer_loss"] + 2 * line["step_loss"] + 0.01 * line["calm_loss"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+    rows = checkpoint.model.embedding.weight.detach()
+    wanted = sum(float(row.norm()) for row in rows) / len(rows)
+    thoughts = [latents for problem in validation_problems() for latents in sl.think(checkpoint, [problem]).latents[0]]
+    calm = sum((float(thought.norm()) / wanted - 1) ** 2 for thought in thoughts) / len(thoughts)
+    assert lines[-1]["val_calm_loss"] == pytest.approx(calm, rel=1e-3)
+
+
+def test_mistakes_in_the_settings_of_the_method_end_in_a_line(reader: Reader) -> None:
+    train = (TRAIN, "method=tide", "use=[tide]", "--config-dir", "conf", "out_dir=runs/wrong")
+    assert reader.type(*train, "latent.waves=0").error == "error: latent.waves=0: must be at least 1"
+    nothing = ("loop=none", "steps=none", "terms=[]", "~loss.calm_weight")
+    assert "curriculum=waves: needs thoughts, which loop=none has not" in reader.type(*train, *nothing).error
+    assert "rationale=natural: must be equations" in reader.type(*train, "rationale=natural").error
+    assert reader.type(TRAIN, "method=tide", "--config-dir", "conf", "out_dir=runs/wrong").error.startswith(
+        "error: curriculum=waves: must be one of fixed_k, none, remove_tokens, replace; a part of your own"
+    )
+
+
 # --- the term --------------------------------------------------------------------------------------------------------
 
 
@@ -193,10 +238,15 @@ def contrast(thoughts: torch.Tensor, temperature: float) -> float:
     return total / len(thoughts)
 
 
+def validation_problems() -> list[str]:
+    """The questions that the runs are validated on."""
+    problems = Arithmetic(train_size=64, validation_size=8, test_size=12, version=2).load("validation").problems[:4]
+    return [problem.question for problem in problems]
+
+
 def mean_contrast(checkpoint: sl.Checkpoint) -> float:
     """The same over the problems that the runs are validated on."""
-    problems = Arithmetic(train_size=64, validation_size=8, test_size=12, version=2).load("validation").problems[:4]
-    thoughts = sl.think(checkpoint, [problem.question for problem in problems])
+    thoughts = sl.think(checkpoint, validation_problems())
     return sum(contrast(latents, 0.1) for latents in thoughts.latents) / 4
 
 
@@ -265,10 +315,11 @@ def test_noise_is_there_in_training_alone(reader: Reader) -> None:
 
 def test_a_loop_that_nobody_registered(reader: Reader) -> None:
     error = reader.type("evals.arithmetic", "ckpt=runs/noisy").error
-    assert "loop.key=noisy: must be one of none, pause, sequential; a part of your own is registered by" in error
+    there = ", ".join(keys("loop"))
+    assert f"loop.key=noisy: must be one of {there}; a part of your own is registered by" in error
     assert "use=[module]" in error
     error = reader.type(TRAIN, "loop=noisy", "--config-dir", "conf", "out_dir=runs/nobody").error
-    assert error.startswith("error: loop=noisy: must be one of none, pause, sequential")
+    assert error.startswith(f"error: loop=noisy: must be one of {there}")
     assert reader.type(TRAIN, "use=[nosy]").error.startswith("error: use=[nosy]: cannot be imported")
 
 

@@ -46,6 +46,7 @@ def benchmark(*arguments: str, folder: Path, **env: str) -> subprocess.Completed
     return subprocess.run(command, cwd=folder, env=environment(env), capture_output=True, text=True, timeout=560)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # two minutes on two cores that have nothing else to do
 def test_every_part_runs(tmp_path: Path) -> None:
     done = benchmark(folder=tmp_path)
@@ -74,6 +75,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "profile_trace.json.gz").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_part_that_crashes_or_hangs_costs_only_itself(tmp_path: Path) -> None:
     """What a hanging part has started is ended with it, and what it has reported is kept."""
     programs = {

@@ -15,6 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import simcot_latent as sl
 from simcot_latent.interop.imported import import_checkpoint
 
+pytestmark = pytest.mark.xdist_group("import_command")  # one worker, so that the checkpoints are made once
+
 IMPORT = "simcot_latent.import_checkpoint"
 END = "<|endoftext|>"
 
@@ -87,7 +89,7 @@ def test_evals_probe_and_training_take_it(source: Path, kind: str, base: Path, s
     report = strict_json((out / "evals" / "gsm8k.json").read_text())
     assert report["n"] == 5
     assert report["data"]["path"] == str(sums), "the data that import was told"
-    assert report["steps"] == 10
+    assert report["steps"] == (5 if kind == "simcot_codi" else 10), "CODI's decoder is taught no last steps"
     assert report.get("answer_groups") == (None if kind == "simcot_codi" else 15), "CODI's decoder is taught no answers"
     predictions = read_lines(out / "evals" / "gsm8k.predictions.jsonl")
     answers = sl.generate_all(expected, asked, batch_size=5, max_new_tokens=6)

@@ -13,6 +13,8 @@ import transformers
 from commands import PROBE, TINY, TRAIN, Trained, contents, run, without_command
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.xdist_group("init_from")  # one worker, so that the runs are made once
+
 # What is left of TINY where the model comes from elsewhere.
 RUN = tuple(argument for argument in TINY if not argument.startswith("model."))
 FROZEN = ("num_iterations=2", "learning_rate=1e-30", "matrix_lr=1e-30", "weight_decay=0", "eval_every=-1")

@@ -31,6 +31,8 @@ from simcot_latent.logs import RunLog
 from simcot_latent.method import Method
 from simcot_latent.training.memory import in_units, out_of_memory
 
+pytestmark = pytest.mark.xdist_group("nothing_is_lost")  # one worker, so that the runs are made once
+
 WEIGHTED = (*TINY, *ARITHMETIC, "mode=weighted", "num_iterations=12", "checkpoint_every=4", "eval_every=6")
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from commands import ARITHMETIC, TINY, TRAIN, contents, environment, read_lines, run, run_process
 
+pytestmark = pytest.mark.xdist_group("restarting")  # one worker, so that the runs are made once
+
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SHORT = (*TINY, *ARITHMETIC, "mode=weighted", "num_iterations=14", "checkpoint_every=4", "eval_every=5", "out_dir=run")
 
@@ -70,7 +72,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed in /proc, which Linux has")
-@pytest.mark.parametrize("mode", ["weighted", "latent"])
+@pytest.mark.parametrize("mode", [pytest.param("weighted", marks=pytest.mark.slow), "latent"])
 def test_no_thread_of_gloo_outlives_training(mode: str, tmp_path: Path) -> None:
     """One that lets go of a tensor while Python shuts down aborts a rank whose training succeeded."""
     (tmp_path / "program.py").write_text(THREADS)
@@ -80,6 +82,7 @@ def test_no_thread_of_gloo_outlives_training(mode: str, tmp_path: Path) -> None:
     assert [(tmp_path / f"threads-{rank}").read_text() for rank in range(2)] == [""] * 2
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank(once: Path, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(TROUBLE.format(trouble="os.kill(os.getpid(), signal.SIGKILL)"))
     began = time.monotonic()
@@ -91,6 +94,7 @@ def test_torchrun_restarts_after_a_killed_rank(once: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run/lock.json").exists()
 
 
+@pytest.mark.slow
 def test_the_first_traceback_is_that_of_what_went_wrong(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(TROUBLE.format(trouble="raise ZeroDivisionError('the first of all')"))
     began = time.monotonic()
@@ -103,8 +107,10 @@ def test_the_first_traceback_is_that_of_what_went_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("mistake", "named"),
-    [("learning_rate=-1", "learning_rate=-1"), ("tokenizer.ranks=nowhere", "nowhere"), ("eval_examples=1", "ranks"),
-     ("out_dir=" + "x" * 300, "File name too long"), ("learning_rat=1", "learning_rat")],
+    [("tokenizer.ranks=nowhere", "nowhere"), ("learning_rat=1", "learning_rat")]
+    + [pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+        ("learning_rate=-1", "learning_rate=-1"), ("eval_examples=1", "ranks"),
+        ("out_dir=" + "x" * 300, "File name too long"))],
 )  # fmt: skip
 def test_a_mistake_is_told_once(mistake: str, named: str, tmp_path: Path) -> None:
     """By whichever rank comes to it first: before the ranks know of each other, when they do, or on rank 0 alone."""
@@ -143,6 +149,7 @@ def test_sigusr1_under_torchrun_ends_all_ranks_with_success(once: Path, tmp_path
 SLURM = re.compile(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_script_for_slurm(tmp_path: Path) -> None:
     """The one of `docs/running.md`, run as Slurm would: a notice before the time is over, then the job once more."""
     page = (Path(__file__).parents[2] / "docs/running.md").read_text(encoding="utf-8")

@@ -19,9 +19,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import simcot_latent as sl
+from simcot_latent.batches import ThoughtBatch, WrittenBatch
 from simcot_latent.config import RunConfig
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.method import Method, ThoughtBatch, WrittenBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import Block, Transformer
 from simcot_latent.training.optimizer import lr_multiplier
 

@@ -154,7 +154,7 @@ def test_a_loop_is_one_of_the_table(key: str, checkpoint: Path) -> None:
     tamper(checkpoint, lambda config: config["loop"].update(key=key))
     message = refusal(lambda: sl.load_checkpoint(checkpoint, verify=False))
     assert f"{checkpoint}/config.json: loop.key={key}: must be one of " in message
-    assert "pause, sequential" in message
+    assert "pause_multipass, sequential, soft" in message
 
 
 @pytest.mark.parametrize("settings", [{"unknown": 1}, {"feeds_last": "no"}, {"_target_": "os.system"}, [], None, 3])

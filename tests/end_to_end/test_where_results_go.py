@@ -135,6 +135,7 @@ def test_a_report_is_whole_or_not_there(latent_run: Trained, tmp_path: Path) -> 
     assert set(contents(results)) == {"gsm8k.json", "gsm8k.predictions.jsonl"}
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read(latent_run: Trained, sums: Path, tmp_path: Path) -> None:
     checkpoint = latent_run.copy_to(tmp_path / "checkpoint")
     data = Path(shutil.copytree(sums, tmp_path / "data"))
@@ -181,7 +182,9 @@ def test_permissions_are_the_umasks(umask: int, tmp_path: Path) -> None:
 QUESTION = "Zoë has 3 \u6f22\u5b57 and \u2265 4 \U0001f34e. How many?"
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", [pytest.param("cp1252", marks=pytest.mark.slow), "ascii", pytest.param("utf-8", marks=pytest.mark.slow)]
+)
 def test_a_console_that_lacks_characters(encoding: str, latent_run: Trained, tmp_path: Path) -> None:
     row = {"question": QUESTION, "answer": "<<3+4=7>>\n#### 7"}
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simcot_latent import method as method_module
+from simcot_latent.batches import ThoughtBatch, WrittenBatch
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
 from simcot_latent.curricula.replace import Replace
@@ -25,7 +26,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.loops.base import Thoughts
 from simcot_latent.loops.pause import Pause
 from simcot_latent.loops.sequential import Sequential, SequentialConfig, last_of_each
-from simcot_latent.method import Method, ThoughtBatch, WrittenBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.packing import Packing, tight_rectangles
@@ -445,8 +446,10 @@ def watch_thoughts(monkeypatch: pytest.MonkeyPatch, kept: tuple[int, int] | None
     seen: list[Tensor] = []
     think = Sequential.think
 
-    def spy(loop: Sequential, model: GPT, x_PD: Tensor, packing: Packing, counts: Sequence[int], room: int) -> Thoughts:
-        thoughts = think(loop, model, x_PD, packing, counts, room)
+    def spy(
+        loop: Sequential, model: GPT, x_PD: Tensor, packing: Packing, counts: Sequence[int], room: int, *, keys: bool
+    ) -> Thoughts:
+        thoughts = think(loop, model, x_PD, packing, counts, room, keys=keys)
         latents_BKD = thoughts.latents_BKD
         assert thoughts.unread_RD is not None
         assert torch.equal(thoughts.unread_RD, last_of_each(latents_BKD, counts))
@@ -985,7 +988,14 @@ def test_thoughts_of_a_stage_make_whole_groups(make_method: MakeMethod, problems
             method.collate(encode(method, problems), stage)
 
 
-@pytest.mark.parametrize("key", ["thoughts", "first_written"])
-def test_no_stage_is_of_less_than_nothing(key: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        (lambda: Stage(thoughts=-1), "thoughts"),
+        (lambda: Stage(first_written=-1), "first_written"),
+        (lambda: Stage(removed=-1), "removed"),
+    ],
+)
+def test_no_stage_is_of_less_than_nothing(stage: Callable[[], Stage], key: str) -> None:
     with pytest.raises(UserError, match=rf"stage\.{key}=-1: must be at least 0"):
-        Stage(**{key: -1})
+        stage()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simcot_latent.batches import ThoughtBatch
 from simcot_latent.config import LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.problem import Problem
@@ -18,7 +19,7 @@ from simcot_latent.errors import UserError
 from simcot_latent.loops.base import NoSettings
 from simcot_latent.loops.pause import Pause
 from simcot_latent.loops.sequential import Sequential, SequentialConfig
-from simcot_latent.method import Method, ThoughtBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.linear import Linear
 from simcot_latent.model.losses import Labelled, add_up
@@ -69,7 +70,7 @@ REFUSED: dict[str, tuple[MethodConfig, dict[str, str], str]] = {
     "a decoder without a loop": (
         MethodConfig(steps="decoder"),
         {},
-        "steps=decoder: needs thoughts, which loop=none has not; take a loop",
+        "steps=decoder: needs thoughts, which loop=none has not; take a loop, or steps=none",
     ),
     "stages without a loop": (
         MethodConfig(curriculum="replace"),
@@ -79,12 +80,12 @@ REFUSED: dict[str, tuple[MethodConfig, dict[str, str], str]] = {
     "thoughts for natural text": (
         simcot(),
         {"rationale": "natural", "mode": "latent"},
-        "rationale=natural: must be equations in mode=latent, whose steps become thoughts",
+        "rationale=natural: must be equations with curriculum=replace, which writes single steps behind the thoughts",
     ),
     "thoughts for answers alone": (
-        simcot(loop="pause", curriculum="none", steps="none"),
+        simcot(loop="pause", steps="none"),
         {"rationale": "none", "mode": "mine"},
-        "rationale=none: must be equations in mode=mine, whose steps become thoughts",
+        "rationale=none: must be equations with curriculum=replace, which writes single steps behind the thoughts",
     ),
     "nothing to minimise": (
         simcot(steps="none", loss=LossConfig(answer_weight=0.0)),
@@ -94,12 +95,27 @@ REFUSED: dict[str, tuple[MethodConfig, dict[str, str], str]] = {
     "a projector that is not there": (
         simcot(loop="pause", latent={"projector_width": 16}),
         {},
-        "latent.projector_width=16: loop=pause has no projector",
+        "latent.projector_width=16: must be null with loop=pause, which has none",
+    ),
+    "single steps after natural text": (
+        simcot(curriculum="none", latent={"surplus": "write"}),
+        {"rationale": "natural"},
+        "rationale=natural: must be equations with latent.surplus=write, which writes single steps behind the thoughts",
+    ),
+    "keys that a loop does not know": (
+        simcot(distill=["kv"]),
+        {},
+        "distill=kv: needs the keys of thoughts, which loop=sequential lacks; take loop=jacobi, looped or pause",
+    ),
+    "a pull without a loop": (
+        MethodConfig(distill=["hidden"]),
+        {},
+        "distill=hidden: needs thoughts, which loop=none has not; take a loop, or distill=none",
     ),
     "pauses of which the last is not read": (
         simcot(loop="pause", latent={"feeds_last": False}),
         {},
-        "latent.feeds_last=false: loop=pause comes to 3 states with 3 thoughts, not 4",
+        "latent.feeds_last=false: must be true with loop=pause, whose thoughts are all read",
     ),
 }
 
@@ -437,7 +453,7 @@ def test_two_of_one_name_are_refused(
 
 
 def test_a_term_needs_thoughts(make_method: MakeMethod, terms: None) -> None:
-    with pytest.raises(UserError, match=r"^terms=\[small\]: needs thoughts, which loop=none has not; take a loop$"):
+    with pytest.raises(UserError, match=r"^terms=\[small\]: needs thoughts, which loop=none has not; take a loop, or"):
         make_method(MethodConfig(terms=["small"]))
 
 

@@ -17,6 +17,7 @@ from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT, GPTConfig
 
 WRITTEN, LAST = Stage(0, 0), Stage(8, None)
+RUN = RunConfig(mode="", model={}, data={}, tokenizer={}, rationale="equations")
 SHARES = [{"steps": 1, "share": 0.2}, {"steps": 3, "share": 0.3}]
 
 
@@ -40,23 +41,23 @@ SHARES = [{"steps": 1, "share": 0.2}, {"steps": 3, "share": 0.3}]
 def test_thoughts_replace_steps_from_the_first_on(latent: dict[str, Any], expected: dict[float, Stage]) -> None:
     """Eight states, two a step: of a stage in which they replace s steps, step s + 1 is the first that is written."""
     settings: dict[str, Any] = {"n_latents": 8, "latents_per_step": 2} | latent
-    curriculum = Replace(LatentConfig(**settings), "sequential")
+    curriculum = Replace(MethodConfig.simcot(LatentConfig(**settings)), RUN)
     assert {progress: curriculum.stage_at(progress) for progress in expected} == expected
 
 
 def test_one_stage_is_the_last() -> None:
     latent = LatentConfig(n_latents=6, latents_per_step=2, warmup=0.5, stages=0.3)
     for progress in (0.0, 0.4, 0.9, 1.0):
-        assert NoCurriculum(latent, "pause").stage_at(progress) == Stage(6, None)
-        assert NoCurriculum(latent, "none").stage_at(progress) == WRITTEN
+        for loop, expected in (("pause", Stage(6, None)), ("none", WRITTEN)):
+            method = MethodConfig.simcot(latent, curriculum="none", loop=loop)
+            assert NoCurriculum(method, RUN).stage_at(progress) == expected
 
 
 @pytest.mark.parametrize("row", [0, 1, 4])
 def test_a_row_of_too_many_thoughts_is_refused(row: int, tokenizer: Tokenizer, problems: list[Problem]) -> None:
     """Whichever row it is."""
     model = GPT(GPTConfig(tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=16))
-    run = RunConfig(mode="", model={}, data={}, tokenizer={}, rationale="equations")
-    method = Method(model, tokenizer, run, MethodConfig.simcot(LatentConfig(n_latents=3)))
+    method = Method(model, tokenizer, RUN, MethodConfig.simcot(LatentConfig(n_latents=3)))
     examples = [method.encode(problem) for problem in problems]
     stages = [Stage(2, 2)] * len(examples)
     method.collate(examples, stages)

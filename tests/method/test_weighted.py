@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simcot_latent import method as method_module
+from simcot_latent.batches import WrittenBatch
 from simcot_latent.config import MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.format import AnswerFormat, Example
 from simcot_latent.data.problem import Problem
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.method import Method, WrittenBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.losses import CrossEntropy, Labelled, add_up, cross_entropy
 from simcot_latent.model.packing import Packing, tight_rectangles

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from simcot_latent.batches import ThoughtBatch
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
 from simcot_latent.data.format import Example, untagged
 from simcot_latent.interop.conversion import build
 from simcot_latent.loops.base import Thoughts, go_on
 from simcot_latent.loops.sequential import Sequential, SequentialConfig
-from simcot_latent.method import Method, ThoughtBatch
+from simcot_latent.method import Method
 from simcot_latent.model.gpt import GPT
 from simcot_latent.model.packing import Packing, take
 from simcot_latent.terms.step_decoder import StepBatch, StepDecoder, StepDecoderTerm
@@ -261,8 +262,13 @@ def test_simcot(fixtures: Fixtures, from_hf_gpt2: Callable[..., dict[str, Tensor
     assert_close(logits_MV[by_group_M], torch.cat(logits))
     texts_BT = torch.tensor([[END_OF_THOUGHT, *answer] for _, _, answer in samples])
     assert_close(answer_logits(model, thoughts, texts_BT), expected["logits"][:, -texts_BT.shape[1] :])
-    first_prefix_BCD = expected["thought0.inputs_embeds"][:, :2]
-    assert_close(thoughts.latents[:, :2], first_prefix_BCD)
+    for group in range(2):
+        assert_close(thoughts.latents[:, 2 * group :][:, :2], expected[f"thought{group}.inputs_embeds"][:, :2])
+    nll_M = torch.nn.functional.cross_entropy(logits_MV, steps.label_M, reduction="none")
+    ce_sum_G = torch.zeros(2).index_add(0, of_steps.group_M, nll_M)
+    for group in range(2):
+        torch.testing.assert_close(ce_sum_G[group], expected[f"thought{group}.ce_sum"][0], atol=1e-4, rtol=1e-5)
+        assert batch.totals["group_problems_G"][group] == expected[f"thought{group}.n_samples_with_labels"].item()
 
     shares = method(batch, batch.totals)
     assert_close(shares["answer_loss"], expected["loss_main"][0])

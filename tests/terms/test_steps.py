@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from simcot_latent.config import LatentConfig, MethodConfig, RunConfig
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.format import AnswerFormat
 from simcot_latent.data.problem import Problem
+from simcot_latent.data.tokenizer import Tokenizer
 from simcot_latent.errors import UserError
+from simcot_latent.method import Method, ThoughtBatch
+from simcot_latent.model.gpt import GPT
+from simcot_latent.terms.step_decoder import StepBatch
 from simcot_latent.terms.steps import StepGroups, holds_step
 
 LAST = Stage(3, first_written=None)
@@ -91,6 +98,39 @@ def test_what_is_to_be_said_as_text(problems: list[Problem]) -> None:
     assert says.gold(four, 3, LAST, answers) == ["<<5*7=35>>", "<<35-12=23>>", "<<23*2=46>>\n<<46-6=40>>"]
     assert masks.gold(four, 3, LAST, answers) == ["<<5*7=35>>", "<<35-12=23>>", "<<23*2=46>>"]
     assert says.gold(four, 1, Stage(1, first_written=1), answers) == ["<<5*7=35>>"]
+
+
+def test_the_last_step_is_left_out(
+    make_model: Callable[..., GPT], make_run: Callable[..., RunConfig], tokenizer: Tokenizer, problems: list[Problem]
+) -> None:
+    """By the written pass, the decoder and gold alike; what else is written stays."""
+    latent = LatentConfig(n_latents=2, drop_last_step=True)
+    config = MethodConfig.simcot(latent, curriculum="none", written="joint")
+    model = make_model("llama", vocab_size=tokenizer.n_vocab)
+    method = Method(model, tokenizer, make_run(rationale="equations"), config)
+    golds = [method.groups.gold(problem, 2, LAST, AnswerFormat(thinks=True)) for problem in problems]
+    assert golds == [
+        ["<<3*4=12>>", None],  # of two steps
+        [None, None],  # of none
+        [None, None],  # of one
+        ["<<5*7=35>>", "<<35-12=23>>\n<<23*2=46>>"],
+        ["<<1+1=2>>", "<<2+1=3>>"],
+    ]
+    batch = method.collate([method.encode(problem) for problem in problems], method.last_stage)
+    assert isinstance(batch, ThoughtBatch)
+    assert batch.written is not None
+    steps = ["<<3*4=12>>\n", "", "", "<<5*7=35>>\n<<35-12=23>>\n<<23*2=46>>\n", "<<1+1=2>>\n<<2+1=3>>\n"]
+    written = "".join(f"{text}#### {problem.answer}" for text, problem in zip(steps, problems, strict=True))
+    labels = [token for token in batch.written.targets.label_M.tolist() if token != tokenizer.end_id]
+    assert tokenizer.decode(labels) == written
+    taught = batch.terms["step"]
+    assert isinstance(taught, StepBatch)
+    said = [text for gold in golds for text in gold if text is not None]
+    assert tokenizer.decode(taught.steps.ids_L.tolist()) == "".join(said)
+    with pytest.raises(UserError, match=r"rationale=natural: must be equations with latent\.drop_last_step=true"):
+        Method(model, tokenizer, make_run(rationale="natural"), config)
+    with pytest.raises(UserError, match=r"latent\.missing=answer: must be mask with latent\.drop_last_step=true"):
+        LatentConfig(missing="answer", drop_last_step=True)
 
 
 def test_which_groups_hold_a_step(problems: list[Problem]) -> None:
