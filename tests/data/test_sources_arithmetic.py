@@ -196,7 +196,7 @@ def test_every_step_of_test_is_one_of_training(splits: dict[str, list[Problem]])
         assert known.issuperset(step.text for problem in splits[split] for step in problem.steps)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.25, 1.0, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.1, 0.5))])
 def test_the_share_of_unseen_steps(share: float) -> None:
     """At least the share, of all steps of the test split, and no more than the few that a training set of this size
     happens to lack; validation has none of them, so that no choice is made by them.

@@ -149,6 +149,7 @@ def test_what_is_completed_is_what_is_accepted() -> None:
     assert CHOICES["export"]["dtype"] == tuple(DTYPES)
 
 
+@pytest.mark.slow
 def test_evals_have_two_names_in_a_checkout(latent_run: Trained, tmp_path: Path) -> None:
     """And one of them is ours alone: whoever has a package `evals` of his own can use the other."""
     (tmp_path / "evals").mkdir()

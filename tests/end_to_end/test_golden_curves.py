@@ -45,7 +45,13 @@ def curve(mode: str, folder: Path, *more: str) -> list[dict[str, float]]:
     return [{"step": row["step"]} | {key: row[key] for key in KEYS if key in row} for row in rows]
 
 
-@pytest.mark.parametrize("more", [[], ["activation_checkpointing=true"]], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id=""),
+        pytest.param(["activation_checkpointing=true"], id="checkpointing", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_are_the_recorded_ones(mode: str, more: list[str], tmp_path: Path) -> None:
     golden = read_lines(GOLDEN / f"{mode}.jsonl")

@@ -116,7 +116,9 @@ def is_running(pid: int) -> bool:
     return status.exists() and "\nState:\tZ" not in status.read_text()
 
 
-@pytest.mark.parametrize("part", ["correct", "train", "generate", "profile"])
+@pytest.mark.parametrize(
+    "part", ["train", *(pytest.param(part, marks=pytest.mark.slow) for part in ("correct", "generate", "profile"))]
+)
 def test_a_bare_machine_will_do(part: str, tmp_path: Path) -> None:
     """Nothing is imported that `docs/speed.md` does not list; `correct` says in one line that pytest is missing."""
     (tmp_path / "sitecustomize.py").write_text(BARE.format(absent=set(ABSENT)))

@@ -236,7 +236,7 @@ LOOPS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", LOOPS)
 def test_every_loop(method: str, optimizer: str, base: Path, sums: Path, tmp_path: Path) -> None:
     """With dropout, and computed again on the way back: resumed as uninterrupted, then loaded and asked."""
@@ -376,7 +376,7 @@ def test_a_run_without_is_gone_on_with_without(arguments: tuple[str, ...], tmp_p
 # Ranks, optimizers, modes
 
 
-@pytest.mark.parametrize("mode", ["latent", "weighted"])
+@pytest.mark.parametrize("mode", ["latent", pytest.param("weighted", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(mode: str, base: Path, sums: Path, tmp_path: Path) -> None:
     """Seven examples per step: the ranks have four and three, so two micro-batches each, where one process has four.
 

@@ -135,6 +135,7 @@ def test_a_disk_that_is_full_ends_all_ranks_with_one_line(once: Path, tmp_path: 
     assert "File too large" in told[0]
 
 
+@pytest.mark.slow
 def test_sigusr1_under_torchrun_ends_all_ranks_with_success(once: Path, tmp_path: Path) -> None:
     """torchrun would start ranks again that end with anything else."""
     (tmp_path / "program.py").write_text(TROUBLE.format(trouble="os.kill(os.getpid(), signal.SIGUSR1)"))
@@ -180,6 +181,7 @@ def test_the_script_for_slurm(tmp_path: Path) -> None:
     assert steps == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_two_runs_that_begin_at_once_take_two_folders(tmp_path: Path) -> None:
     """Neither was given an `out_dir`."""
     arguments = (*TINY, *ARITHMETIC, "mode=weighted", "num_iterations=1")

@@ -536,6 +536,7 @@ def test_a_short_run_makes_only_the_problems_that_it_trains_on(tmp_path: Path) -
     assert "1000000 problems, 4 held out" in outcome.out
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_with_the_same_run(tmp_path: Path) -> None:
     places = {key: str(tmp_path / "home") for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
     env = {**OFFLINE, **places, "WANDB_MODE": "offline"}

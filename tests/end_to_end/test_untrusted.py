@@ -429,6 +429,7 @@ def test_thoughts_of_an_earlier_format_fit_the_context(key: str, value: Any, tmp
 
 
 @pytest.mark.parametrize("written", OLD)
+@pytest.mark.slow
 def test_every_place_of_an_earlier_configuration(written: int, tmp_path: Path) -> None:
     """What a stranger may write into it is read as the present format is, or refused in one line."""
     file, refused, read = tmp_path / "config.json", 0, 0

@@ -58,6 +58,7 @@ def read_only(latent_run: Trained, tmp_path: Path) -> Iterator[Path]:
     folder.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_read_only_checkpoint(read_only: Path, tmp_path: Path) -> None:
     ckpt = f"ckpt={read_only}"
     outcome = like_everybody(GSM8K, ckpt, "limit=3", "device=cpu", folder=tmp_path)

@@ -360,6 +360,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
     return [{key: row[key] for key in keys if key in row} for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_commands(tmp_path: Path) -> None:
     """A run, cut into micro-batches otherwise, interrupted and resumed: the same losses; then an eval and a probe."""
     trained = run("simcot_latent.train", *TINY, "device_batch_size=8", "out_dir=one", folder=tmp_path)
