@@ -251,7 +251,8 @@ MUTANTS = [
     *of(
         "loops/jacobi.py",
         "loops/test_every_loop.py test_reference_methods.py",
-        ("begin_B = cache.mark()", "cache.mark()"),
+        ("begin_B = cache.mark()", "cache.mark()", "loops/test_every_loop.py",
+         "what is hidden from the first pass on is hidden once more"),
         ("            cache.hide(begin_B)\n", ""),
         (".roll(1, dims=0))", ".roll(2, dims=0))"),
         ("first_ND = self.thought(bot_BD)[again.row_P]", "first_ND = bot_BD[again.row_P]", "test_reference_methods.py"),
@@ -317,8 +318,9 @@ MUTANTS = [
     ),
     *of(
         "terms/keys.py",
-        "test_reference_methods.py",
-        ("others = cosines.sum(-1) - cosines.diagonal(dim1=-2, dim2=-1)", "others = cosines.sum(-1)"),
+        "terms/test_keys.py test_reference_methods.py",
+        ("others = cosines.sum(-1) - cosines.diagonal(dim1=-2, dim2=-1)", "others = cosines.sum(-1)",
+         "terms/test_keys.py", "a key's likeness to itself is 1 for all, which the softmax does not see"),
         ("k_LBGNE) / E**0.5", "k_LBGNE)"),
         ("lam * importance_LBGN + (1 - lam) *", "lam * importance_LBGN + lam *"),
         ("queries=True, keys=True, values=True, detach=True)", "queries=True, keys=True, values=True)"),
@@ -328,7 +330,7 @@ MUTANTS = [
     ),
     *of(
         "terms/own_head.py",
-        "test_reference_methods.py",
+        "terms/test_own_head.py test_reference_methods.py",
         ("torch.cat((bot_BD.unsqueeze(1), hidden_BKD), dim=1)", "torch.cat((hidden_BKD, bot_BD.unsqueeze(1)), dim=1)"),
         ("if config.own_head_end else []", ""),
         ("self.newline).ids, *self.end][:c]", "self.newline).ids, *self.end]"),
