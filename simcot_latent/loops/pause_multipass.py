@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simcot_latent.loops.base import Thoughts
+from simcot_latent.loops.base import ThoughtLoop, Thoughts
 from simcot_latent.loops.pause import Pause
 from simcot_latent.model.cache import StaticCaches, make_cache
 from simcot_latent.model.gpt import GPT
@@ -25,8 +25,7 @@ class PauseMultipass(Pause):
 
     gives_keys = False
 
-    def pack_questions(self, lengths: Sequence[int], counts: Sequence[int], tight: bool = False) -> Packing:
-        return Packing.of(lengths, [1] * len(lengths), tight=tight)
+    pack_questions = ThoughtLoop.pack_questions
 
     def passes(self, counts: Sequence[int]) -> list[Packing]:
         return [Packing.of([int(count > k) for count in counts]) for k in range(max(counts))]

@@ -44,7 +44,11 @@ class Soft(Sequential):
     def __init__(self, width: int, config: SoftConfig) -> None:
         super().__init__(width, SequentialConfig(config.feeds_last))
         self.config = config  # type: ignore[assignment]
-        self.soft = config
+
+    @property
+    def soft(self) -> SoftConfig:
+        """Its settings, of their own type."""
+        return self.config  # type: ignore[return-value]
 
     def thought_from(self, model: GPT, hidden_RD: Tensor) -> Tensor:
         logits_RN, table_VD = model.logits(hidden_RD) / self.soft.temperature, model.embedding.table

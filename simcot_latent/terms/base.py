@@ -218,7 +218,8 @@ class Term:
         Args:
             batch: of `collate`, on the model's device.
             read_LD: embeddings of `reads`.
-            totals: of the whole optimizer step: those of all terms, and `problems`, those in batches with thoughts.
+            totals: of the whole optimizer step: those of all terms, `problems` (the rows that have thoughts) and
+                `rows` (all of a batch with thoughts).
         """
         raise NotImplementedError
 

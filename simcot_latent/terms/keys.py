@@ -101,9 +101,10 @@ class Keys(Term):
         for row, example in enumerate(rows.examples):
             # Token j of a solution is read where token j + 1 is predicted; the end token is not read.
             n_steps, n = len(rows.solutions[row]) - len(example.answer), len(rows.solutions[row])
+            first = rows.in_written(row, 1)
             for places, span in ((steps, range(n_steps)), (answers, range(n_steps, n - 1))):
                 places.append(list(range(len(tokens), len(tokens) + len(span))))
-                tokens += [rows.in_written(row, j + 1) for j in span]
+                tokens += [first + j for j in span]
             seed = hashlib.blake2b(str(example.question).encode(), digest_size=4).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
             orders.append(torch.rand(n_steps, generator=generator).tolist())

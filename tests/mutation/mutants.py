@@ -326,7 +326,7 @@ MUTANTS = [
         ("lam * importance_LBGN + (1 - lam) *", "lam * importance_LBGN + lam *"),
         ("queries=True, keys=True, values=True, detach=True)", "queries=True, keys=True, values=True)"),
         ("value + 0.5 * distance_L.mean()", "value + distance_L.mean()"),
-        ("rows.in_written(row, j + 1)", "rows.in_written(row, j)"),
+        ("first = rows.in_written(row, 1)", "first = rows.in_written(row, 0)"),
         ("(~chosen).to(torch.int8)", "chosen.to(torch.int8)"),
     ),
     *of(
