@@ -91,7 +91,7 @@ def measure(size: str, questions: Sequence[str], args: argparse.Namespace) -> li
     thinks = AnswerFormat(thinks=True)
     prompts = [encode_question(tokenizer, question, thinks) for question in questions]
     batches = by_length(list(map(len, prompts)), args.batch_size)
-    default = pick_dtype("auto", device)
+    default = pick_dtype("auto", device, config.n_embd)
     # A model of its own: graphs hold on to the copies of its weights.
     graphed, caches = (deepcopy(ours) if args.cuda_graphs else ours), StaticCaches(config.context_length)
     if args.cuda_graphs:

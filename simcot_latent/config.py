@@ -317,7 +317,7 @@ class RunConfig:
         seed: of the weights and of the order of problems; `data=arithmetic` has a seed of its own.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` is the GPU if there is one.
         dtype: number format of matrix products: `float32`, `bfloat16`, or `auto`, which is bfloat16 where the hardware
-            has it. Weights stay float32.
+            has it, but float32 for narrow models on a CPU. Weights stay float32.
         compile: apply `torch.compile` to the parts of a block before and after attention, in passes over many tokens.
         compile_thoughts: apply `torch.compile(mode="reduce-overhead")` to passes over few tokens too; meant for GPUs.
         later_attention: how passes after the first compute attention: `products`, or `sdpa`, PyTorch's fused kernel;

@@ -162,14 +162,23 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Number format of matrix products: `auto` is bfloat16 where the hardware has it, else float32.
+NARROW = 256
+"""On a CPU, models narrower than this train faster in float32: a product takes less time there than oneDNN takes to
+write the program for its shape in bfloat16, and no two steps have the same number of tokens (`results/LOG.md`)."""
+
+
+def pick_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
+    """Number format of matrix products: `auto` is bfloat16 where the hardware has it and gains by it, else float32.
 
     Weights, their updates, norms, softmax and losses stay in float32 either way (autocast).
+
+    Args:
+        width: D, of the model.
     """
     if name != "auto":
         return getattr(torch, name)
-    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    gains = device.type != "cpu" or width >= NARROW
+    return torch.bfloat16 if gains and _has_bfloat16(device) else torch.float32
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -153,11 +153,11 @@ def evaluate(name: str, raw: DictConfig) -> None:
     config = typed(EvalConfig, raw)
     console = make_console()
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     find_checkpoint(config.ckpt or "")
     files = report_files(Path(config.out or f"{config.ckpt}/evals"), name, config.split)
     check_writable(files, "give out=DIR, a folder for the results")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
+    dtype = pick_dtype(config.dtype, device, checkpoint.model.config.n_embd)
     checkpoint.loop = with_settings(checkpoint.loop, config.loop_settings or {})
     problems, source, data = cli.trained_problems(raw, checkpoint, config.split, config.limit, console)  # type: ignore[arg-type]
     tolerance = cli.choose_tolerance(config.tolerance, source)

@@ -84,7 +84,8 @@ def main(raw: DictConfig) -> None:
         check_writable([file], "give another out=DIR")
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
     step_reader(checkpoint)
-    with torch.no_grad(), autocast(device, pick_dtype(config.dtype, device)):
+    dtype = pick_dtype(config.dtype, device, checkpoint.model.config.n_embd)
+    with torch.no_grad(), autocast(device, dtype):
         if config.question is not None:
             probes, summary = probe_questions(checkpoint, [config.question]), None
         else:

@@ -21,7 +21,7 @@ from simcot_latent.config import MethodConfig, RunConfig, as_plain, instantiate,
 from simcot_latent.curricula.base import Stage
 from simcot_latent.data.batch import Prefetch, to_device
 from simcot_latent.data.sources import Source
-from simcot_latent.distributed import Ranks, autocast, pick_device, pick_dtype, ranks_on
+from simcot_latent.distributed import Ranks, autocast, pick_device, ranks_on
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.logs import RunLog, make_console, make_progress, warn
 from simcot_latent.model.gpt import set_block_options
@@ -79,8 +79,7 @@ def train(
         console = make_console(ranks.is_main, stop.reader_gone)
         with RunFolder(run, console) as folder:
             out_dir, start = ranks.on_main(folder.take)
-            dtype = pick_dtype(run.dtype, device)
-            job = Job(run, options, out_dir, start, device, dtype, ranks, console, stop)
+            job = Job(run, options, out_dir, start, device, ranks, console, stop)
             material = prepare(job, method, find_data, make)
             with file_errors(f"out_dir={out_dir}"):
                 return Trainer(job, material).train()
@@ -120,6 +119,7 @@ class Trainer:
         self.owes_validation = state.get("owes_validation", False)
         set_block_options(method, run.compile, run.activation_checkpointing, run.compile_thoughts, run.later_attention)
         self.module = self.wrap(self.stage_now())
+        self.dtype = job.dtype(method.model)
         self.reporter = Reporter(job, method, self.num_steps)
 
     def wrap(self, stage: Stage) -> nn.Module:
@@ -232,7 +232,7 @@ class Trainer:
         for i, batch in enumerate(prepared.batches):
             synchronise = i == len(prepared.batches) - 1 or not isinstance(self.module, DistributedDataParallel)
             with nullcontext() if synchronise else self.module.no_sync():  # type: ignore[union-attr, operator]
-                with part("forward"), autocast(job.device, job.dtype):
+                with part("forward"), autocast(job.device, self.dtype):
                     shares = self.module(to_device(batch, job.device), device_totals)
                 with part("backward"):
                     # DDP averages gradients over ranks; shares add up.
@@ -282,7 +282,7 @@ class Trainer:
         helps = f"lower eval_batch_size (now {self.run.eval_batch_size}) or max_new_tokens"
         with (
             out_of_memory(f"validating {n} problems at a time", self.job.device, helps),
-            autocast(self.job.device, self.job.dtype),
+            autocast(self.job.device, self.dtype),
         ):
             metrics = validate(self.method, self.as_checkpoint(), self.held_out, self.run, self.ranks)
         log.write(self.step, metrics)

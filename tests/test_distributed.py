@@ -62,14 +62,17 @@ def test_mps_is_there_or_refused() -> None:
             pick_device("mps")
 
 
+WIDE = 256
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_a_number_format_that_is_named_is_taken(device: str) -> None:
-    assert pick_dtype("float32", torch.device(device)) == torch.float32
-    assert pick_dtype("bfloat16", torch.device(device)) == torch.bfloat16
+    assert pick_dtype("float32", torch.device(device), WIDE) == torch.float32
+    assert pick_dtype("bfloat16", torch.device(device), WIDE) == torch.bfloat16
 
 
 def test_the_number_format_of_a_mac() -> None:
-    assert pick_dtype("auto", torch.device("mps")) == torch.float32
+    assert pick_dtype("auto", torch.device("mps"), WIDE) == torch.float32
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="processors are described in Linux's /proc")
@@ -77,7 +80,7 @@ def test_the_number_format_of_this_cpu() -> None:
     """By what the kernel says of it."""
     flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     has_bfloat16 = bool({"amx_bf16", "avx512_bf16"} & set(flags)) and hasattr(torch.cpu, "get_capabilities")
-    assert pick_dtype("auto", CPU) == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    assert pick_dtype("auto", CPU, WIDE) == (torch.bfloat16 if has_bfloat16 else torch.float32)
 
 
 @pytest.mark.parametrize("has_it", [True, False])
@@ -88,7 +91,8 @@ def test_the_number_format_of_a_gpu(has_it: bool, monkeypatch: pytest.MonkeyPatc
         return has_it or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if has_it else torch.float32)
+    for width in (WIDE, WIDE - 1):
+        assert pick_dtype("auto", torch.device("cuda"), width) == (torch.bfloat16 if has_it else torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,8 @@ def test_bfloat16_on_cpus_that_have_it_in_hardware(
     if not hasattr(torch.cpu, "get_capabilities"):
         pytest.skip("this torch does not tell")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
-    assert pick_dtype("auto", CPU) == wanted
+    assert pick_dtype("auto", CPU, WIDE) == wanted
+    assert pick_dtype("auto", CPU, WIDE - 1) == torch.float32, "narrow models gain nothing"
 
 
 def test_autocast_computes_in_the_format_and_keeps_weights() -> None:

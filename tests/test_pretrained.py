@@ -160,7 +160,7 @@ def test_a_loop_goes_on_where_it_is_the_runs_and_else_is_new(
     console = Console(file=StringIO(), width=300)
     run = make_run(rationale="equations", init_from="x")
     cpu = torch.device("cpu")
-    job = Job(run, {}, tmp_path, None, cpu, torch.float32, Ranks(), console, cast(StopSignal, None))
+    job = Job(run, {}, tmp_path, None, cpu, Ranks(), console, cast(StopSignal, None))
     method = make_method(job, config, Start(model, tokenizer, before))
     assert method.model is model
     assert torch.equal(logits(method.model, ids), wanted)

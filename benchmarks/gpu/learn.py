@@ -81,7 +81,7 @@ def plans() -> dict[str, Plan]:
 def main() -> None:
     args = parse_part(__doc__)
     device = device_of(args)
-    dtype = pick_dtype("auto", device)
+    dtype = pick_dtype("auto", device, width=576)  # SmolLM2
     began = time.monotonic()
     report = Report("learn", args, dtype=str(dtype).removeprefix("torch."), settings=SETTINGS, weights=args.weights)
     with tempfile.TemporaryDirectory() as folder:

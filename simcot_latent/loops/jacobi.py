@@ -78,9 +78,9 @@ class Jacobi(ThoughtLoop):
         caches: StaticCaches | None = None,
         keys: bool = False,
     ) -> Thoughts:
-        B, K, N, T = packing.rows, max(counts), sum(counts), self.config.iterations
+        B, N, T = packing.rows, sum(counts), self.config.iterations
         device = questions_PD.device
-        cache = make_cache(B, packing.longest + T * K + room, caches)
+        cache = make_cache(B, packing.longest + room, caches)
         x_ND = self.start_D.to(questions_PD.dtype).repeat(N, 1)  # with T = 0 these are the thoughts: no view of it
         taps = taps_at_last(packing, N) if keys and (T == 0 or N == 0) else None
         hidden_MD = model.transformer(torch.cat((questions_PD, x_ND)), packing, cache, read_out=B + N, taps=taps)
@@ -88,20 +88,18 @@ class Jacobi(ThoughtLoop):
         if N == 0:
             none_BKD = by_row(hidden_ND, counts)
             return Thoughts(none_BKD, cache, None, none_BKD, bot_BD, *keys_and_values(taps, counts))
-        again, position_P = Packing.of(counts).to(device), packing.offset_P[-N:]
+        again = Packing.of(counts).to(device)
         # Each thought comes of the state before it: that of the thought before, or, for the first, of <|bot|>.
         begins = [begin - count for begin, count in zip(accumulate(counts), counts, strict=True)]
         is_first_N = torch.zeros(N, dtype=torch.bool)
         is_first_N[[begin for begin, count in zip(begins, counts, strict=True) if count]] = True
         is_first_N1 = is_first_N.unsqueeze(1).to(device)
         first_ND = self.thought(bot_BD)[again.row_P]
-        begin_B = packing.length_B - again.length_B
         for step in range(T):
-            cache.hide(begin_B)
-            begin_B = cache.mark()
+            cache.rewind(again)
             x_ND = torch.where(is_first_N1, first_ND, self.thought(hidden_ND).roll(1, dims=0))
             if keys and step == T - 1:
                 taps = taps_at_last(again, N)
-            hidden_ND = model.transformer(x_ND, again, cache, position_P=position_P, taps=taps)
+            hidden_ND = model.transformer(x_ND, again, cache, taps=taps)
         found = keys_and_values(taps, counts)
         return Thoughts(by_row(x_ND, counts), cache, None, by_row(hidden_ND, counts), bot_BD, *found)

@@ -64,8 +64,8 @@ class Looped(ThoughtLoop):
         caches: StaticCaches | None = None,
         keys: bool = False,
     ) -> Thoughts:
-        B, K, N, R = packing.rows, max(counts), sum(counts), self.config.loops
-        cache = make_cache(B, packing.longest + R * K + room, caches)
+        B, N, R = packing.rows, sum(counts), self.config.loops
+        cache = make_cache(B, packing.longest + room, caches)
         start_ND = self.start_D.to(questions_PD.dtype).expand(N, -1)
         taps = taps_at_last(packing, N) if keys and (R == 0 or N == 0) else None
         hidden_MD = model.transformer(torch.cat((questions_PD, start_ND)), packing, cache, read_out=B + N, taps=taps)
@@ -73,13 +73,11 @@ class Looped(ThoughtLoop):
         if N == 0:
             none_BKD = by_row(hidden_ND, counts)
             return Thoughts(none_BKD, cache, None, none_BKD, bot_BD, *keys_and_values(taps, counts))
-        again, position_P = Packing.of(counts).to(questions_PD.device), packing.offset_P[-N:]
-        begin_B = packing.length_B - again.length_B
+        again = Packing.of(counts).to(questions_PD.device)
         for loop in range(R):
-            cache.hide(begin_B)
-            begin_B = cache.mark()
+            cache.rewind(again)
             if keys and loop == R - 1:
                 taps = taps_at_last(again, N)
-            hidden_ND = model.transformer(start_ND + hidden_ND, again, cache, position_P=position_P, taps=taps)
+            hidden_ND = model.transformer(start_ND + hidden_ND, again, cache, taps=taps)
         latents_BKD = by_row(hidden_ND, counts)
         return Thoughts(latents_BKD, cache, None, latents_BKD, bot_BD, *keys_and_values(taps, counts))

@@ -1,18 +1,16 @@
 """Key/value cache of one pass after another over the same rows, in training and in generation.
 
-A row's keys and values lie in its columns in the order in which they were read, without gaps, so what a token sees is
-its own column and those before it. Columns can be hidden from all later passes. A token's position is another matter:
-if none is given, it is the one behind what the row has read. Every pass writes its own columns in place and copies
-nothing of what is there; autograd follows (see `KVCache.attend`).
+A row's keys and values lie in its columns in the order in which they were read, without gaps: the column of a token is
+its position, and what it sees is its own column and those before it. Every pass writes its own columns in place and
+copies nothing of what is there; autograd follows (see `KVCache.attend`).
 
-Jacobi iterations (https://arxiv.org/abs/2506.18582) read the same positions again, and hide what the last one read:
+What was read last can be read again as something else. Jacobi iterations (https://arxiv.org/abs/2506.18582) do:
 
-    begin_B, position_P = cache.mark(), cache.positions(packing)
     hidden_PD = model.transformer(thoughts_PD, packing, cache)
     for _ in range(iterations):
-        cache.hide(begin_B)
+        cache.rewind(packing)
         thoughts_PD = ...
-        hidden_PD = model.transformer(thoughts_PD, packing, cache, position_P=position_P)
+        hidden_PD = model.transformer(thoughts_PD, packing, cache)
 
 Shapes: B rows, P new tokens, T new tokens of the longest row, C columns, H query heads, G key/value heads, R = H / G
 query heads a key/value head, E head width, S rows of a static cache.
@@ -37,20 +35,18 @@ class KVCache:
     """Keys and values of everything that a batch of rows has read so far.
 
     Args:
-        capacity: C, the sum over passes of what each one's longest row reads, hidden or not.
+        capacity: C, the sum over passes of what each one's longest row reads, but for passes that read again.
 
     Attributes:
         length_B: tokens that each row has read, which is the columns that it has filled.
-        next_B: the position behind what each row has read; None: as `length_B`.
-        hidden_BC: columns that no pass sees any more; None: none.
+        rewound: whether the next pass writes over columns that are filled.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.longest = 0  # an upper bound that is known without asking the device
         self.length_B: Tensor | None = None
-        self.next_B: Tensor | None = None
-        self.hidden_BC: Tensor | None = None
+        self.rewound = False
         self._layers: list[_Layer] = []
         # What links the passes of each layer for autograd; apart from the layers, which the graph refers to.
         self._links: list[Tensor] = []
@@ -59,62 +55,32 @@ class KVCache:
     def is_empty(self) -> bool:
         return self.length_B is None
 
-    def place(self, packing: Packing) -> tuple[Tensor, Tensor]:
-        """The columns (P,) that new tokens go into, and the positions (P,) behind what their rows have read.
+    def place(self, packing: Packing) -> Tensor:
+        """The columns (P,) that new tokens go into.
 
         Raises:
             ValueError: they are more than the cache has room for.
         """
         if self.longest + packing.longest > self.capacity:
             raise ValueError(f"a cache of {self.capacity} positions cannot hold {self.longest + packing.longest}")
-        if self.length_B is None:
-            return packing.offset_P, packing.offset_P
-        column_P = self.length_B[packing.row_P] + packing.offset_P
-        return column_P, column_P if self.next_B is None else self.next_B[packing.row_P] + packing.offset_P
+        return packing.offset_P if self.length_B is None else self.length_B[packing.row_P] + packing.offset_P
 
-    def positions(self, packing: Packing) -> Tensor:
-        """The positions (P,) of new tokens, if none are given."""
-        return self.place(packing)[1]
-
-    def advance(self, packing: Packing, position_P: Tensor | None = None) -> None:
-        """Counts tokens that every layer has read.
-
-        Args:
-            position_P: their positions; the next token of each row stands behind the highest. None: those of `place`.
-        """
-        if self.next_B is not None or position_P is not None:
-            self.next_B = self._next(packing, position_P)
+    def advance(self, packing: Packing) -> None:
+        """Counts tokens that every layer has read."""
         self.length_B = packing.length_B if self.length_B is None else self.length_B + packing.length_B
         self.longest += packing.longest
+        self.rewound = False
 
-    def _next(self, packing: Packing, position_P: Tensor | None) -> Tensor:
-        """The position behind what each row will have read."""
-        next_B = self.length_B if self.next_B is None else self.next_B
-        next_B = torch.zeros_like(packing.length_B) if next_B is None else next_B[: packing.rows]
-        if position_P is None:
-            return next_B + packing.length_B
-        return next_B.scatter_reduce(0, packing.row_P, position_P + 1, "amax", include_self=False)
-
-    def mark(self) -> Tensor | None:
-        """The column (B,) that each row will fill next, for `hide`."""
-        return None if self.length_B is None else self.length_B.clone()
-
-    def hide(self, begin_B: Tensor | None = None, end_B: Tensor | None = None) -> None:
-        """Hides columns from all passes to come; those that have seen them keep their gradients.
-
-        Positions go on behind what was hidden, unless they are given.
+    def rewind(self, packing: Packing) -> None:
+        """Goes back before the last tokens of each row, whose columns the next pass writes again.
 
         Args:
-            begin_B, end_B: the first column that is hidden in each row, and the first behind them that is not. None:
-                from the first, and up to the last that was read.
+            packing: how many tokens of each row these are; the next pass must be one of the same.
         """
-        if self.length_B is None:
-            return
-        column_C = torch.arange(self.capacity, device=self.length_B.device)
-        hidden_BC = column_C < (self.length_B if end_B is None else end_B).unsqueeze(1)
-        if begin_B is not None:
-            hidden_BC &= column_C >= begin_B.unsqueeze(1)
-        self.hidden_BC = hidden_BC if self.hidden_BC is None else self.hidden_BC | hidden_BC
+        assert self.length_B is not None, "nothing was read"
+        self.length_B = self.length_B - packing.length_B
+        self.longest -= packing.longest
+        self.rewound = True
 
     def slots(self, packing: Packing, column_P: Tensor, kv_heads: int) -> Tensor:
         """Where the keys, and the values, of new tokens lie in a layer's (B * G * C, E): (P * G,)."""
@@ -158,8 +124,6 @@ class KVCache:
         """Keeps only the rows with these indices (N,), in their order. For generation: gradients end here."""
         assert self.length_B is not None
         self.length_B = self.length_B[rows_N]
-        self.next_B = None if self.next_B is None else self.next_B[rows_N]
-        self.hidden_BC = None if self.hidden_BC is None else self.hidden_BC[rows_N]
         self._layers = [_Layer(layer.kv[:, rows_N]) for layer in self._layers]
         self._links = [layer.new_link() for layer in self._layers]
 
@@ -185,8 +149,6 @@ class StaticCache(KVCache):
         self.replays = True
         """Whether passes of a token per row are replayed; a model with hooks has it off, for a graph runs no Python."""
         self._length_S: Tensor | None = None
-        self._next_S: Tensor | None = None
-        self._hidden_SC: Tensor | None = None
         self._x_SD: Tensor | None = None
         self._hidden_SD: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -195,45 +157,28 @@ class StaticCache(KVCache):
 
     def begin(self) -> None:
         """Forgets what was read, to be used for another batch."""
-        self.length_B, self.longest, self._filled, self._links = None, 0, 0, []
-        self.next_B = None
-        if self._hidden_SC is not None:
-            self._hidden_SC.zero_()
+        self.length_B, self.longest, self.rewound, self._filled, self._links = None, 0, False, 0, []
 
-    def place(self, packing: Packing) -> tuple[Tensor, Tensor]:
-        column_P, position_P = super().place(packing)
-        return column_P.clamp(max=self.capacity - 1), position_P.clamp(max=self.context_length - 1)
+    def place(self, packing: Packing) -> Tensor:
+        return super().place(packing).clamp(max=min(self.capacity, self.context_length) - 1)
 
-    # What a replayed pass reads and writes stays where it is. What is new to it is not in its graph, which must go.
+    # What a replayed pass reads and writes stays where it is.
 
-    def advance(self, packing: Packing, position_P: Tensor | None = None) -> None:
+    def advance(self, packing: Packing) -> None:
         if self._length_S is None:
             self._length_S = packing.length_B.new_zeros(self.rows)
-        if self._next_S is None and position_P is not None:
-            self._next_S, self._graph = torch.zeros_like(self._length_S), None
-        next_B = None if self._next_S is None else self._next(packing, position_P)
         if self.length_B is None:
             self._length_S.zero_()
-        if self._next_S is not None and next_B is not None:
-            self._next_S[: packing.rows] = next_B
-            self.next_B = self._next_S
         self._length_S[: packing.rows] += packing.length_B
         self.length_B = self._length_S
         self.longest += packing.longest
+        self.rewound = False
 
-    def hide(self, begin_B: Tensor | None = None, end_B: Tensor | None = None) -> None:
-        super().hide(self._for_all_rows(begin_B), self._for_all_rows(end_B))
-        if self.hidden_BC is None:
-            return
-        if self._hidden_SC is None:
-            self._hidden_SC, self._graph = torch.zeros_like(self.hidden_BC), None
-        self.hidden_BC = self._hidden_SC.copy_(self.hidden_BC)
-
-    def _for_all_rows(self, column_B: Tensor | None) -> Tensor | None:
-        """Columns of the rows of a batch as those of all S; of unused rows, behind the last that was read."""
-        if column_B is None or self.length_B is None:
-            return column_B
-        return torch.cat((column_B, self.length_B[len(column_B) :]))
+    def rewind(self, packing: Packing) -> None:
+        assert self._length_S is not None, "nothing was read"
+        self._length_S[: packing.rows] -= packing.length_B
+        self.longest -= packing.longest
+        self.rewound = True
 
     def _new_layer(self, zeros: Callable[..., Tensor], shape: tuple[int, ...]) -> _Layer:
         if self._filled == len(self._layers):
@@ -285,15 +230,14 @@ class StaticCache(KVCache):
 
     def _capture(self, run: Callable[[Tensor, Packing], Tensor]) -> torch.cuda.CUDAGraph:
         assert self._length_S is not None
-        counts = [(x, x.clone()) for x in (self._length_S, self._next_S) if x is not None]
+        before_S = self._length_S.clone()
         # Libraries allocate at their first calls, which a graph must not see; what these passes write is overwritten.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self._run(run)
-                for now, before in counts:
-                    now.copy_(before)
+                self._length_S.copy_(before_S)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # What autocast keeps of a weight it would keep inside the graph, where others must not look.
@@ -341,6 +285,31 @@ class _Layer:
         self.k_rows, self.v_rows = (rearrange(half, "b g c e -> (b g c) e") for half in kv)
         self.queries = 0  # R * T of all later passes so far
         self.left: _LeftBehind | None = None
+        # What was written over, for the way back: the slots, and what they held, of which `time` writes are done.
+        self.overwritten: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.time = 0
+
+    def write(self, k_NE: Tensor, v_NE: Tensor, slot_N: Tensor, keeps: bool) -> None:
+        """Writes keys and values.
+
+        Args:
+            keeps: whether what the slots held will be needed again.
+        """
+        if keeps:
+            self.overwritten.append((slot_N, self.k_rows[slot_N], self.v_rows[slot_N]))
+            self.time += 1
+        self.k_rows.index_copy_(0, slot_N, k_NE)
+        self.v_rows.index_copy_(0, slot_N, v_NE)
+
+    def go_to(self, time: int) -> None:
+        """Makes keys and values what they were when so many writes over others were done."""
+        while self.time != time:
+            number = self.time - (time < self.time)
+            slot_N, k_NE, v_NE = self.overwritten[number]
+            self.overwritten[number] = slot_N, self.k_rows[slot_N], self.v_rows[slot_N]
+            self.k_rows.index_copy_(0, slot_N, k_NE)
+            self.v_rows.index_copy_(0, slot_N, v_NE)
+            self.time += 1 if time > self.time else -1
 
     def new_link(self) -> Tensor:
         return self.kv.new_empty(0)
@@ -377,6 +346,12 @@ class _LeftBehind:
         scores = scores.gather(2, column.expand(-1, scores.shape[1], -1))
         return torch.bmm(scores.transpose(1, 2), others).unflatten(0, (2, -1))
 
+    def clear(self, slot_N: Tensor) -> None:
+        """Takes slots out of what earlier passes find: before this one they held other keys and values."""
+        _, heads, _, C = self.scores.shape
+        stays = self.scores.new_ones(heads * C).index_fill_(0, slot_N, 0).view(heads, 1, C)
+        self.scores[:, :, self.begin :] *= stays
+
     def _so_far(self) -> tuple[Tensor, Tensor]:
         return self.scores[:, :, self.begin :].flatten(0, 1), self.others[:, :, self.begin :].flatten(0, 1)
 
@@ -403,6 +378,8 @@ class CacheView:
         fused: bool = False,
     ) -> None:
         self.packing, self.rotary, self.heads, self.fused = packing, rotary, heads, fused
+        # Whether what the columns held is needed on the way back.
+        self.overwrites = cache.rewound and torch.is_grad_enabled()
         self.sizes = {"b": packing.rows, "t": packing.longest, "r": heads[0] // heads[1]}  # none is told by a size of 0
         (H, G), C, device = heads, cache.capacity, column_P.device
         # Columns that nobody has reached yet are left out; in training the whole buffer is used, whose gradient
@@ -412,12 +389,8 @@ class CacheView:
         self.slot_N = cache.slots(packing, column_P, G)
         column_BT = packing.pad(column_P)
         self.column = repeat(column_BT, "b t -> (half b g) 1 t", half=2, g=G)
-        hidden_BTC = torch.arange(self.end, device=device) > column_BT.unsqueeze(2)
-        if cache.hidden_BC is not None:
-            # Where there is no token, something must be seen still: the softmax of nothing is not a number.
-            is_token_BT = packing.pad(torch.ones_like(column_P)) > 0
-            hidden_BTC |= cache.hidden_BC[: packing.rows, None, : self.end] & is_token_BT.unsqueeze(2)
-        bias_BTC = torch.zeros(hidden_BTC.shape, device=device).masked_fill_(hidden_BTC, -math.inf)
+        later_BTC = torch.arange(self.end, device=device) > column_BT.unsqueeze(2)
+        bias_BTC = torch.zeros(later_BTC.shape, device=device).masked_fill_(later_BTC, -math.inf)
         self.bias = repeat(bias_BTC, "b t c -> (b g) (r t) c", g=G, r=H // G)
 
 
@@ -426,8 +399,7 @@ class _Fill(torch.autograd.Function):
     def forward(ctx: Any, k_PGE: Tensor, v_PGE: Tensor, layer: _Layer, slot_N: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.layer, ctx.slot_N = layer, slot_N
-        layer.k_rows.index_copy_(0, slot_N, k_PGE.flatten(0, 1))
-        layer.v_rows.index_copy_(0, slot_N, v_PGE.flatten(0, 1))
+        layer.write(k_PGE.flatten(0, 1), v_PGE.flatten(0, 1), slot_N, keeps=False)
         return layer.new_link()
 
     @staticmethod
@@ -450,8 +422,7 @@ class _Attend(torch.autograd.Function):
         qk_PXE, v_PGE = qkv_PXE[:, : H + G], qkv_PXE[:, H + G :]
         if view.rotary is not None:
             qk_PXE = view.rotary.turn(qk_PXE)
-        layer.k_rows.index_copy_(0, view.slot_N, qk_PXE[:, H:].flatten(0, 1))
-        layer.v_rows.index_copy_(0, view.slot_N, v_PGE.flatten(0, 1))
+        layer.write(qk_PXE[:, H:].flatten(0, 1), v_PGE.flatten(0, 1), view.slot_N, keeps=view.overwrites)
         # Query heads beside the key/value head that they share.
         q = rearrange(view.packing.pad(qk_PXE[:, :H]), "b t (g r) e -> (b g) (r t) e", g=G, **view.sizes)
         # A static cache may have more rows than the batch.
@@ -461,7 +432,7 @@ class _Attend(torch.autograd.Function):
         out_BTD = rearrange(out, "(b g) (r t) e -> b t (g r e)", g=G, **view.sizes)
         ctx.save_for_backward(q, weights)  # those of a fused kernel are worked out again
         layer.queries += q.shape[1]
-        ctx.layer, ctx.view, ctx.queries = layer, view, layer.queries
+        ctx.layer, ctx.view, ctx.queries, ctx.time = layer, view, layer.queries, layer.time
         return view.packing.unpad(out_BTD), layer.new_link()
 
     @staticmethod
@@ -481,7 +452,8 @@ class _Attend(torch.autograd.Function):
             others.zero_()
             grad_q_PHE = q.new_zeros(len(view.packing), H, E)
         else:
-            if weights is None:  # columns that later passes have written since are hidden
+            layer.go_to(ctx.time)
+            if weights is None:  # columns that later passes have written since are not seen
                 weights = _weights(q, layer.k, view)
             grad_out = rearrange(view.packing.pad(grad_PD), "b t (g r e) -> (b g) (r t) e", g=G, e=E, **view.sizes)
             grad_weights = torch.bmm(grad_out, layer.v.transpose(1, 2))
@@ -493,6 +465,8 @@ class _Attend(torch.autograd.Function):
             grad_q = rearrange(torch.bmm(scores[0], layer.k), "(b g) (r t) e -> b t (g r) e", g=G, **view.sizes)
             grad_q_PHE = view.packing.unpad(grad_q)
         grad_kv = rearrange(layer.left.grad_columns(view.column), "half (b g) t e -> b t half g e", g=G)
+        if view.overwrites:
+            layer.left.clear(view.slot_N)
         grad_k_PGE, grad_v_PGE = view.packing.unpad(grad_kv).unbind(1)
         grad_PXE = torch.cat((grad_q_PHE, grad_k_PGE, grad_v_PGE), dim=1)
         if view.rotary is not None:

@@ -147,7 +147,6 @@ class Sight:
         cache: what the rows have read before; None: nothing, and this pass is not to be remembered.
         config: for the shapes of its heads, and its positions.
         fused: whether a fused kernel attends in passes after the first.
-        position_P: where the tokens stand. None: behind what their rows have read.
         taps: who wants to see queries, keys and values.
     """
 
@@ -157,22 +156,20 @@ class Sight:
         cache: KVCache | None,
         config: GPTConfig,
         fused: bool = False,
-        position_P: Tensor | None = None,
         taps: Taps | None = None,
     ) -> None:
         self.packing, self.cache, self.taps = packing, cache, taps
         self.heads = H, G = config.n_head, config.kv_heads
-        column_P, following_P = (packing.offset_P, packing.offset_P) if cache is None else cache.place(packing)
-        self.position_P = following_P if position_P is None else position_P
+        self.position_P = packing.offset_P if cache is None else cache.place(packing)
         self.rotary = None
         if config.positions == "rotary":
             self.rotary = Rotary.at(self.position_P, config.head_width, config.rope_base, config.rope_scaling)
         self.layer = 0  # layers attend one after the other
         self.view = self.slot_N = None
         if cache is not None and cache.is_empty:
-            self.slot_N = cache.slots(packing, column_P, G)
+            self.slot_N = cache.slots(packing, self.position_P, G)
         elif cache is not None:
-            self.view = CacheView(cache, packing, column_P, self.rotary, (H, G), fused)
+            self.view = CacheView(cache, packing, self.position_P, self.rotary, (H, G), fused)
         self.device = packing.row_P.device.type
         self.in_autocast = torch.is_autocast_enabled(self.device)
 
@@ -388,7 +385,6 @@ class Transformer(nn.Module):
         packing: Packing | None = None,
         cache: KVCache | None = None,
         read_out: int | None = None,
-        position_P: Tensor | None = None,
         taps: Taps | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
@@ -399,8 +395,6 @@ class Transformer(nn.Module):
             cache: what the rows have read before; the new tokens are added to it.
             read_out: M, how many of the last tokens' hidden states are wanted: the last block computes no others. Only
                 with a packing. None: all.
-            position_P: the position of each token; (B, T) without a packing. None: behind what its row has read. What a
-                token sees goes by the order of reading, not by positions.
             taps: to be filled with hidden states, keys and values on the way.
 
         Raises:
@@ -414,17 +408,16 @@ class Transformer(nn.Module):
             grid = Packing.grid(B, T, x.device)
             if read_out is not None:
                 raise ValueError("read_out needs a packing: of rows of equal length all tokens are read out")
-            flat_P = None if position_P is None else position_P.flatten()
-            x_PD = self.forward(rearrange(x, "b t d -> (b t) d"), grid, cache, None, flat_P, taps)
+            x_PD = self.forward(rearrange(x, "b t d -> (b t) d"), grid, cache, None, taps)
             return rearrange(x_PD, "(b t) d -> b t d", b=B, t=T)
         if isinstance(cache, StaticCache):
             if cache.is_empty:
                 cache.replays = not is_hooked(self)  # a graph runs no Python
-            if position_P is None and taps is None and cache.can_replay(packing):
+            if taps is None and cache.can_replay(packing):
                 return cache.replay(lambda x_SD, every_row: self(x_SD, every_row, cache), x)
         if taps is not None:
             taps.begin(len(self.blocks), len(packing), read_out, x.device)
-        sight = Sight(packing, cache, self.config, self.later_attention == "sdpa", position_P, taps)
+        sight = Sight(packing, cache, self.config, self.later_attention == "sdpa", taps)
         x_PD = x if self.positions is None else x + self.positions(sight.position_P)
         if self.embedding_norm is not None:
             x_PD = self.embedding_norm(x_PD)
@@ -433,7 +426,7 @@ class Transformer(nn.Module):
                 taps.add_hidden(layer, x_PD)
             x_PD = block(x_PD, sight, read_out if layer == len(self.blocks) - 1 else None)
         if cache is not None:
-            cache.advance(packing, position_P)
+            cache.advance(packing)
         hidden_MD = self.norm(x_PD)
         if taps is not None:
             for state, x_MD in enumerate((x_PD, hidden_MD), start=len(self.blocks)):
@@ -463,14 +456,13 @@ class GPT(nn.Module):
         packing: Packing | None = None,
         cache: KVCache | None = None,
         read_out: int | None = None,
-        position_P: Tensor | None = None,
         taps: Taps | None = None,
     ) -> Tensor:
         """Hidden states after the final norm for token ids, (P,) with a packing or (B, T); see `Transformer.forward`.
 
         What are no tokens, such as thoughts, goes into `transformer` as input embeddings.
         """
-        return self.transformer(self.embedding(ids), packing, cache, read_out, position_P, taps)
+        return self.transformer(self.embedding(ids), packing, cache, read_out, taps)
 
     @property
     def output_table(self) -> Tensor:

@@ -84,7 +84,7 @@ class Reporter:
             size += f", of which {learned:,} are trained (LoRA)"
         self.console.print(
             f"mode={run.mode} | {size} | {len(examples)} problems, {held_out} held out | "
-            f"{self.num_steps} steps of {run.target_examples_per_step} | {job.device}, {job.dtype}, "
+            f"{self.num_steps} steps of {run.target_examples_per_step} | {job.device}, {job.dtype(model)}, "
             f"{job.ranks.world} rank(s), {torch.get_num_threads()} threads | {job.out_dir}".replace("torch.", "")
         )
         encoded = examples.made() if isinstance(examples, Lazily) else examples
@@ -161,7 +161,7 @@ class Reporter:
         has_thoughts = checkpoint.reads_steps
         if has_thoughts:
             self.method.eval()
-            with torch.no_grad(), autocast(self.job.device, self.job.dtype):
+            with torch.no_grad(), autocast(self.job.device, self.job.dtype(self.method.model)):
                 probes = probe_problems(checkpoint, held_out.problems[:5])
             self.console.print(probe_table(probes, held_out.tolerance))
         source, words = source_name(self.job.raw), [f"ckpt={self.job.out_dir}"]

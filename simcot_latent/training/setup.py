@@ -20,7 +20,7 @@ from simcot_latent.data.problem import Problem
 from simcot_latent.data.sources import LoadedSplit, Source, Split
 from simcot_latent.data.sources.files import UNREAD
 from simcot_latent.data.tokenizer import Tokenizer
-from simcot_latent.distributed import Ranks
+from simcot_latent.distributed import Ranks, pick_dtype
 from simcot_latent.errors import UserError, file_errors
 from simcot_latent.interop.pretrained import load_pretrained, with_latent_tokens
 from simcot_latent.logs import track, warn
@@ -45,10 +45,13 @@ class Job:
     start: Path | None
     """The checkpoint that training goes on from."""
     device: torch.device
-    dtype: torch.dtype
     ranks: Ranks
     console: Console
     stop: StopSignal
+
+    def dtype(self, model: GPT) -> torch.dtype:
+        """The number format of the model's matrix products."""
+        return pick_dtype(self.run.dtype, self.device, model.config.n_embd)
 
 
 @dataclass

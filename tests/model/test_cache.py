@@ -72,9 +72,9 @@ def test_who_may_see_whom() -> None:
     """A row's own columns up to the query's position; where there is no token, something, so softmax is defined."""
     cache, first, second = KVCache(capacity=5), Packing.of([1, 3, 2]), Packing.of([2, 1, 0])
     cache.advance(first)
-    position_P = cache.positions(second)
-    assert position_P.tolist() == [1, 2, 3]
-    view = CacheView(cache, second, position_P, rotary=None, heads=(4, 2))
+    column_P = cache.place(second)
+    assert column_P.tolist() == [1, 2, 3]
+    view = CacheView(cache, second, column_P, rotary=None, heads=(4, 2))
     seen_BTC = torch.tensor(
         [[[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], [[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]], [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]]
     )
@@ -340,40 +340,20 @@ def test_gradients_end_where_rows_are_kept(model: GPT, rows: list[int]) -> None:
     assert x_BTD.grad[rows, 8:].any(dim=-1).all()
 
 
-# Columns that are hidden, positions that are given
+# What is read again
 
 
-def test_hidden_columns_are_not_seen() -> None:
-    """Only by tokens: where there is none, something is seen, though column 0 is hidden."""
-    cache, first, second = KVCache(capacity=6), Packing.of([1, 3, 2]), Packing.of([2, 1, 0])
-    cache.advance(first)
-    begin_B = cache.mark()
-    assert begin_B is not None
-    cache.hide(None, begin_B - 1)  # all but the last
-    cache.advance(Packing.of([1, 0, 1]))
-    cache.hide(begin_B)
-    view = CacheView(cache, second, cache.place(second)[0], rotary=None, heads=(1, 1))
-    seen_BTC = [
-        [[1, 0, 1, 0, 0, 0], [1, 0, 1, 1, 0, 0]],  # column 1 is hidden
-        [[0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]],  # columns 0 and 1 are
-        [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]],
-    ]
-    assert torch.equal(view.bias == 0, torch.tensor(seen_BTC).bool())
-
-
-def test_positions_go_on_behind_the_highest_that_was_given() -> None:
-    cache, one_each = KVCache(capacity=20), Packing.of([1, 1, 1])
-    cache.advance(Packing.of([2, 5, 3]))
-    assert cache.positions(one_each).tolist() == [2, 5, 3]
-    begin_B = cache.mark()
-    cache.advance(Packing.of([2, 0, 3]))
-    cache.hide(begin_B)
-    assert cache.positions(one_each).tolist() == [4, 5, 6], "hiding alone moves nothing"
-    cache.advance(Packing.of([2, 0, 3]), torch.tensor([3, 2, 9, 7, 8]))
-    assert cache.positions(one_each).tolist() == [4, 5, 10]
-    cache.advance(one_each)
-    assert cache.positions(one_each).tolist() == [5, 6, 11]
-    assert cache.place(one_each)[0].tolist() == [7, 6, 10], "columns are tokens read, whatever their positions"
+def test_rewinding_goes_back_before_the_last_tokens() -> None:
+    cache, one_each, again = KVCache(capacity=8), Packing.of([1, 1, 1]), Packing.of([2, 0, 3])
+    cache.advance(Packing.of([4, 5, 3]))
+    assert cache.place(one_each).tolist() == [4, 5, 3]
+    cache.rewind(again)
+    assert cache.rewound
+    assert cache.place(again).tolist() == [2, 3, 0, 1, 2]
+    cache.advance(again)
+    assert not cache.rewound
+    assert cache.place(one_each).tolist() == [4, 5, 3]
+    assert cache.longest == 5, "what is read again takes no room"
 
 
 @pytest.mark.parametrize("asks", ["every iteration", "the text"])
@@ -382,7 +362,7 @@ def test_positions_go_on_behind_the_highest_that_was_given() -> None:
 def test_jacobi_iterations(
     model: GPT, counts: list[int], attention: str, asks: str, assert_equal_gradients: Callable[..., None]
 ) -> None:
-    """Iterations over the same positions, each of which hides the one before, and text that goes on behind the last.
+    """Iterations over the same columns, each in place of the one before, and text that goes on behind the last.
 
     Values and gradients are those of each row alone, where every iteration reads the question anew.
     """
@@ -399,15 +379,14 @@ def test_jacobi_iterations(
         return [torch.cat((x_CD[:1], h_CD[:-1])) for x_CD, h_CD in zip(latents, hidden, strict=True)]
 
     questions, latents, answers = embedded()
-    cache, packing = KVCache(max(lengths) + (iterations + 1) * max(counts) + max(texts)), Packing.of(counts)
+    cache, packing = KVCache(max(lengths) + max(counts) + max(texts)), Packing.of(counts)
     model.transformer(torch.cat(questions), Packing.of(lengths), cache)
-    begin_B, position_P = cache.mark(), cache.positions(packing)
     found = list[Tensor]()
     for iteration in range(iterations + 1):
         if iteration > 0:
-            cache.hide(begin_B)
+            cache.rewind(packing)
             latents = updated(latents, found[-len(counts) :])
-        found += model.transformer(torch.cat(latents), packing, cache, position_P=position_P).split(counts)
+        found += model.transformer(torch.cat(latents), packing, cache).split(counts)
     found += model.transformer(torch.cat(answers), Packing.of(texts), cache).split(texts)
 
     questions, latents, answers = embedded()
@@ -442,110 +421,98 @@ def test_as_many_jacobi_iterations_as_thoughts_are_one_after_the_other(model: GP
         for _ in range(C - 1):
             thoughts.append(model.transformer(thoughts[-1], one_each, cache))
 
-        cache, grid = KVCache(max(lengths) + C * C), Packing.grid(len(lengths), C)
+        cache, grid = KVCache(max(lengths) + C), Packing.grid(len(lengths), C)
         model.transformer(questions_PD, Packing.of(lengths), cache)
-        begin_B, position_P = cache.mark(), cache.positions(grid)
         x_BCD = model.embedding(random_ids(len(lengths), C, seed=1))
         x_BCD[:, 0] = first_BD
         for _ in range(C - 1):
-            hidden_PD = model.transformer(x_BCD.flatten(0, 1), grid, cache, position_P=position_P)
+            hidden_PD = model.transformer(x_BCD.flatten(0, 1), grid, cache)
             x_BCD = torch.cat((x_BCD[:, :1], hidden_PD.unflatten(0, (-1, C))[:, :-1]), dim=1)
-            cache.hide(begin_B)
+            cache.rewind(grid)
     torch.testing.assert_close(x_BCD, torch.stack(thoughts, dim=1), atol=3e-5, rtol=3e-5)
 
 
-class Place(NamedTuple):
-    """How a piece is read: hidden from what follows or not, and the position it begins at; None: where it would."""
-
-    hides: bool
-    begin: int | None
-
-
 @st.composite
-def places(draw: st.DrawFn) -> tuple[Reading, list[Place]]:
+def repeated(draw: st.DrawFn) -> tuple[Reading, list[int]]:
     reading = draw(readings())
-    begin = st.none() | st.integers(0, 20)
-    return reading, [Place(draw(st.booleans()), draw(begin)) for _ in reading.pieces]
+    return reading, [draw(st.integers(1, 3)) for _ in reading.pieces]
 
 
+@pytest.mark.parametrize("attention", ["products", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
-@given(case=places())
-@example(case=(Reading([[3, 1], [2, 4], [1, 2]], [True, True, True], 0, 0), [Place(True, None)] * 3)).via("all hidden")
-@example(case=(Reading([[3, 1], [2, 0], [1, 2]], [False, False, True], 0, 0),
-               [Place(False, 4), Place(True, None), Place(False, 0)])).via("one between is")  # fmt: skip
-@settings(deadline=None, max_examples=40)
-def test_hiding_is_never_having_read(
+@given(case=repeated(), first_counts=st.booleans(), last_counts=st.booleans())
+@example(case=(Reading([[3, 1], [2, 4], [1, 2]], [True] * 3, 0, 0), [3, 3, 3]), first_counts=True,
+         last_counts=True).via("all are read again")  # fmt: skip
+@example(case=(Reading([[3, 1], [2, 0], [1, 2]], [False, True, False], 0, 0), [1, 2, 2]), first_counts=True,
+         last_counts=False).via("nothing comes of the last")  # fmt: skip
+@settings(deadline=None, max_examples=25)
+def test_what_is_read_again_was_never_read(
     make_model: Callable[..., GPT],
     assert_equal_gradients: Callable[..., None],
     family: str,
-    case: tuple[Reading, list[Place]],
+    attention: str,
+    case: tuple[Reading, list[int]],
+    first_counts: bool,
+    last_counts: bool,
 ) -> None:
-    """Pieces at any positions, hidden or not: each is as if the row had been read anew without what is hidden."""
-    reading, how = case
+    """Pieces that are read up to three times, as other tokens each time: as if each row had been read anew."""
+    reading, times = case
     model = make_model(family)
-    lengths = [sum(row) for row in zip(*reading.pieces, strict=True)]
-    ids_BT = random_ids(len(lengths), max(lengths), reading.seed)
+    model.transformer.later_attention = attention
+    rows = len(reading.pieces[0])
     cache = KVCache(room_for(reading.pieces) + reading.spare)
     scalar, expected = torch.zeros(()), torch.zeros(())
-    read, following = [0] * len(lengths), [0] * len(lengths)
-    visible: list[list[tuple[int, int]]] = [[] for _ in lengths]  # (token, position) of each row
+    before: list[list[int]] = [[] for _ in range(rows)]
+    contexts = before
     anything = False
-    for number, (piece, place, counts) in enumerate(zip(reading.pieces, how, reading.counts, strict=True)):
-        ids = [ids_T[begin : begin + n] for ids_T, begin, n in zip(ids_BT, read, piece, strict=True)]
-        begins = following if place.begin is None else [place.begin] * len(lengths)
-        positions = [list(range(begin, begin + n)) for begin, n in zip(begins, piece, strict=True)]
-        given = None if place.begin is None else torch.tensor([x for row in positions for x in row])
-        mark = cache.mark()
-        hidden_PD = model(torch.cat(ids), Packing.of(piece), cache, position_P=given)
-        if place.hides:
-            cache.hide(mark)
-        for row, hidden_TD in enumerate(hidden_PD.split(piece)):
-            read[row] += piece[row]
-            if piece[row] == 0:
-                continue
-            following[row] = positions[row][-1] + 1
-            context = visible[row] + list(zip(ids[row].tolist(), positions[row], strict=True))
-            tokens_T, position_T = torch.tensor(context).unbind(1)
-            alone_TD = model(tokens_T, Packing.of([len(context)]), position_P=position_T)[-piece[row] :]
-            torch.testing.assert_close(hidden_TD, alone_TD, atol=3e-5, rtol=3e-5)
-            if not place.hides:
-                visible[row] = context
-            if counts:
-                anything = True
-                weight_TD = random_weights(*hidden_TD.shape, seed=number)
-                scalar = scalar + (hidden_TD * weight_TD).sum()
-                expected = expected + (alone_TD * weight_TD).sum()
+    for number, (piece, n_times, counts) in enumerate(zip(reading.pieces, times, reading.counts, strict=True)):
+        packing = Packing.of(piece)
+        for time in range(n_times):
+            seed = reading.seed + 10 * number + time
+            ids = random_ids(1, sum(piece), seed)[0].split(piece)
+            if time > 0:
+                cache.rewind(packing)
+            hidden_PD = model(torch.cat(ids), packing, cache)
+            contexts = [[*row, *new.tolist()] for row, new in zip(before, ids, strict=True)]
+            for row, hidden_TD in enumerate(hidden_PD.split(piece)):
+                if piece[row] == 0:
+                    continue
+                alone_TD = model(torch.tensor(contexts[row]), Packing.of([len(contexts[row])]))[-piece[row] :]
+                torch.testing.assert_close(hidden_TD, alone_TD, atol=3e-5, rtol=3e-5)
+                if counts and (time > 0 or first_counts) and (time < n_times - 1 or last_counts):
+                    anything = True
+                    weight_TD = random_weights(*hidden_TD.shape, seed=seed)
+                    scalar = scalar + (hidden_TD * weight_TD).sum()
+                    expected = expected + (alone_TD * weight_TD).sum()
+        before = contexts
     if anything:
         assert_equal_gradients(scalar, expected, model)
 
 
+@pytest.mark.parametrize("attention", ["products", "sdpa"])
+def test_going_back_twice_through_what_was_read_again(model: GPT, attention: str) -> None:
+    """The columns are then what they were after the first pass; the second time they must be the last's once more."""
+    model.transformer.later_attention = attention
+    x_BTD = model.embedding(random_ids(2)).detach().requires_grad_()
+    packing, cache = Packing.grid(2, 4), KVCache(LENGTH)
+    model.transformer(x_BTD[:, :6].flatten(0, 1), Packing.grid(2, 6), cache)
+    for begin in (2, 4, 6):
+        cache.rewind(packing)
+        hidden_PD = model.transformer(x_BTD[:, begin : begin + 4].flatten(0, 1), packing, cache)
+    scalar = (hidden_PD * random_weights(*hidden_PD.shape)).sum()
+    once, twice = (torch.autograd.grad(scalar, x_BTD, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(twice, once)
+
+
 @torch.no_grad()
-def test_keep_knows_what_is_hidden_and_where_rows_go_on(model: GPT) -> None:
+def test_rows_that_are_kept_can_be_rewound(model: GPT) -> None:
     ids_BT = random_ids(3)
     found = []
     for rows in ([0, 1, 2], [2, 0]):
-        cache = KVCache(2 * LENGTH)
+        cache, grid = KVCache(2 * LENGTH), Packing.grid(len(rows), 2)
         read_ragged(model, ids_BT, [[4, 2, 5]], cache)
-        begin_B, packing = cache.mark(), Packing.of([1, 2, 3])
-        model(ids_BT[0, :6], packing, cache, position_P=torch.tensor([0, 1, 2, 3, 4, 5]))
-        cache.hide(begin_B)
         if len(rows) < 3:
             cache.keep(torch.tensor(rows))
-        hidden = model(ids_BT[rows, 6], Packing.grid(len(rows), 1), cache)
-        found.append([hidden, cache.positions(Packing.grid(len(rows), 1))])
-    for everyone, kept in zip(*found, strict=True):
-        torch.testing.assert_close(kept, everyone[[2, 0]], atol=1e-5, rtol=1e-5)
-
-
-def test_given_positions_of_a_plain_pass(model: GPT) -> None:
-    """Without a cache too, packed or not: rotary positions are relative, learned ones are not."""
-    ids_BT = random_ids(2)
-    position_BT = torch.arange(LENGTH).expand(2, -1)
-    with torch.no_grad():
-        plain_BTD = model(ids_BT)
-        torch.testing.assert_close(model(ids_BT, position_P=position_BT), plain_BTD)
-        moved_BTD = model(ids_BT, position_P=position_BT + 7)
-        packed_PD = model(ids_BT.flatten(), Packing.of([LENGTH] * 2), position_P=(position_BT + 7).flatten())
-    torch.testing.assert_close(packed_PD, moved_BTD.flatten(0, 1), atol=1e-5, rtol=1e-5)
-    is_relative = model.config.positions == "rotary"
-    assert torch.allclose(moved_BTD, plain_BTD, atol=1e-4) == is_relative
+        cache.rewind(grid)
+        found.append(model(ids_BT[rows, 6:8].flatten(), grid, cache).unflatten(0, (-1, 2)))
+    torch.testing.assert_close(found[1], found[0][[2, 0]], atol=1e-5, rtol=1e-5)

@@ -75,50 +75,28 @@ def test_gradients_need_an_ordinary_cache(model: GPT) -> None:
 
 
 @torch.no_grad()
-def test_hidden_columns_and_given_positions(model: GPT) -> None:
-    """As with an ordinary cache, in batches that hide and in batches that do not, whichever comes first."""
+def test_what_is_read_again(model: GPT) -> None:
+    """As with an ordinary cache, in batches that read again and in batches that do not, whichever comes first."""
     ids = torch.randint(61, (60,), generator=torch.Generator().manual_seed(0))
 
-    def read_with(cache: KVCache, lengths: list[int], hides: bool) -> list[Tensor]:
+    def read_with(cache: KVCache, lengths: list[int], again: bool) -> list[Tensor]:
         rows, two_each = len(lengths), Packing.grid(len(lengths), 2)
         found = [model(ids[: sum(lengths)], Packing.of(lengths), cache)]
-        begin_B, position_P = cache.mark(), cache.positions(two_each)
         for iteration in range(3):
-            found.append(model(ids[iteration:][: 2 * rows], two_each, cache, position_P=position_P if hides else None))
-            if hides:
-                cache.hide(begin_B)
+            if again and iteration > 0:
+                cache.rewind(two_each)
+            found.append(model(ids[iteration:][: 2 * rows], two_each, cache))
         for step in range(4):
             found.append(model(ids[10 * step :][:rows], Packing.grid(rows, 1), cache))
         return found
 
     static = StaticCache(rows=8, capacity=20, context_length=128)
-    for seed, hides in enumerate((False, True, False, True, True)):
+    for seed, again in enumerate((False, True, False, True, True)):
         lengths = LENGTHS[seed:] + [4] * seed
         static.begin()
-        wanted = read_with(KVCache(20), lengths, hides)
-        for ours, expected in zip(read_with(static, lengths, hides), wanted, strict=True):
+        wanted = read_with(KVCache(20), lengths, again)
+        for ours, expected in zip(read_with(static, lengths, again), wanted, strict=True):
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("needs", ["positions", "hiding"])
-@torch.no_grad()
-def test_a_graph_goes_when_a_batch_needs_what_it_does_not_know(model: GPT, needs: str) -> None:
-    static, graph, two_each = StaticCache(rows=5, capacity=40, context_length=128), object(), Packing.grid(5, 2)
-
-    def read_on() -> None:
-        model(torch.zeros(10, dtype=torch.long), two_each, static, position_P=positions)
-        if needs == "hiding":
-            static.hide(static.mark())
-
-    positions = torch.arange(10) if needs == "positions" else None
-    for batch in range(2):
-        static.begin()
-        read(model, static, LENGTHS, passes=1)
-        static._graph = graph  # type: ignore[assignment]
-        for again in (batch > 0, True):
-            read_on()
-            assert (static._graph is graph) == again, "once it knows, it stays"
-            static._graph = graph  # type: ignore[assignment]
 
 
 LOOPS: dict[str, Callable[[int], ThoughtLoop] | None] = {
