@@ -2,12 +2,14 @@
 
 Each run is the command a user would type: `python -m simcot_latent.train method=X seed=S num_iterations=N`, or the
 `experiment=arithmetic_X` where a method needs other sizes on these data, then `python -m evals.arithmetic`. N is what
-fits into the minutes: a trial of the whole schedule in few steps tells how long a step takes on average, on the core
-that the run will have. Every run has one thread on a core of its own, as many side by side as there are `--cores`.
+fits into the minutes, the same for all seeds. Before anything else, a trial of every method, its whole schedule in few
+steps, tells how long a step takes on average; nothing else should use the cores meanwhile. Every run has one thread on
+a core of its own, as many side by side as there are `--cores`.
 
-Results are kept run by run in `--out-dir`, so a command that was stopped goes on where it was; the table shows, per
-method, the mean over seeds of the test accuracy with the 95% Wilson interval of all answers together, each seed's, the
-steps read out of the thoughts, tokens, thoughts and passes per answer, questions per second and training seconds.
+Trials and results are kept run by run in `--out-dir`, so a command that was stopped goes on where it was; the table
+shows, per method, the mean over seeds of the test accuracy with the 95% Wilson interval of all answers together, each
+seed's, the steps read out of the thoughts, tokens, thoughts and passes per answer, questions per second and training
+seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -52,16 +55,17 @@ def main() -> None:
     for core in args.cores:
         cores.put(core)
 
-    def work(run: tuple[str, int]) -> dict[str, Any]:
+    def on_a_core(work: Callable[..., Any], *values: Any) -> Any:
         core = cores.get()
         try:
-            return result(*run, core, args)
+            return work(*values, core, args)
         finally:
             cores.put(core)
 
     runs = [(method, seed) for seed in args.seeds for method in args.methods]
     with ThreadPoolExecutor(len(args.cores)) as pool:
-        results = list(pool.map(work, runs))
+        list(pool.map(partial(on_a_core, seconds_per_step), args.methods))
+        results = list(pool.map(lambda run: on_a_core(result, *run), runs))
     rows = [summary(method, [r for r in results if r["method"] == method]) for method in args.methods]
     args.cores, args.out_dir = list(args.cores), str(args.out_dir)
     report("methods", args, rows, table_of(rows), runs=results)
@@ -84,18 +88,33 @@ def overrides(method: str) -> list[str]:
     return [f"experiment=arithmetic_{method}" if method in EXPERIMENTS else f"method={method}"]
 
 
+def seconds_per_step(method: str, core: int, args: argparse.Namespace) -> float:
+    """Of an optimizer step, on average over a method's stages, by a trial, unless that has been done."""
+    kept: Path = args.out_dir / f"{method}-trial.json"
+    options = [*overrides(method), *QUIET, *args.options, f"num_iterations={TRIAL}"]
+    if not kept.exists():
+        seconds = train(kept.with_suffix(""), options, core)
+        shutil.rmtree(kept.with_suffix(""))
+        kept.write_text(json.dumps({"options": options, "seconds": seconds}) + "\n", encoding="utf-8")
+    return read_kept(kept, options)["seconds"] / TRIAL
+
+
+def read_kept(file: Path, options: list[str]) -> dict[str, Any]:
+    """What an earlier command has found, with the same options."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if found["options"] != options:
+        raise SystemExit(f"{file}: was made with {' '.join(found['options'])}; give another --out-dir")
+    return found
+
+
 def result(method: str, seed: int, core: int, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and scores one run, unless that has been done."""
     folder: Path = args.out_dir / f"{method}-{seed}"
     kept = folder / "result.json"
+    steps = max(TRIAL, round(60 * args.minutes / seconds_per_step(method, core, args)))
+    options = [*overrides(method), f"seed={seed}", *QUIET, *args.options, f"num_iterations={steps}"]
     if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
-    options = [*overrides(method), f"seed={seed}", *QUIET, *args.options]
-    trial = folder.with_name(folder.name + "-trial")
-    a_step = train(trial, [*options, f"num_iterations={TRIAL}"], core) / TRIAL
-    shutil.rmtree(trial)
-    steps = max(TRIAL, round(60 * args.minutes / a_step))
-    options.append(f"num_iterations={steps}")
+        return read_kept(kept, options)
     seconds = train(folder, options, core)
     command([sys.executable, "-m", "evals.arithmetic", f"ckpt={folder}/latest"], core)
     scores = json.loads(next(folder.glob("**/arithmetic.json")).read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from simcot_latent.errors import UserError, did_you_mean
 FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
 """What a part that learns may be called, since a checkpoint keeps it in a file of its name."""
 
-RESERVED = ("model", "loop", "step_decoder", "trainer_state")
+RESERVED = ("model", "lora", "loop", "step_decoder", "trainer_state")
 """Names of files that a checkpoint has already."""
 
 NONE = "none"

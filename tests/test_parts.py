@@ -270,15 +270,15 @@ def test_what_a_term_learns_is_kept_with_the_run(judging: Callable[[str], Method
     assert torch.equal(kept["k2_judge"]["weight"], method.get_parameter("k2_judge.weight"))
 
 
-@pytest.mark.parametrize("name", ["Judge", "a.b", "", "_judge", "../judge", "trainer_state"])
+@pytest.mark.parametrize("name", ["Judge", "a.b", "", "_judge", "../judge", "trainer_state", "lora"])
 def test_a_module_that_no_checkpoint_could_keep_is_refused_before_training(
     name: str, judging: Callable[[str], Method]
 ) -> None:
     with pytest.raises(UserError) as caught:
         judging(name)
     assert str(caught.value) == (
-        f"terms: judge has a module of the name {name!r}: must be small letters, digits and _, and not model, loop, "
-        "step_decoder, trainer_state, of which a checkpoint has a file"
+        f"terms: judge has a module of the name {name!r}: must be small letters, digits and _, and not model, lora, "
+        "loop, step_decoder, trainer_state, of which a checkpoint has a file"
     )
 
 
