@@ -51,9 +51,9 @@ class Soft(Sequential):
         return self.config  # type: ignore[return-value]
 
     def thought_from(self, model: GPT, hidden_RD: Tensor) -> Tensor:
-        logits_RN, table_VD = model.logits(hidden_RD) / self.soft.temperature, model.embedding.table
+        logits_RN = model.logits(hidden_RD) / self.soft.temperature
         if self.soft.top_k is None:
-            return logits_RN.softmax(-1).to(table_VD.dtype) @ table_VD
+            return model.embedding.mixtures(logits_RN.softmax(-1).to(model.embedding.weight.dtype))
         logits_RN, token_RN = logits_RN.topk(min(self.soft.top_k, logits_RN.shape[-1]), dim=-1)
-        weight_RN1 = logits_RN.softmax(-1).to(table_VD.dtype).unsqueeze(-1)
+        weight_RN1 = logits_RN.softmax(-1).to(model.embedding.weight.dtype).unsqueeze(-1)
         return (weight_RN1 * model.embedding(token_RN)).sum(-2)

@@ -471,12 +471,19 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) of hidden states (..., D)."""
-        return output_logits(hidden, self.output_table, self.config.logit_softcap)
+        if self.head is None:
+            return softcapped(self.embedding.scores(hidden), self.config.logit_softcap)
+        return output_logits(hidden, self.head.table, self.config.logit_softcap)
 
 
 def output_logits(hidden: Tensor, table_VD: Tensor, softcap: float | None) -> Tensor:
     """Logits (..., V) of hidden states (..., D), in float32."""
-    logits = F.linear(hidden, table_VD).float()
+    return softcapped(F.linear(hidden, table_VD), softcap)
+
+
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits in float32, none beyond the cap."""
+    logits = logits.float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

@@ -236,6 +236,18 @@ class Embedding(LastRows, nn.Embedding):
             return super().forward(input)
         return _Lookup.apply(input, self.gathered.anchor, self.gathered)  # type: ignore[no-any-return]
 
+    def scores(self, x: Tensor) -> Tensor:
+        """Products of vectors (..., D) with every row of the table, (..., V)."""
+        if self.gathered is None or not self.weight.requires_grad:
+            return F.linear(x, self.table)
+        return _Scores.apply(x, self.gathered.anchor, self.gathered)  # type: ignore[no-any-return]
+
+    def mixtures(self, weight: Tensor) -> Tensor:
+        """Sums of the rows of the table, weighted by (..., V): (..., D)."""
+        if self.gathered is None or not self.weight.requires_grad:
+            return weight @ self.table
+        return _Mixtures.apply(weight, self.gathered.anchor, self.gathered)  # type: ignore[no-any-return]
+
 
 def keep_weights_in(module: nn.Module, dtype: torch.dtype | None) -> None:
     """From now on passes without gradients multiply by copies of the present weights in `dtype`; None: no more.
@@ -396,35 +408,85 @@ class _Call(torch.autograd.Function):
 
 
 class GatheredTable:
-    """An embedding in use: the weight as its users see it, and the rows that lookups have left behind."""
+    """An embedding in use: the weight as its users see it, and what lookups and products have left behind."""
 
     def __init__(self, table: Embedding) -> None:
         self.calls: list[tuple[Tensor, Tensor]] = []
+        self.products = _LeftBehind(has_bias=False)
         self.anchor: Tensor
         if table.weight.requires_grad:
-            self.anchor = _TableAnchor.apply(table.weight, self.calls)  # type: ignore[assignment]
+            self.anchor = _TableAnchor.apply(table.weight, self)  # type: ignore[assignment]
         else:
             self.anchor = table.differentiable()
+        self._cast: Tensor | None = None
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether the backward pass that is running wants the table's gradient."""
+        anchor = self.anchor.grad_fn
+        return anchor is not None and torch._C._will_engine_execute_node(anchor)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (V, D) in the number format of products, without a graph."""
+        if self._cast is None:
+            weight, device = self.anchor.detach(), self.anchor.device.type
+            self._cast = weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
+        return self._cast
 
 
 class _TableAnchor(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight_VD: Tensor, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(ctx: Any, weight_VD: Tensor, gathered: GatheredTable) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.calls, ctx.like = calls, weight_VD.detach()
+        ctx.calls, ctx.products, ctx.like = gathered.calls, gathered.products, weight_VD.detach()
         return weight_VD.view_as(weight_VD)
 
     @staticmethod
     def backward(ctx: Any, grad_VD: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
-        if not ctx.calls:
-            return grad_VD, None
-        if grad_VD is None:
+        if ctx.products.calls:
+            ctx.products.take()
+        summed_VD, ctx.products.grad_OI = ctx.products.grad_OI, None
+        if grad_VD is None and (ctx.calls or summed_VD is not None):
             grad_VD = torch.zeros_like(ctx.like)
+        # In place: it is as large as the table, and comes from an output head, which has no more use for it.
+        if grad_VD is not None and summed_VD is not None:
+            grad_VD += summed_VD
         for ids, grad in ctx.calls:
-            # In place: it is as large as the table, and comes from an output head, which has no more use for it.
+            assert grad_VD is not None
             grad_VD.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(grad_VD.dtype))
         ctx.calls.clear()
         return grad_VD, None
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table_VD: Tensor, gathered: GatheredTable) -> Tensor:
+        x = x.to(gathered.weight.dtype)
+        ctx.save_for_backward(x)
+        ctx.gathered = gathered
+        return x @ gathered.weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if ctx.gathered.is_asked_for:
+            ctx.gathered.products.add(ctx.saved_tensors[0].flatten(0, -2), grad.flatten(0, -2))
+        return grad @ ctx.gathered.weight, None, None  # autograd sees to the input's format
+
+
+class _Mixtures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, table_VD: Tensor, gathered: GatheredTable) -> Tensor:
+        weight = weight.to(gathered.weight.dtype)
+        ctx.save_for_backward(weight)
+        ctx.gathered = gathered
+        return weight @ gathered.weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if ctx.gathered.is_asked_for:
+            ctx.gathered.products.add(grad.flatten(0, -2), ctx.saved_tensors[0].flatten(0, -2))
+        return grad @ ctx.gathered.weight.T, None, None
 
 
 class _Lookup(torch.autograd.Function):
@@ -436,7 +498,6 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        anchor = ctx.gathered.anchor.grad_fn
-        if anchor is not None and torch._C._will_engine_execute_node(anchor):
+        if ctx.gathered.is_asked_for:
             ctx.gathered.calls.append((ctx.saved_tensors[0], grad))
         return None, None, None

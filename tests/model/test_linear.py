@@ -489,3 +489,30 @@ def test_embeddings_of_which_only_the_inputs_are_asked() -> None:
     loss.backward()
     assert embedding.weight.grad is not None
     assert embedding.weight.grad.sum(1).tolist() == [0, 6, 0, 0, 3]
+
+
+@pytest.mark.parametrize("asks", ["table", "input", "both"])
+@pytest.mark.parametrize("enough", [4, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_a_table(monkeypatch: pytest.MonkeyPatch, asks: str, enough: int, dtype: torch.dtype) -> None:
+    """Scores and mixtures, several times over and beside lookups, as without gathering; going back twice as well."""
+    monkeypatch.setattr(linear, "ENOUGH", enough)
+    generator = torch.Generator().manual_seed(0)
+    embedding, start_PD = Embedding(9, 4), torch.randn(3, 4, generator=generator, requires_grad=True)
+    weight_PD = torch.randn(3, 4, generator=generator)
+    wanted = {"table": (embedding.weight,), "input": (start_PD,), "both": (embedding.weight, start_PD)}[asks]
+
+    def loss(gathers: bool) -> torch.Tensor:
+        autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with autocast, gathered_gradients(embedding) if gathers else nullcontext():
+            x_PD, ids = start_PD, torch.tensor([1, 3, 1])
+            for _ in range(3):
+                x_PD = embedding.mixtures(embedding.scores(x_PD).float().softmax(-1)) + embedding(ids)
+            return (x_PD.float() * weight_PD).sum()
+
+    expected = torch.autograd.grad(loss(gathers=False), wanted)
+    ours, tolerance = loss(gathers=True), 1e-5 if dtype == torch.float32 else 0.02
+    for _ in range(2):
+        for found, right in zip(torch.autograd.grad(ours, wanted, retain_graph=True), expected, strict=True):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, right, atol=tolerance, rtol=tolerance)
