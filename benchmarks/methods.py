@@ -6,10 +6,10 @@ fits into the minutes, the same for all seeds. Before anything else, a trial of 
 steps, tells how long a step takes on average; nothing else should use the cores meanwhile. Every run has one thread on
 a core of its own, as many side by side as there are `--cores`.
 
-Trials and results are kept run by run in `--out-dir`, so a command that was stopped goes on where it was; the table
+Trials and results are kept run by run in `--out-dir`, so a command that was stopped goes on where it was. The table
 shows, per method, the mean over seeds of the test accuracy with the 95% Wilson interval of all answers together, each
-seed's, the steps read out of the thoughts, tokens, thoughts and passes per answer, questions per second and training
-seconds.
+seed's, the steps read out of the thoughts, tokens, thoughts and passes per answer, and the median over seeds of
+questions per second and of training seconds.
 """
 
 from __future__ import annotations
@@ -155,9 +155,11 @@ def summary(method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "accuracies": [s["accuracy"] for s in scores],
         "steps": round(statistics.mean(run["steps"] for run in runs)),
     }
-    for key in ("tokens_per_answer", "thoughts_per_answer", "passes_per_answer", "questions_per_s"):
+    for key in ("tokens_per_answer", "thoughts_per_answer", "passes_per_answer"):
         row[key] = statistics.mean(s[key] for s in scores)
-    row["train_s"] = statistics.mean(run["train_s"] for run in runs)
+    # Medians: what else the machine does slows one run, not all.
+    row["questions_per_s"] = statistics.median(s["questions_per_s"] for s in scores)
+    row["train_s"] = statistics.median(run["train_s"] for run in runs)
     exact = [s["step_exact_match"] for s in scores if "step_exact_match" in s]
     row["step_exact_match"] = statistics.mean(exact) if len(exact) == len(scores) else None
     return row

@@ -95,13 +95,13 @@ class LatentConfig:
             None: no projector, the hidden state is the thought (Coconut).
     """
 
-    n_latents: int = 4
+    n_latents: int = 5
     latents_per_step: int = 1
     surplus: str = "merge"
-    missing: str = "mask"
+    missing: str = "answer"
     drop_last_step: bool = False
-    warmup: float = 0.25
-    stages: Any = 0.3
+    warmup: float = 0.15
+    stages: Any = 0.2
     reset_optimizer: bool = False
     feeds_last: bool = True
     projector_width: int | None = None
