@@ -549,7 +549,7 @@ OTHER_VALUES: dict[str, Any] = {
     "max_new_tokens": 16,
     "run": "a name",
     "wandb_project": "another",
-    "latent.n_latents": 6,
+    "latent.n_latents": 7,
     "latent.latents_per_step": 2,
     "latent.surplus": "drop",
     "latent.missing": "mask",
