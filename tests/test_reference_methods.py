@@ -185,7 +185,9 @@ def codi(
     n_latents: int = 6, steps: str = "none", answer_weight: float = 1.0, step_weight: float = 1.0, **own: Any
 ) -> MethodConfig:
     """CODI; with `steps="decoder"` SIM-CoT on CODI."""
-    latent = LatentConfig(n_latents=n_latents, feeds_last=False, projector_width=48, warmup=0.0, stages=0)
+    latent = LatentConfig(
+        n_latents=n_latents, feeds_last=False, projector_width=48, missing="mask", warmup=0.0, stages=0
+    )
     loss = LossConfig(answer_weight=answer_weight, step_weight=step_weight, step_reduction="codi")
     return MethodConfig(
         loop="sequential", steps=steps, written="joint", distill=["hidden"], latent=latent, loss=loss, own=own
@@ -440,7 +442,7 @@ def assert_gradients_but_one_row(
 
 def lotus_method(lotus: Case, loops: int, answer_weight: float = 1.0) -> Method:
     facts, ids = lotus.facts, lotus.facts["token_ids"]
-    latent = LatentConfig(n_latents=6, latents_per_step=3, surplus="write", warmup=0.0, stages=0)
+    latent = LatentConfig(n_latents=6, latents_per_step=3, surplus="write", missing="mask", warmup=0.0, stages=0)
     loss = LossConfig(answer_weight=answer_weight, step_weight=facts["step_weight"])
     own = {"loops": loops, "own_head_end": False}
     config = MethodConfig(loop="looped", steps="own_head", latent=latent, loss=loss, own=own)

@@ -45,7 +45,7 @@ def make_method(
         model = make_model("llama", vocab_size=tokenizer.n_vocab, context_length=256)
         if mode == "weighted":
             return Method(model, tokenizer, make_run(**run), MethodConfig())
-        latent = LatentConfig(n_latents=K, latents_per_step=PER_STEP, warmup=0.0)
+        latent = LatentConfig(n_latents=K, latents_per_step=PER_STEP, missing="mask", warmup=0.0)
         config = MethodConfig.simcot(latent, loss=LossConfig(answer_weight=0.7, step_weight=step_weight))
         method = Method(model, tokenizer, make_run(**({"rationale": "equations"} | run)), config)
         if method.step_decoder is not None:

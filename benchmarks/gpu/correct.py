@@ -216,7 +216,7 @@ def train_quietly(
     mode: str, source: Arithmetic, out_dir: Path, device: torch.device, **options: Any
 ) -> list[dict[str, Any]]:
     """A run of the embedded problems with the model of `model=tiny`, in float32."""
-    own = {name: options.pop(name) for name in ("warmup", "stages") if name in options}
+    own = {name: options.pop(name) for name in ("n_latents", "missing", "warmup", "stages") if name in options}
     method = MethodConfig.simcot(LatentConfig(**own)) if mode == "latent" else MethodConfig()
     defaults = {"device": str(device), "dtype": "float32", "log_every": 1, "max_new_tokens": 8}
 
@@ -236,7 +236,9 @@ def golden_curve(mode: str, device: torch.device) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             rows = train_quietly(
                 mode, Arithmetic(train_size=512, validation_size=8), Path(folder) / "run", device,
-                num_iterations=30, device_batch_size=16, eval_every=-1, eval_examples=8, warmup=0.2, stages=0.3,
+                num_iterations=30, device_batch_size=16, eval_every=-1, eval_examples=8,
+                # What they were recorded with, as in tests/end_to_end/test_golden_curves.py.
+                learning_rate=3e-3, matrix_lr=0.02, n_latents=4, missing="mask", warmup=0.2, stages=0.3,
             )  # fmt: skip
     finally:
         optimizer.NEWTON_SCHULZ_ON_GPU = format_on_gpu

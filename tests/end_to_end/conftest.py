@@ -43,12 +43,14 @@ def train_on_sums(data: Path, mode: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         folder.mkdir()
         arguments = [f"mode={mode}", "data=gsm8k", f"data.path={data}", f"out_dir={folder / 'run'}"]
-        arguments += ["num_iterations=60", "learning_rate=0.02", "target_examples_per_step=16", "device_batch_size=16"]
+        arguments += ["num_iterations=60", "learning_rate=0.02", "matrix_lr=0.02"]
+        arguments += ["target_examples_per_step=16", "device_batch_size=16"]
         arguments += ["checkpoint_every=20", "eval_every=30", "max_new_tokens=64"]
         if mode == "latent":
             arguments += [
                 "latent.n_latents=3",
                 "latent.latents_per_step=1",
+                "latent.missing=mask",
                 "latent.warmup=0.3",
                 "latent.stages=0",
                 "loss.step_weight=1",

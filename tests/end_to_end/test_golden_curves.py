@@ -20,7 +20,10 @@ KEYS = ("loss", "answer_loss", "step_loss", "grad_norm")
 # All three kinds of stage are met in 30 steps: written steps, some steps replaced, all replaced. Two micro-batches a
 # step, so that what is normalised over the whole step is seen to be.
 COMMON = (
-    "data.version=1",  # what they were recorded on
+    # What they were recorded with; defaults have changed since.
+    "data.version=1",
+    "learning_rate=0.003",
+    "matrix_lr=0.02",
     "data.train_size=512",
     "data.validation_size=8",
     "device=cpu",
@@ -32,7 +35,10 @@ COMMON = (
     "max_new_tokens=8",
     "log_every=1",
 )
-MODES = {"weighted": (), "latent": ("latent.warmup=0.2", "latent.stages=0.3")}
+MODES = {
+    "weighted": (),
+    "latent": ("latent.n_latents=4", "latent.missing=mask", "latent.warmup=0.2", "latent.stages=0.3"),
+}
 
 # One thread against two, and one run against another, differ by 2e-7; other processors' kernels add up in other orders.
 RELATIVE_TOLERANCE = 1e-4

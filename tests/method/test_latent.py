@@ -62,7 +62,7 @@ def make_method(
         **run: Any,
     ) -> Method:
         weights: dict[str, Any] = {"step_weight": 1.0} | (loss or {})
-        latent = {"n_latents": GROUPS, "latents_per_step": 1, "warmup": 0.0} | (latent or {})
+        latent = {"n_latents": GROUPS, "latents_per_step": 1, "missing": "mask", "warmup": 0.0} | (latent or {})
         config = MethodConfig.simcot(
             LatentConfig(**latent),
             DecoderConfig(**(decoder or {})),

@@ -23,7 +23,7 @@ def test_a_step_stays_within_its_group(
     """Two groups: one that is too short for its step says as many tokens as it has positions, and the end token only
     where there is room for it. In the public code of LOTUS it would go on in the next group's positions."""
     model = make_model("llama", vocab_size=tokenizer.n_vocab, context_length=256)
-    latent = LatentConfig(n_latents=2 * c, latents_per_step=c, warmup=0.0, surplus="drop")
+    latent = LatentConfig(n_latents=2 * c, latents_per_step=c, missing="mask", warmup=0.0, surplus="drop")
     config = MethodConfig.simcot(latent, curriculum="none", loop="looped", steps="own_head")
     method = Method(model, tokenizer, make_run(rationale="equations"), config)
     examples = [method.encode(problem) for problem in problems]

@@ -104,7 +104,7 @@ def test_the_last_step_is_left_out(
     make_model: Callable[..., GPT], make_run: Callable[..., RunConfig], tokenizer: Tokenizer, problems: list[Problem]
 ) -> None:
     """By the written pass, the decoder and gold alike; what else is written stays."""
-    latent = LatentConfig(n_latents=2, drop_last_step=True)
+    latent = LatentConfig(n_latents=2, missing="mask", drop_last_step=True)
     config = MethodConfig.simcot(latent, curriculum="none", written="joint")
     model = make_model("llama", vocab_size=tokenizer.n_vocab)
     method = Method(model, tokenizer, make_run(rationale="equations"), config)
