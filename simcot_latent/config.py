@@ -361,8 +361,8 @@ class RunConfig:
     device_batch_size: int = 32
     target_examples_per_step: int = 32
     optimizer: str = "muon"
-    learning_rate: float = 3e-3
-    matrix_lr: float = 0.02
+    learning_rate: float = 2e-3
+    matrix_lr: float = 0.013
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.1
     warmup_ratio: float = 0.05
