@@ -89,7 +89,7 @@ TRAINING = {
     "nothing for a section": ("latent=null", ("latent",)),
     "no data source": ("data=null", ()),
     "no ranks file": ("tokenizer.ranks=nowhere", ("nowhere",)),
-    "stages without end": ("latent.stages=[{steps:1,share:0.8}]", ("latent.stages", "below 1")),
+    "stages without end": ("latent.stages=[{steps:1,share:0.9}]", ("latent.stages", "below 1")),
     "a stage of too many steps": ("latent.stages=[{steps:9,share:0.1}]", ("latent.stages[0]", "steps")),
 }  # fmt: skip
 

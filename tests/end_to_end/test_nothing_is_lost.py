@@ -455,7 +455,7 @@ def test_auto_refuses_other_options_and_lists_them(once: Path, tmp_path: Path) -
     others = ("seed=3", "learning_rate=0.1", "data.train_size=96", "log_every=2")
     arguments = (*WEIGHTED, *others, "out_dir=run", "resume=auto")
     message = run(TRAIN, *arguments, folder=tmp_path).error
-    for word in ("seed (was 0, is 3)", "learning_rate (was 0.003, is 0.1)", "data.train_size (was 64, is 96)",
+    for word in ("seed (was 0, is 3)", "learning_rate (was 0.002, is 0.1)", "data.train_size (was 64, is 96)",
                  "resume_with_changes=true"):  # fmt: skip
         assert word in message
     assert "log_every" not in message

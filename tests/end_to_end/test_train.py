@@ -319,9 +319,9 @@ def test_resuming_with_other_options_is_said(tmp_path: Path) -> None:
     assert "other options" not in run(*once, "out_dir=same", "resume=true", folder=tmp_path).ok().out
     refused = run(*once, "optimizer=adamw", "out_dir=other", "resume=true", folder=tmp_path)
     assert "optimizer (was muon, is adamw) may not change in a run" in refused.error
-    changed = run(*once, "seed=5", "latent.missing=answer", "out_dir=other", "resume=true", folder=tmp_path).ok()
+    changed = run(*once, "seed=5", "latent.missing=mask", "out_dir=other", "resume=true", folder=tmp_path).ok()
     assert (
-        "resume: from here on other options than before: latent.missing (was mask, is answer), seed (was 0, is 5)"
+        "resume: from here on other options than before: latent.missing (was answer, is mask), seed (was 0, is 5)"
     ) in " ".join(changed.out.split())
 
 

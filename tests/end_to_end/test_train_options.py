@@ -376,7 +376,7 @@ def test_the_length_of_answers_while_training_and_later(tmp_path: Path) -> None:
     latest = seen.folder / "latest"
     run("evals.arithmetic", f"ckpt={latest}", "limit=4", "device=cpu", folder=tmp_path).ok()
     report = strict_json((latest / "evals" / "arithmetic.json").read_text())
-    assert (report["max_new_tokens"], report["unfinished"], report["tokens_per_answer"]) == (9, 4, 4 + 9)
+    assert (report["max_new_tokens"], report["unfinished"], report["tokens_per_answer"]) == (9, 4, 5 + 9)
 
 
 def test_problems_beyond_the_context(tokenizer: Tokenizer, tmp_path: Path) -> None:
