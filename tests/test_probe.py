@@ -34,6 +34,7 @@ from simcot_latent.probing.summary import probe_table, summarise, summary_table
 from simcot_latent.probing.thoughts import decode_groups, gold_groups
 from simcot_latent.terms.step_decoder import StepDecoder
 from simcot_latent.terms.steps import StepGroups
+from simcot_latent.training.reporting import to_be_shown
 from simcot_latent.training.saving import save_checkpoint
 
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -525,3 +526,24 @@ def test_text_in_the_table_is_never_markup() -> None:
     table = printed(probe_table([QuestionProbe("What is [/b] in [red]?", groups, "[u]7", "[s]8")]))
     for text in ("What is [/b] in [red]?", "[b]<<3*4=12>>", "[i]gold", "[u]7", "[s]8"):
         assert text in table
+
+
+def probe_of(question: str, answer: str, *exact: bool | None) -> QuestionProbe:
+    return QuestionProbe(question, [GroupProbe("<<1+1=2>>", True, 0.5, exact=each) for each in exact], answer, "12")
+
+
+@pytest.mark.parametrize(
+    ("probes", "shown"),
+    [
+        ([probe_of("long enough", "12", True, None), probe_of("longest of all", "12", True)], "long enough"),
+        (
+            [probe_of("wrong", "13", True), probe_of("misread", "12", True, False), probe_of("longest", "12.0")],
+            "longest",
+        ),
+        ([probe_of("wrong too", "13", True), probe_of("wrong", "", False)], "wrong"),
+    ],
+    ids=["the shorter", "the one that is right", "none is right"],
+)
+def test_what_a_user_may_try_first(probes: list[QuestionProbe], shown: str) -> None:
+    """Of the held-out problems that training ends with, one that the model can read."""
+    assert to_be_shown(probes, tolerance=0.0) == shown

@@ -243,12 +243,15 @@ def test_figures_of_the_readme_are_in_the_log() -> None:
     assert len(figures) >= 6
     assert [figure for figure in figures if figure not in log] == []
     picture = ElementTree.parse(REPOSITORY / "docs/figures/thoughts.svg").getroot()
-    texts = ["".join(element.itertext()) for element in picture.iter("{http://www.w3.org/2000/svg}text")]
-    steps = [text for text in texts if re.fullmatch(r"[\d+*/-]+=\d+", text)]
-    probabilities = [text.removeprefix("p = ") for text in texts if text.startswith("p = ")]
-    assert len(steps) == len(probabilities) == 8
-    for step, probability in zip(steps, probabilities, strict=True):
-        assert f"| `<<{step}>>` | {probability} |" in log
+    texts = list(picture.iter("{http://www.w3.org/2000/svg}text"))
+    decoded = [str(element.text) for element in texts if element.get("class") == "step"]
+    probabilities = [
+        text.removeprefix("p = ") for text in (str(each.text) for each in texts) if text.startswith("p = ")
+    ]
+    assert len(decoded) == len(probabilities) == 10
+    for text, probability in zip(decoded, probabilities, strict=True):
+        written = f"<<{text}>>" if "=" in text else f"#### {text}"
+        assert f"| `{written}` | {probability} |" in log
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

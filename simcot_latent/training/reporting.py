@@ -16,11 +16,12 @@ from simcot_latent.curricula.base import Stage
 from simcot_latent.data.batch import Prefetch
 from simcot_latent.data.format import Example
 from simcot_latent.data.lazy import Lazily
+from simcot_latent.data.problem import same_number
 from simcot_latent.distributed import autocast
 from simcot_latent.evals import eval_names, module_of
 from simcot_latent.logs import RunLog, warn
 from simcot_latent.method import Method
-from simcot_latent.probing.steps import probe_problems
+from simcot_latent.probing.steps import QuestionProbe, probe_problems
 from simcot_latent.probing.summary import probe_table
 from simcot_latent.training.optimizer import lr_multiplier
 from simcot_latent.training.setup import Job, count_parameters, source_name
@@ -158,8 +159,8 @@ class Reporter:
             held_out: what it was validated on.
         """
         self.console.print(validation_table(metrics, len(held_out.problems)))
-        has_thoughts = checkpoint.reads_steps
-        if has_thoughts:
+        probes: list[QuestionProbe] = []
+        if checkpoint.reads_steps:
             self.method.eval()
             with torch.no_grad(), autocast(self.job.device, self.job.dtype(self.method.model)):
                 probes = probe_problems(checkpoint, held_out.problems[:5])
@@ -172,9 +173,8 @@ class Reporter:
         next_steps: list[str] = []
         if source in eval_names():
             next_steps.append(f"python -m {module_of(source)} {ckpt}")
-        if has_thoughts:
-            question = min((problem.question for problem in held_out.problems[:5]), key=len)
-            shown = shlex.quote(f"question={' '.join(question.split())}")
+        if probes:
+            shown = shlex.quote(f"question={' '.join(to_be_shown(probes, held_out.tolerance).split())}")
             next_steps.append(f"python -m simcot_latent.probe {ckpt} {shown}")
         for command in next_steps:
             self.console.print(f"next: {command}")
@@ -202,3 +202,13 @@ class Reporter:
             f"training is unstable; lower learning_rate (now {run.learning_rate:g}) or max_grad_norm (now "
             f"{run.max_grad_norm}), or raise warmup_ratio"
         )
+
+
+def to_be_shown(probes: Sequence[QuestionProbe], tolerance: float) -> str:
+    """The question that a user may try first: the shortest of those that are read and answered right, if any is."""
+
+    def is_wrong(probe: QuestionProbe) -> bool:
+        read = all(group.exact is not False for group in probe.groups)
+        return not (read and same_number(probe.answer, probe.gold_answer, tolerance))
+
+    return min(probes, key=lambda probe: (is_wrong(probe), len(probe.question))).question

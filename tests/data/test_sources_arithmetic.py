@@ -120,7 +120,7 @@ def beginnings(problems: Sequence[Problem]) -> set[tuple[tuple[str, int, int], .
 
 def test_sizes(splits: dict[str, list[Problem]]) -> None:
     assert {split: len(problems) for split, problems in splits.items()} == {
-        "train": 72_000,
+        "train": 96_000,
         "validation": 500,
         "test": 500,
     }
@@ -138,7 +138,7 @@ def test_different_calculations_of_each_length(loaded: dict[str, LoadedSplit]) -
     found = {split: {calculations(problem) for problem in loaded[split].problems} for split in SPLITS}
     counts = {split: Counter(map(len, chains)) for split, chains in found.items()}
     assert counts == {
-        "train": {2: 905, 3: 8121, 4: 18604},
+        "train": {2: 905, 3: 9251, 4: 23419},
         "validation": {2: 169, 3: 160, 4: 171},
         "test": {2: 164, 3: 157, 4: 179},
     }

@@ -92,7 +92,7 @@ class Arithmetic:
     """
 
     seed: int = 0
-    train_size: int = 72_000
+    train_size: int = 96_000
     validation_size: int = 500
     test_size: int = 500
     min_steps: int = 2
