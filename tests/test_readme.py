@@ -298,7 +298,7 @@ def test_the_options_page_has_every_key() -> None:
             values = as_plain(composed(f"{group}={choice}"))[group]
             assert {f"{group}.{key}" for key in values if key != "_target_"} <= found["Training"]
     for option, default in {
-        "latent.n_latents": "4",
+        "latent.n_latents": "5",
         "data.version": "2",
         "out_dir": "null",
         "mode": "latent",
