@@ -36,8 +36,8 @@ COMMON = (
     "keep_checkpoints=2", "learning_rate=0.03", "matrix_lr=0.1",
 )  # fmt: skip
 LATENT = (
-    "mode=latent", "latent.n_latents=3", "latent.latents_per_step=2", "latent.feeds_last=false", "latent.warmup=0.2",
-    "latent.stages=0",
+    "mode=latent", "latent.n_latents=3", "latent.latents_per_step=2", "latent.feeds_last=false", "latent.missing=mask",
+    "latent.warmup=0.2", "latent.stages=0",
 )  # fmt: skip
 RUNS = {
     "weighted": ("mode=weighted",),
