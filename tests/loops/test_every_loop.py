@@ -68,7 +68,7 @@ def test_every_loop_of_the_table_is_here() -> None:
 def config_of(kind: str, n_latents: int = MOST, **parts: Any) -> MethodConfig:
     """A method with this loop, and terms that weigh what they are told to."""
     key, latent, own = KINDS[kind]
-    config = LatentConfig(**{"n_latents": n_latents, "warmup": 0.0, "stages": 0} | latent)
+    config = LatentConfig(**{"n_latents": n_latents, "missing": "mask", "warmup": 0.0, "stages": 0} | latent)
     own = {"distill_norm": "none"} | own  # else the loss depends on the company in the micro-batch: CODI's definition
     return MethodConfig(loop=key, latent=config, loss=LossConfig(step_weight=0.7), own=own, **parts)
 
