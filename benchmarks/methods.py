@@ -117,7 +117,7 @@ def result(method: str, seed: int, core: int, args: argparse.Namespace) -> dict[
         return read_kept(kept, options)
     seconds = train(folder, options, core)
     command([sys.executable, "-m", "evals.arithmetic", f"ckpt={folder}/latest"], core)
-    scores = json.loads(next(folder.glob("**/arithmetic.json")).read_text(encoding="utf-8"))
+    scores = json.loads(next(folder.glob("evals/arithmetic.test.*.json")).read_text(encoding="utf-8"))
     found = {"method": method, "seed": seed, "options": options, "steps": steps, "train_s": seconds, "scores": scores}
     kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found

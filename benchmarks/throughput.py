@@ -63,7 +63,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         eval_s = timed(args.threads, "evals.gsm8k", f"ckpt={folder}", source[1], f"limit={args.limit}")
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        scores = json.loads((Path(folder) / "evals" / "gsm8k.json").read_text())
+        scores = json.loads(next(Path(folder).glob("evals/gsm8k.*.json")).read_text())
     steps = [line for line in lines if "tokens_per_s" in line and line["step"] > 1]
     return {
         "mode": mode,

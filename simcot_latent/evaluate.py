@@ -1,7 +1,7 @@
 """The one runner behind every eval: answers a data source's problems and writes a report.
 
-`python -m evals.<name> ckpt=DIR` prints a table and writes `DIR/evals/<name>.json` (the report) and
-`DIR/evals/<name>.predictions.jsonl` (one line per problem), or the same into the folder `out`.
+`python -m evals.<name> ckpt=DIR` prints a table and writes a report and, beside it, one line per problem, into the
+folder `evals` of the run (or of a checkpoint that is in none), or into `out`. See `reports` for their names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from rich.table import Table
 
 from simcot_latent.checkpoint import Checkpoint, load_checkpoint
 from simcot_latent.checkpoint_config import setting
-from simcot_latent.checkpoint_folders import find_checkpoint
 from simcot_latent.config import require_choices, require_tolerance, typed
 from simcot_latent.data.batch import by_length
 from simcot_latent.data.format import encode_problem, newline
@@ -34,6 +33,16 @@ from simcot_latent.model.cache import StaticCaches
 from simcot_latent.model.linear import keep_weights_in
 from simcot_latent.paths import check_writable, write_lines, write_text
 from simcot_latent.probing.thoughts import decode_taught, gold_groups, states_of
+from simcot_latent.reports import (
+    ReportFiles,
+    commit,
+    hash_of_configuration,
+    hash_of_problems,
+    hash_of_weights,
+    installed_version,
+    report_files,
+    results_folder,
+)
 from simcot_latent.terms.steps import holds_step
 from simcot_latent.terms.text import written_solution
 
@@ -63,7 +72,7 @@ class EvalConfig:
         device: as in training.
         cuda_graphs: on a GPU, replay a thought, and a written token, as one CUDA graph.
         dtype: `auto`, `float32` or `bfloat16`. With float32, answers are the same at any batch size.
-        out: a folder for the results; None: `evals/` in the checkpoint.
+        out: a folder for the results; None: `evals/` of the run, or of a checkpoint that is in none.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -153,9 +162,11 @@ def evaluate(name: str, raw: DictConfig) -> None:
     config = typed(EvalConfig, raw)
     console = make_console()
     device = pick_device(config.device)
-    find_checkpoint(config.ckpt or "")
-    files = report_files(Path(config.out or f"{config.ckpt}/evals"), name, config.split)
-    check_writable(files, "give out=DIR, a folder for the results")
+    folder = Path(config.out) if config.out else results_folder(config.ckpt or "")
+    hint = "give out=DIR, a folder for the results"
+    check_writable(
+        [folder / f"{name}.{config.split}.json"], hint
+    )  # names are longer, but nothing is loaded for them yet
     checkpoint = load_checkpoint(config.ckpt or "", device, verify=config.verify)
     dtype = pick_dtype(config.dtype, device, checkpoint.model.config.n_embd)
     checkpoint.loop = with_settings(checkpoint.loop, config.loop_settings or {})
@@ -165,6 +176,22 @@ def evaluate(name: str, raw: DictConfig) -> None:
     torch.manual_seed(config.seed)
     sampling = Sampling(config.temperature, config.top_k)
     limit = config.max_new_tokens or setting(checkpoint, "max_new_tokens")
+    decoding = {
+        "max_new_tokens": limit,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "seed": config.seed if config.temperature > 0 else None,
+        "loop_settings": config.loop_settings,
+        "tolerance": tolerance,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    hashes = {
+        "config_hash": hash_of_configuration(checkpoint.config),
+        "weights_hash": hash_of_weights(checkpoint.path or Path()),
+        "data_hash": hash_of_problems(problems),
+    }
+    files = report_files(folder, name, config.split, checkpoint.step, decoding, hashes.values())
+    check_writable(files, hint)
     lengths = [len(ids) for ids in encode_prompts(checkpoint, [p.question for p in problems])]
     plan = by_length(lengths, config.batch_size)
     caches = StaticCaches(checkpoint.model.config.context_length) if config.cuda_graphs else None
@@ -202,23 +229,21 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "data": data,
         "ckpt": str(checkpoint.path),
         "step": checkpoint.step,
+        "train_seed": checkpoint.config.get("seed"),
+        **hashes,
+        **decoding,
         "batch_size": config.batch_size,
-        "max_new_tokens": limit,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "seed": config.seed,
-        "loop_settings": config.loop_settings,
-        "tolerance": tolerance,
         "device": str(device),
         "cuda_graphs": config.cuda_graphs,
-        "dtype": str(dtype).removeprefix("torch."),
+        "version": installed_version(),
+        "commit": commit(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "thoughts": checkpoint.stage.thoughts,
     }
     console.print(report_table(report))
     write_report(files, report, ordered)
-    console.print(f"written to {files[0]}")
+    console.print(f"written to {files.report}")
 
 
 def with_steps_left(checkpoint: Checkpoint, problem: Problem) -> Problem:
@@ -303,13 +328,7 @@ def report_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def report_files(folder: Path, name: str, split: str) -> tuple[Path, Path]:
-    """The report, and the predictions beside it; those of another split than test carry its name."""
-    stem = name if split == "test" else f"{name}.{split}"
-    return folder / f"{stem}.json", folder / f"{stem}.predictions.jsonl"
-
-
-def write_report(files: tuple[Path, Path], report: dict[str, Any], predictions: Sequence[Prediction]) -> None:
+def write_report(files: ReportFiles, report: dict[str, Any], predictions: Sequence[Prediction]) -> None:
     """Writes the report, and one line per problem, into `report_files`."""
     lines = [
         {
@@ -331,5 +350,5 @@ def write_report(files: tuple[Path, Path], report: dict[str, Any], predictions: 
         }
         for i, p in enumerate(predictions)
     ]
-    write_lines(files[1], lines)
-    write_text(files[0], json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_lines(files.predictions, lines)
+    write_text(files.report, json.dumps(report, indent=2, allow_nan=False) + "\n")

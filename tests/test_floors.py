@@ -26,7 +26,7 @@ FLOORS = (
     "batches",
     "method",
     "checkpoint_folders hub",
-    "checkpoint_config",
+    "checkpoint_config reports",
     "checkpoint_parts",
     "checkpoint",
     "generate cli",

@@ -173,3 +173,12 @@ def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def report_in(folder: Path, stem: str = "gsm8k.test") -> Path:
+    """The newest report of an eval (TASK.SPLIT) in a folder; its predictions are `predictions_of` it."""
+    return max(folder.glob(f"{stem}.*.json"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def predictions_of(report: Path) -> Path:
+    return report.with_suffix(".predictions.jsonl")

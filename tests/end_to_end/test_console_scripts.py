@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, Outcome, Trained, environment, run_process, strict_json
+from commands import REPOSITORY, Outcome, Trained, environment, report_in, run_process, strict_json
 
 from simcot_latent import commands
 from simcot_latent.config import CHOICES
@@ -44,7 +44,7 @@ def test_each_runs_its_module(scripts: dict[str, str], latent_run: Trained, tmp_
     assert len(SCRIPTS) == 5
     ckpt = f"ckpt={latent_run.latest}"
     call(["simcot-eval", "gsm8k", ckpt, "limit=2", "device=cpu", "out=results"], scripts, tmp_path).ok()
-    assert strict_json((tmp_path / "results/gsm8k.json").read_text())["eval"] == "gsm8k"
+    assert strict_json(report_in(tmp_path / "results").read_text())["eval"] == "gsm8k"
     assert "decoded step" in call(["simcot-probe", ckpt, "question=How many, is it?"], scripts, tmp_path).ok().out
     assert "ckpt is missing" in call(["simcot-export"], scripts, tmp_path).error
     assert "source is missing" in call(["simcot-import"], scripts, tmp_path).error

@@ -13,7 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from commands import ARITHMETIC, REPOSITORY, TINY, TRAIN, Trained, read_lines, run, run_process, strict_json
+from commands import (
+    ARITHMETIC,
+    REPOSITORY,
+    TINY,
+    TRAIN,
+    Trained,
+    predictions_of,
+    read_lines,
+    report_in,
+    run,
+    run_process,
+    strict_json,
+)
 from documents import BLOCK, PAGES, Command, blocks, commands
 
 pytestmark = pytest.mark.xdist_group(
@@ -115,11 +127,11 @@ def keys_of(page: str, heading: str) -> set[str]:
 
 def test_every_field_of_a_report_is_described(trained: Trained, sums: Path, tmp_path: Path) -> None:
     run("evals.gsm8k", f"ckpt={trained.latest}", "limit=2", "device=cpu", "out=results", folder=tmp_path).ok()
-    report = strict_json((tmp_path / "results/gsm8k.json").read_text())
+    report = strict_json(report_in(tmp_path / "results").read_text())
     assert report.keys() <= keys_of("evaluating.md", "The report")
     page = BLOCK.sub("", (REPOSITORY / "docs/evaluating.md").read_text(encoding="utf-8"))
     listed = set(re.findall(r"`(\w+)`", page.split("predictions.jsonl")[1]))
-    assert read_lines(tmp_path / "results/gsm8k.predictions.jsonl")[0].keys() <= listed
+    assert read_lines(predictions_of(report_in(tmp_path / "results")))[0].keys() <= listed
 
 
 def test_every_field_of_the_metrics_is_described(trained: Trained) -> None:

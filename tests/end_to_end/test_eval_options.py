@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import PROBE, Trained, read_lines, run, strict_json
+from commands import PROBE, Trained, predictions_of, read_lines, report_in, run, strict_json
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -57,9 +57,8 @@ def evaluate(checkpoint: Path, sums: Path, *arguments: str) -> tuple[dict[str, A
     """The report, the predictions, and what was read for them."""
     with watching() as seen:
         run(GSM8K, f"ckpt={checkpoint}", f"data.path={sums}", "device=cpu", *arguments, folder=checkpoint.parent).ok()
-    folder = checkpoint / "evals"
-    (report,) = [file for file in folder.glob("gsm8k*.json") if not file.name.endswith(".predictions.jsonl")]
-    return strict_json(report.read_text()), read_lines(report.with_suffix(".predictions.jsonl")), seen
+    report = report_in(checkpoint / "evals", "gsm8k")
+    return strict_json(report.read_text()), read_lines(predictions_of(report)), seen
 
 
 def probe(checkpoint: Path, *arguments: str) -> tuple[list[dict[str, Any]], Watched]:

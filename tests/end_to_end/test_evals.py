@@ -18,7 +18,9 @@ from commands import (
     Outcome,
     Trained,
     contents,
+    predictions_of,
     read_lines,
+    report_in,
     run,
     strict_json,
     write_jsonl,
@@ -35,9 +37,10 @@ def evaluate(checkpoint: Path, *arguments: str, name: str = "gsm8k") -> Outcome:
     return run(f"evals.{name}", f"ckpt={checkpoint}", "device=cpu", *arguments, folder=checkpoint.parent)
 
 
-def report_of(checkpoint: Path, stem: str = "gsm8k") -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    folder = checkpoint / "evals"
-    return strict_json((folder / f"{stem}.json").read_text()), read_lines(folder / f"{stem}.predictions.jsonl")
+def report_of(checkpoint: Path, stem: str = "gsm8k.test") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The newest, of a checkpoint by itself or of a run's latest one."""
+    report = report_in((checkpoint.parent if checkpoint.name == "latest" else checkpoint) / "evals", stem)
+    return strict_json(report.read_text()), read_lines(predictions_of(report))
 
 
 @pytest.fixture
@@ -92,7 +95,7 @@ def test_the_report_follows_from_the_predictions(checkpoint: Path, sums: Path) -
     assert report["unfinished"] == sum(not line["finished"] for line in lines)
 
     assert f"{report['accuracy']:.1%}" in outcome.out
-    assert "gsm8k.json" in outcome.out
+    assert report_in(checkpoint / "evals").name in " ".join(outcome.out.split())
 
 
 def test_a_latent_model_is_scored_on_its_thoughts_too(latent_run: Trained, sums: Path, tmp_path: Path) -> None:

@@ -13,7 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ARITHMETIC, REPOSITORY, TINY, TRAIN, Outcome, read_lines, run, run_process, strict_json
+from commands import (
+    ARITHMETIC,
+    REPOSITORY,
+    TINY,
+    TRAIN,
+    Outcome,
+    predictions_of,
+    read_lines,
+    report_in,
+    run,
+    run_process,
+    strict_json,
+)
 from documents import Command, blocks, commands, files
 
 import simcot_latent as sl
@@ -136,7 +148,7 @@ def test_each_is_trained_evaluated_and_probed(out_dir: str, reader: Reader) -> N
     ]
     assert {TRAIN, "simcot_latent.probe"} < set(modules)
     name = "mine" if out_dir == "runs/mine" else "arithmetic"
-    report = strict_json((reader.folder / out_dir / "evals" / f"{name}.json").read_text(encoding="utf-8"))
+    report = strict_json(report_in(reader.folder / out_dir / "evals", f"{name}.test").read_text(encoding="utf-8"))
     assert report["n"] == (1 if name == "mine" else 12)
     assert report["steps"] > 0
 
@@ -172,7 +184,7 @@ def test_problems_are_those_of_the_files(reader: Reader) -> None:
     (problem,) = splits["test"]
     assert problem.question.startswith("Dan has 4 boxes")
     assert ([step.text for step in problem.steps], problem.answer) == (["<<4*6=24>>", "<<24-5=19>>"], "19")
-    lines = read_lines(reader.folder / "runs/mine/evals/mine.predictions.jsonl")
+    lines = read_lines(predictions_of(report_in(reader.folder / "runs/mine/evals", "mine.test")))
     assert [(line["question"], line["gold"]) for line in lines] == [(problem.question, "19")]
     assert lines[0]["gold_steps"][:2] == ["<<4*6=24>>", "<<24-5=19>>"]
 

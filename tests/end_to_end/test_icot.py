@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ARITHMETIC, PROBE, TINY, TRAIN, contents, read_lines, run, run_process, without_command
+from commands import (
+    ARITHMETIC,
+    PROBE,
+    TINY,
+    TRAIN,
+    contents,
+    predictions_of,
+    read_lines,
+    report_in,
+    run,
+    run_process,
+    without_command,
+)
 from safetensors.torch import load_file
 
 from simcot_latent.checkpoint import load_checkpoint
@@ -164,8 +176,8 @@ def test_evals_ask_for_the_steps_that_are_left(tmp_path: Path, once: Path) -> No
     for step in (15, 24):
         out, ckpt = tmp_path / str(step), once / f"step_{step:07d}"
         run("evals.arithmetic", f"ckpt={ckpt}", f"out={out}", "device=cpu", folder=tmp_path).ok()
-        report = json.loads((out / "arithmetic.json").read_text())
-        predictions = read_lines(out / "arithmetic.predictions.jsonl")
+        report = json.loads(report_in(out, "arithmetic.test").read_text())
+        predictions = read_lines(predictions_of(report_in(out, "arithmetic.test")))
         found = [[step for step in p["gold_steps"] if step is not None] for p in predictions]
         assert report["thoughts"] == 0
         if step == 15:

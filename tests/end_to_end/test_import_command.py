@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import PROBE, TRAIN, Outcome, contents, read_lines, run, strict_json
+from commands import PROBE, TRAIN, Outcome, contents, predictions_of, read_lines, report_in, run, strict_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -86,12 +86,12 @@ def test_evals_probe_and_training_take_it(source: Path, kind: str, base: Path, s
 
     asked = [row["question"] for row in read_lines(sums / "test.jsonl")][:5]
     run("evals.gsm8k", f"ckpt={out}", "limit=5", "max_new_tokens=6", "device=cpu", folder=folder).ok()
-    report = strict_json((out / "evals" / "gsm8k.json").read_text())
+    report = strict_json(report_in(out / "evals").read_text())
     assert report["n"] == 5
     assert report["data"]["path"] == str(sums), "the data that import was told"
     assert report["steps"] == (5 if kind == "simcot_codi" else 10), "CODI's decoder is taught no last steps"
     assert report.get("answer_groups") == (None if kind == "simcot_codi" else 15), "CODI's decoder is taught no answers"
-    predictions = read_lines(out / "evals" / "gsm8k.predictions.jsonl")
+    predictions = read_lines(predictions_of(report_in(out / "evals")))
     answers = sl.generate_all(expected, asked, batch_size=5, max_new_tokens=6)
     assert [line["output"] for line in predictions] == [answer.text for answer in answers]
     decoded = sl.decode_steps(expected, sl.think(expected, asked))

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from commands import TINY, TRAIN, contents, read_lines, run, run_process, without_command
+from commands import TINY, TRAIN, contents, predictions_of, read_lines, report_in, run, run_process, without_command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -215,7 +215,7 @@ def test_commands_read_both_kinds(name: str, runs: Path, sums: Path, tmp_path: P
     for folder in ("ckpt", "plain"):
         out = f"out={folder}-results"
         run("evals.gsm8k", f"ckpt={folder}", f"data.path={sums}", "limit=4", out, folder=tmp_path).ok()
-        lines = read_lines(tmp_path / f"{folder}-results/gsm8k.predictions.jsonl")
+        lines = read_lines(predictions_of(report_in(tmp_path / f"{folder}-results")))
         question = "question=Ann has 3 pens and finds 4 more. How many pens does Ann have?"
         probed = run("simcot_latent.probe", f"ckpt={folder}", question, folder=tmp_path).ok().out
         found.append([json.dumps(lines), probed.replace(folder, "")])

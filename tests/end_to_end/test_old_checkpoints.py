@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import PROBE, TRAIN, read_lines, run
+from commands import PROBE, TRAIN, predictions_of, read_lines, report_in, run
 from safetensors.torch import load_file
 
 import simcot_latent as sl
@@ -59,7 +59,7 @@ def test_it_answers_as_it_did(old: Path, tmp_path: Path, caplog: pytest.LogCaptu
     outcome = run("evals.arithmetic", f"ckpt={old}/step_0000006", "device=cpu", f"out={tmp_path}/out", folder=tmp_path)
     outcome.ok()
     assert ("holds no manifest.json, so its files are not verified" in caplog.text) == (old.name != "format_2")
-    found = read_lines(tmp_path / "out" / "arithmetic.predictions.jsonl")
+    found = read_lines(predictions_of(report_in(tmp_path / "out", "arithmetic.test")))
     wanted = read_lines(old / "predictions.jsonl")
     assert len(found) == 6
     for ours, theirs in zip(found, wanted, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ARITHMETIC, PROBE, TINY, TRAIN, run
+from commands import ARITHMETIC, PROBE, TINY, TRAIN, predictions_of, read_lines, report_in, run
 from pretend_device import DEVICE, pretend_device
 
 from simcot_latent.config import DecoderConfig, LatentConfig, LossConfig, MethodConfig, RunConfig
@@ -122,8 +122,8 @@ def test_commands(mode: str, tmp_path: Path) -> None:
             command(PROBE, f"ckpt={out_dir}", "data=arithmetic", "limit=4")
         metrics = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
         evals = out_dir / "evals"
-        predictions = [json.loads(line) for line in (evals / "arithmetic.predictions.jsonl").read_text().splitlines()]
-        return metrics, predictions, json.loads((evals / "arithmetic.json").read_text())["device"]
+        report = report_in(evals, "arithmetic.test")
+        return metrics, read_lines(predictions_of(report)), json.loads(report.read_text())["device"]
 
     expected, expected_predictions, _ = commands("cpu", "cpu")
     with pretend_device():

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from commands import ARITHMETIC, OFFLINE, REPOSITORY, TINY, TRAIN, contents, run_process
+from commands import ARITHMETIC, OFFLINE, REPOSITORY, TINY, TRAIN, contents, report_in, run_process
 
 HAVE_BACKEND = importlib.util.find_spec("hatchling") is not None
 # Without the build backend at hand, pip downloads it.
@@ -62,7 +62,7 @@ def test_the_wheel_trains_and_evaluates_from_an_empty_folder(unzipped: Path, tmp
     (tmp_path / "evals").mkdir()
     (tmp_path / "evals/__init__.py").write_text("raise ImportError('somebody else's')")
     run_process(*evaluate, folder=tmp_path, env=env).ok()
-    assert (tmp_path / "runs/latent/latest/evals/arithmetic.json").is_file()
+    assert report_in(tmp_path / "runs/latent/evals", "arithmetic.test").is_file()
 
 
 def test_the_wheel_knows_its_version_and_its_commands(unzipped: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from commands import (
     contents,
     environment,
     read_lines,
+    report_in,
     run,
     run_process,
     strict_json,
@@ -129,7 +130,7 @@ def test_the_last_validation_is_what_evals_finds(trained: Trained, sums: Path, t
     checkpoint = trained.copy_to(tmp_path / "checkpoint")
     arguments = ("split=validation", "limit=4", f"data.path={sums}", "device=cpu")
     run("evals.gsm8k", f"ckpt={checkpoint}", *arguments, folder=tmp_path).ok()
-    report = strict_json((checkpoint / "evals" / "gsm8k.validation.json").read_text())
+    report = strict_json(report_in(checkpoint.parent / "evals", "gsm8k.validation").read_text())
     last = read_lines(trained.out_dir / "metrics.jsonl")[-1]
     assert (last["step"], last["val_accuracy"]) == (60, report["accuracy"])
 
@@ -405,7 +406,7 @@ def test_evals_of_a_model_stopped_in_its_warm_up(sums: Path, tmp_path: Path) -> 
     with signal_after(1, signal.SIGTERM):
         assert run(TRAIN, *arguments, folder=tmp_path).status == 128 + signal.SIGTERM
     run("evals.gsm8k", "ckpt=run/latest", "limit=3", "device=cpu", folder=tmp_path).ok()
-    report = strict_json((tmp_path / "run/latest/evals/gsm8k.json").read_text())
+    report = strict_json(report_in(tmp_path / "run/evals").read_text())
     assert (report["n"], report["thoughts"]) == (3, 0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ARITHMETIC, TINY, TRAIN, Trained, read_lines, run, strict_json, write_jsonl
+from commands import ARITHMETIC, TINY, TRAIN, Trained, read_lines, report_in, run, strict_json, write_jsonl
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -375,7 +375,7 @@ def test_the_length_of_answers_while_training_and_later(tmp_path: Path) -> None:
     seen = watch(tmp_path, *arguments, "learning_rate=1e-30", "matrix_lr=1e-30")
     latest = seen.folder / "latest"
     run("evals.arithmetic", f"ckpt={latest}", "limit=4", "device=cpu", folder=tmp_path).ok()
-    report = strict_json((latest / "evals" / "arithmetic.json").read_text())
+    report = strict_json(report_in(seen.folder / "evals", "arithmetic.test").read_text())
     assert (report["max_new_tokens"], report["unfinished"], report["tokens_per_answer"]) == (9, 4, 5 + 9)
 
 

@@ -26,6 +26,8 @@ from commands import (
     Outcome,
     Trained,
     environment,
+    predictions_of,
+    report_in,
     run,
     run_process,
 )
@@ -255,7 +257,7 @@ def test_a_source_of_ones_own_is_given_the_checkpoints_plain_values(checkpoint: 
     env = {**SECRET, "PYTHONPATH": f"{REPOSITORY}:{work}"}
     tamper(checkpoint, lambda config: config["run"].update(data=saved))
     run_process(*command, folder=work, env=env).ok()
-    line = json.loads((checkpoint / "evals" / "arithmetic.predictions.jsonl").read_text())
+    line = json.loads(predictions_of(report_in(checkpoint / "evals", "arithmetic.test")).read_text())
     assert line["question"] == "${oc.env:SECRET} {'a': 1} 3", "as it stands; what the command line says goes first"
     tamper(checkpoint, lambda config: config["run"]["data"].update(nested={"a": 2}))
     outcome = run_process(*command, folder=work, env=env)

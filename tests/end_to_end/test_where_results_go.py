@@ -20,7 +20,9 @@ from commands import (
     Trained,
     contents,
     environment,
+    predictions_of,
     read_lines,
+    report_in,
     run,
     strict_json,
 )
@@ -62,14 +64,15 @@ def read_only(latent_run: Trained, tmp_path: Path) -> Iterator[Path]:
 def test_a_read_only_checkpoint(read_only: Path, tmp_path: Path) -> None:
     ckpt = f"ckpt={read_only}"
     outcome = like_everybody(GSM8K, ckpt, "limit=3", "device=cpu", folder=tmp_path)
-    assert outcome.error == (
-        f"error: {read_only}/evals/gsm8k.json: cannot be written (Permission denied); give out=DIR, a folder for the "
-        "results"
+    assert outcome.error.startswith(f"error: {read_only}/evals/gsm8k.test.step60.greedy.")
+    assert outcome.error.endswith(
+        ".json: cannot be written (Permission denied); give out=DIR, a folder for the results"
     )
     assert outcome.out == "", "nothing was answered first"
     like_everybody(GSM8K, ckpt, "limit=3", "device=cpu", "out=results/of it", folder=tmp_path).ok()
-    assert {path.name for path in (tmp_path / "results/of it").iterdir()} == {"gsm8k.json", "gsm8k.predictions.jsonl"}
-    assert strict_json((tmp_path / "results/of it/gsm8k.json").read_text())["n"] == 3
+    report = report_in(tmp_path / "results/of it")
+    assert set((tmp_path / "results/of it").iterdir()) == {report, predictions_of(report)}
+    assert strict_json(report.read_text())["n"] == 3
     assert not (read_only / "evals").exists()
 
 
@@ -115,25 +118,31 @@ def test_a_run_where_none_can_be(out: str, reason: str, tmp_path: Path) -> None:
 def test_a_full_disk(latent_run: Trained, tmp_path: Path) -> None:
     """Files are written under a name of their own first; here that name leads to a device that is always full."""
     results = tmp_path / "results"
+    arguments = (GSM8K, f"ckpt={latent_run.latest}", "device=cpu", "limit=2", f"out={results}")
+    run(*arguments, folder=tmp_path).ok()
+    predictions = predictions_of(report_in(results))
+    shutil.rmtree(results)
     results.mkdir()
-    (results / ".gsm8k.predictions.jsonl.partial").symlink_to("/dev/full")
-    outcome = run(GSM8K, f"ckpt={latent_run.latest}", "device=cpu", "limit=2", f"out={results}", folder=tmp_path)
-    assert f"{results}/gsm8k.predictions.jsonl: cannot be written (No space left on device)" in outcome.error
-    assert outcome.out == ""
+    (results / f".{predictions.name}.partial").symlink_to("/dev/full")
+    outcome = run(*arguments, folder=tmp_path)
+    assert f"{predictions}: cannot be written (No space left on device)" in outcome.error
+    assert "accuracy" not in outcome.out
     assert contents(results) == {}
 
 
 def test_a_report_is_whole_or_not_there(latent_run: Trained, tmp_path: Path) -> None:
     """A file that is there already stays until the new one is complete."""
     results = tmp_path / "results"
-    results.mkdir()
-    (results / "gsm8k.json").write_text("old")
-    arguments = (f"ckpt={latent_run.latest}", "device=cpu", f"out={results}")
+    arguments = (f"ckpt={latent_run.latest}", "device=cpu", f"out={results}", "limit=2")
+    run(GSM8K, *arguments, folder=tmp_path).ok()
+    report = report_in(results)
+    report.write_text("old")
+    before = contents(results)
     run(GSM8K, *arguments, "data.path=nowhere", folder=tmp_path)
-    assert contents(results) == {"gsm8k.json": b"old"}
-    run(GSM8K, *arguments, "limit=2", folder=tmp_path).ok()
-    assert strict_json((results / "gsm8k.json").read_text())["n"] == 2
-    assert set(contents(results)) == {"gsm8k.json", "gsm8k.predictions.jsonl"}
+    assert contents(results) == before
+    run(GSM8K, *arguments, folder=tmp_path).ok()
+    assert strict_json(report.read_text())["n"] == 2
+    assert contents(results).keys() == before.keys()
 
 
 @pytest.mark.slow
@@ -201,7 +210,7 @@ def test_a_console_that_lacks_characters(encoding: str, latent_run: Trained, tmp
         if module == PROBE:
             shown = "\u6f22" if encoding == "utf-8" else "\\u6f22"
             assert shown in done.stdout.decode(encoding)
-    [line] = read_lines(tmp_path / "results/gsm8k.predictions.jsonl")
+    [line] = read_lines(predictions_of(report_in(tmp_path / "results")))
     assert line["question"] == QUESTION, "files are UTF-8 whatever the console is"
 
 
@@ -230,7 +239,7 @@ def test_paths_with_any_characters(sums: Path, tmp_path: Path) -> None:
     assert strict_json((tmp_path / out / "latest/config.json").read_text())["run"]["data"]["path"] == str(data)
     (command,) = [line for line in outcome.out.splitlines() if line.startswith("next: ")]
     run(GSM8K, f"ckpt={out}/latest", "limit=2", "device=cpu", folder=tmp_path).ok()
-    assert strict_json((tmp_path / out / "latest/evals/gsm8k.json").read_text())["data"]["path"] == str(data)
+    assert strict_json(report_in(tmp_path / out / "evals").read_text())["data"]["path"] == str(data)
     shell = ["bash", "-c", f"set -- {command.removeprefix('next: ')}; printf '%s' \"${{!#}}\""]
     given = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
     assert given == f"ckpt={out}", "what is printed can be typed"

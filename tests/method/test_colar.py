@@ -34,6 +34,7 @@ from simcot_latent.model.gpt import GPT
 from simcot_latent.model.losses import add_up
 from simcot_latent.probing.geometry import geometry
 from simcot_latent.probing.thoughts import decode_steps, latents_of, think
+from simcot_latent.reports import ReportFiles
 from simcot_latent.training.saving import as_checkpoint
 from simcot_latent.training.validation import HeldOut, validate
 
@@ -382,7 +383,7 @@ def test_commands(tmp_path: Path) -> None:
 
     evaluated = run("evals.arithmetic", "ckpt=one", "loop_settings={compression: 4}", "out=report", folder=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
-    files = tmp_path / "report" / "arithmetic.json", tmp_path / "report" / "arithmetic.predictions.jsonl"
+    files = ReportFiles(tmp_path / "report" / "a.json", tmp_path / "report" / "a.predictions.jsonl")
     report = json.loads(files[0].read_text())
     rows = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert report["loop_settings"] == {"compression": 4}
