@@ -130,7 +130,7 @@ def test_the_last_validation_is_what_evals_finds(trained: Trained, sums: Path, t
     checkpoint = trained.copy_to(tmp_path / "checkpoint")
     arguments = ("split=validation", "limit=4", f"data.path={sums}", "device=cpu")
     run("evals.gsm8k", f"ckpt={checkpoint}", *arguments, folder=tmp_path).ok()
-    report = strict_json(report_in(checkpoint.parent / "evals", "gsm8k.validation").read_text())
+    report = strict_json(report_in(checkpoint / "evals", "gsm8k.validation").read_text())
     last = read_lines(trained.out_dir / "metrics.jsonl")[-1]
     assert (last["step"], last["val_accuracy"]) == (60, report["accuracy"])
 
