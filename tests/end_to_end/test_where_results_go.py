@@ -64,9 +64,9 @@ def read_only(latent_run: Trained, tmp_path: Path) -> Iterator[Path]:
 def test_a_read_only_checkpoint(read_only: Path, tmp_path: Path) -> None:
     ckpt = f"ckpt={read_only}"
     outcome = like_everybody(GSM8K, ckpt, "limit=3", "device=cpu", folder=tmp_path)
-    assert outcome.error.startswith(f"error: {read_only}/evals/gsm8k.test.step60.greedy.")
-    assert outcome.error.endswith(
-        ".json: cannot be written (Permission denied); give out=DIR, a folder for the results"
+    assert outcome.error == (
+        f"error: {read_only}/evals/gsm8k.test.json: cannot be written (Permission denied); give out=DIR, a folder for "
+        "the results"
     )
     assert outcome.out == "", "nothing was answered first"
     like_everybody(GSM8K, ckpt, "limit=3", "device=cpu", "out=results/of it", folder=tmp_path).ok()
