@@ -186,7 +186,6 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "dtype": str(dtype).removeprefix("torch."),
     }
     hashes = {
-        "config_hash": hash_of_configuration(checkpoint.config),
         "weights_hash": hash_of_weights(checkpoint.path or Path()),
         "data_hash": hash_of_problems(problems),
     }
@@ -230,6 +229,7 @@ def evaluate(name: str, raw: DictConfig) -> None:
         "ckpt": str(checkpoint.path),
         "step": checkpoint.step,
         "train_seed": checkpoint.config.get("seed"),
+        "config_hash": hash_of_configuration(checkpoint.config),
         **hashes,
         **decoding,
         "batch_size": config.batch_size,
